@@ -1,0 +1,258 @@
+"""Measure: Fréchet distance in an encoder's features, verified accuracy on the built-in world, PSNR and SSIM.
+
+    python eval_fid.py                                          the shipped model against held-out images
+    python eval_fid.py --ckpt runs/dit/last.pt --n 720 --guidance 1
+    python eval_fid.py --reconstruct runs/decoder/last.pt --data photos/ --n 1000
+The training scripts call the same functions on their EMA weights: one road to each number.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from scipy import ndimage
+from tqdm import tqdm
+
+import runtime
+import sample
+from data import open_data
+from model import unpack_rae
+from shapes import CLASSES, read_scene
+
+
+# ---------------------------------------------------------------------------------- Fréchet distance
+class Moments:
+    """Mean and covariance of feature rows, streamed in fp64: the same for any batches and processes.
+
+    add(rows: b f); merge() combines processes; mean: f; cov: f f, over n - 1.       Source: Chan et al. 1979
+    """
+
+    def __init__(self):
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, rows):
+        rows = rows.double()
+        mean = rows.mean(0)
+        centred = rows - mean
+        self.join(len(rows), mean, centred.T @ centred)
+
+    def join(self, n, mean, scatter):
+        total = self.n + n
+        if n:
+            delta = mean - self.mean
+            self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * n / total)
+            self.mean = self.mean + delta * (n / total)
+            self.n = total
+
+    def merge(self):
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (self.n, self.mean, self.scatter))
+            self.__init__()
+            for part in parts:
+                self.join(*part)
+        return self
+
+    @property
+    def cov(self):
+        return self.scatter / (self.n - 1)
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) in fp64; finite for rank-deficient ones too.
+
+    mu: f. cov: f f. Arrays or tensors.       Source: arXiv 1706.08500; the root's trace through a symmetric
+    eigendecomposition: tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2)
+    """
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, cov1, mu2, cov2))
+    if cov1.shape != cov2.shape or mu1.shape != mu2.shape or cov1.shape != (len(mu1), len(mu1)):
+        raise ValueError(f"features of {len(mu1)} and {len(mu2)} dimensions differ; use one encoder")
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+
+
+def features(encoder, images):
+    """Mean-pooled tokens of uint8 images b H W 3: b c."""
+    device = next(encoder.parameters()).device
+    x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
+    return encoder.encode(x).mean((2, 3)).cpu()
+
+
+# ---------------------------------------------------------------------------------- pairs of images
+def psnr(a, b):
+    """Peak signal-to-noise ratio of each pair, dB: a, b: b H W 3 uint8 -> b fp64; infinite if identical."""
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255 ** 2 / mse)
+
+
+def ssim(a, b):
+    """Structural similarity of each pair, mean over pixels and channels: a, b: b H W 3 uint8 -> b fp64.
+
+    Gaussian window of sigma 1.5 and 11 pixels.                        Source: Wang et al. 2004, equation 13
+    """
+    def blur(x):
+        x = ndimage.gaussian_filter1d(x, 1.5, axis=1, radius=5)
+        return ndimage.gaussian_filter1d(x, 1.5, axis=2, radius=5)[:, 5:-5, 5:-5]
+    a, b = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
+    if min(a.shape[1:3]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {a.shape[1]} x {a.shape[2]}")
+    mean_a, mean_b, c1, c2 = blur(a), blur(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    var_a, var_b, cov = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2, blur(a * b) - mean_a * mean_b
+    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    value = torch.from_numpy(top / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
+    return value.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------- verified accuracy
+def verify(images, labels):
+    """How many uint8 images b H W 3 of the built-in world show exactly one object of class labels: b.
+
+    Returns a tensor of three counts: right colour, right colour and shape, unsure. Unsure counts as wrong.
+    """
+    counts = torch.zeros(3, dtype=torch.float64)
+    for image, label in zip(images.numpy(), labels):
+        objects = read_scene(image)
+        if objects is None:
+            counts[2] += 1
+        elif len(objects) == 1:
+            counts[0] += objects[0].colour == CLASSES[label].split()[0]
+            counts[1] += objects[0].label == label
+    return counts
+
+
+# ---------------------------------------------------------------------------------- evaluations
+def total(x):
+    """Sum of a tensor over processes."""
+    return runtime.all_mean(x) * (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def share(n, rank, world, batch):
+    """The image numbers below n of this process, in batches: image i belongs to process i % world."""
+    mine = range(rank, n, world)
+    return [mine[k:k + batch] for k in range(0, len(mine), batch)]
+
+
+def real_images(data, numbers):
+    """Images of open_data by number: uint8 b H W 3."""
+    return rearrange(torch.stack([data[k]["image"] for k in numbers]), "b c h w -> b h w c")
+
+
+def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None):
+    """Fréchet distance of n generated to n held-out images, and verified accuracy if the data are the shapes.
+
+    model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
+    Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
+    """
+    real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
+    chunks = share(n, rank, world, batch)
+    for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
+        labels = [i % model.num_classes for i in chunk]
+        images = sample.generate(model, rae, labels, args, chunk, weak)
+        fake.add(features(rae.encoder, images))
+        real.add(features(rae.encoder, real_images(val, chunk)))
+        if val.class_names == CLASSES:
+            counts += verify(images, labels)
+    real.merge(), fake.merge()
+    metrics = dict(n=n, guidance=args.guidance, sampling_steps=args.sampling_steps, solver=args.solver)
+    metrics["frechet_distance"] = frechet_distance(real.mean, real.cov, fake.mean, fake.cov)
+    if val.class_names == CLASSES:
+        colour, shape, unsure = (total(counts) / n).tolist()
+        metrics |= dict(right_colour=colour, right_colour_and_shape=shape, unsure=unsure)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"):
+    """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict."""
+    device, real, fake = rae.pixel_mean.device, Moments(), Moments()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for chunk in tqdm(share(n, rank, world, batch), desc="evaluate", leave=False, disable=rank > 0 or None):
+        images = real_images(val, chunk)
+        x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
+        with runtime.autocast(device, dtype):
+            back = rae.decode(rae.encode(x)).float()
+        back = rearrange((back * 255).round().byte(), "b c h w -> b h w c").cpu()
+        if back.shape != images.shape:              # an upsampling decoder is judged at the size of its input
+            back = shrink(back, images.shape[1])
+        sums += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
+        real.add(features(rae.encoder, images))
+        fake.add(features(rae.encoder, back))
+    real.merge(), fake.merge()
+    mean_psnr, mean_ssim = (total(sums) / n).tolist()
+    return dict(n=n, psnr=mean_psnr, ssim=mean_ssim,
+                frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
+
+
+def shrink(images, size):
+    x = rearrange(images, "b h w c -> b c h w").float()
+    x = torch.nn.functional.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
+    return rearrange(x.round().clamp(0, 255).byte(), "b c h w -> b h w c")
+
+
+def one_line(metrics):
+    return " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+
+
+# ---------------------------------------------------------------------------------- command line
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--ckpt", default=str(sample.SHIPPED), help="checkpoint of train_dit.py to sample from")
+    p.add_argument("--weak_ckpt", help="checkpoint of a weaker model: AutoGuidance replaces CFG")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
+    p.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2) instead")
+    p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
+    p.add_argument("--hold_out", type=int, help="held-out images of --data; default: as in training; 0: all")
+    p.add_argument("--n", type=int, default=720, help="images; few bias the Fréchet distance upwards")
+    sample.add_sampling_flags(p)
+    p.add_argument("--batch", type=int, default=72, help="images per forward; does not change the numbers")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="also write the JSON result to this file")
+    args = p.parse_args(argv)
+    sample.check_sampling_flags(p, args)
+    if args.n < 2 or args.batch < 1:
+        p.error(f"--n {args.n} must be at least 2 and --batch {args.batch} at least 1")
+    return args
+
+
+def main(args):
+    rank, world, device = runtime.setup()
+    start, path = time.time(), args.reconstruct or args.ckpt
+    state = runtime.load_checkpoint(path)
+    if "rae" not in state:
+        raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one of those")
+    single = (1,) if "num_classes" in state else (1, 2, 3, 4)          # stage 1 sees scenes of 1 to 4 objects
+    hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
+    val = open_data(args.data or state["args"]["data"], state["rae"]["size"], split="val",
+                    hold_out=hold_out, objects=single)
+    if args.n > len(val):
+        raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")
+    if args.reconstruct:
+        rae = unpack_rae(state["rae"]).to(device)
+        metrics = evaluate_reconstruction(rae, val, args.n, rank, world, args.batch, args.dtype)
+    else:
+        model, rae, state = sample.load_dit(args.ckpt, device, encoder=True, weights=args.weights)
+        sample.check_guidance(args, state, args.ckpt)
+        weak = sample.load_dit(args.weak_ckpt, device)[0] if args.weak_ckpt else None
+        metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak)
+    metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
+    if rank == 0:
+        for key, value in metrics.items():
+            print(f"{key:>24}  {value:.4f}" if isinstance(value, float) else f"{key:>24}  {value}")
+        print(f"{'seconds':>24}  {time.time() - start:.1f}")
+        print(json.dumps(metrics))
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(metrics) + "\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -1,0 +1,500 @@
+"""Representation autoencoders and the diffusion transformers that generate in their latent space.
+
+Image -> frozen Encoder -> latents (b c h w) -> Decoder -> image; DiT or DiTDH draws new latents from noise.
+arXiv: [RAE] 2510.11690, [LightningDiT] 2501.01423, [DDT] 2504.05741, [MAE] 2111.06377, [SD3] 2403.03206.
+
+Shapes: b batch, h w latent grid, n = h*w tokens, c latent channels, d width, e head width, p patch side,
+    k attention heads, dh = d/k head dimension, H W image height and width.
+Time runs from data (t=0) to noise (t=1): x_t = (1-t)*x0 + t*eps, and the model predicts v = eps - x0.
+"""
+import math
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+HERE = Path(__file__).resolve().parent
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+# name: (timm model, default side of its images in pixels, pixel mean and std)        Source: [RAE] section 3
+ENCODERS = {
+    "tiny": (None, 64, HALF),
+    "dinov2-s": ("vit_small_patch14_reg4_dinov2.lvd142m", 256, IMAGENET),
+    "dinov2-b": ("vit_base_patch14_reg4_dinov2.lvd142m", 256, IMAGENET),
+    "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 256, IMAGENET),
+    "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 256, HALF),
+    "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
+    "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
+}
+# The shipped encoder (assets/make_tiny_encoder.py): 16 tokens x 320 channels = 5120 > 4096, so that the time
+# shift is not the identity, in under 8 MB of half precision. No CLS token, as in SigLIP.
+TINY = dict(img_size=64, patch_size=16, embed_dim=320, depth=4, num_heads=5, mlp_ratio=2.0, class_token=False,
+            global_pool="", num_classes=0)
+
+# Named sizes set the flags of the training scripts; every DiTDH has the same head.   Source: [RAE] appendix
+HEADS = {"DiT": dict(head_width=0), "DiTDH": dict(head_width=2048, head_depth=2, head_heads=16)}
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES = {f"{family}-{size}": dict(width=width, depth=depth, heads=heads, **head)
+             for family, head in HEADS.items() for size, (width, depth, heads) in DIT_SIZES.items()}
+DECODER_SIZES = {"tiny": (256, 4, 4, 1024), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+                 "XL": (1152, 28, 16, 4096)}         # XL keeps MLP 4096 (3.56 x): so are the released weights
+DECODER_SIZES = {size: dict(decoder_width=width, decoder_depth=depth, decoder_heads=heads, decoder_mlp=mlp)
+                 for size, (width, depth, heads, mlp) in DECODER_SIZES.items()}
+
+
+# ------------------------------------------------------------------------------ encoder
+def pixel_statistics(name):
+    """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
+    if name in ENCODERS:
+        return ENCODERS[name][2]
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None:
+        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor in timm.list_models()")
+    return config.mean, config.std
+
+
+class Encoder(nn.Module):
+    """A frozen vision transformer whose final tokens are the latents.
+
+    name: a key of ENCODERS, or any timm ViT. image_size: side of its images, pixels (default: ENCODERS, else
+        256); patch-14 models see 14/16 of it, so that 256 px give the same 16 x 16 grid as patch 16.
+    Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone (the timm model).
+    Raises: ValueError (unknown name, size no multiple of patch), FileNotFoundError (no weights, no network).
+    Source: [RAE] section 3.1: no CLS and register tokens, final LayerNorm without affine, so that each token
+        has mean 0 and variance 1 over its channels. Resizing is bicubic without antialias, as in the release.
+    """
+
+    def __init__(self, name, image_size=None):
+        super().__init__()
+        self.mean, self.std = pixel_statistics(name)
+        timm_name, side, _ = ENCODERS.get(name, (name, 256, None))
+        self.name, self.image_size, patch = name, image_size or side, TINY["patch_size"]
+        if name != "tiny":
+            patch = timm.create_model(timm_name, pretrained=False, depth=0).patch_embed.patch_size[0]
+        stride = 16 if patch == 14 else patch
+        self.input_size = self.image_size * patch // stride
+        if self.image_size % stride:
+            raise ValueError(f"--size {self.image_size} must be a multiple of {stride} for --encoder {name}; "
+                             f"try --size {max(stride, self.image_size // stride * stride)}")
+        self.grid = self.image_size // stride
+        if name == "tiny":
+            self.backbone = VisionTransformer(**{**TINY, "img_size": self.input_size})
+            state = load_file(HERE / "assets" / "tiny_encoder.safetensors")
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(         # as it is on the grid of TINY
+                state["pos_embed"].float(), (self.grid, self.grid), num_prefix_tokens=0)
+            load_strict(self.backbone, state, "assets/tiny_encoder.safetensors")
+        else:
+            self.backbone = load_timm(timm_name, self.input_size)
+        self.channels = self.backbone.embed_dim
+        self.backbone.norm = nn.LayerNorm(self.channels, eps=1e-6, elementwise_affine=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):                  # frozen: dropout and drop path stay off in any training loop
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images):                                           # b 3 H W in [0,1] -> b c h w
+        """Latents before dataset normalisation: b c h w, each token of mean 0 and variance 1 over c."""
+        mean, std = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in (self.mean, self.std))
+        if images.shape[-1] != self.input_size or images.shape[-2] != self.input_size:
+            images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bicubic")
+        x = self.backbone.forward_features((images - mean) / std)       # b prefix+n c
+        x = x[:, self.backbone.num_prefix_tokens:]                      # b n c
+        return rearrange(x, "b (h w) c -> b c h w", h=self.grid)
+
+
+def load_timm(name, input_size):
+    """The timm ViT `name` with its pretrained weights, its position table resampled to input_size pixels."""
+    local = HERE / "weights" / f"{name}.safetensors"            # a file placed by hand wins over the download
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, img_size=input_size,
+                                 pretrained_cfg_overlay=dict(file=str(local)) if local.exists() else None)
+    except Exception as error:                          # the hub client raises a different one for each cause
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise FileNotFoundError(f"no weights for {name}: the download failed ({why}). Put model.safetensors "
+                                f"of huggingface.co/timm/{name} at weights/{name}.safetensors") from error
+
+
+# ------------------------------------------------------------------------------ decoder and RAE
+def sincos_2d(d, grid):
+    """Fixed sin-cos positions, (grid*grid, d): first half of d for the column, second for the row. [MAE]"""
+    if d % 4:
+        raise ValueError(f"width {d} must be a multiple of 4 for 2-D sin-cos positions; try {d // 4 * 4 + 4}")
+    omega = 10000.0 ** -(torch.arange(d // 4, dtype=torch.float64) / (d / 4))
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [axis.reshape(-1, 1).double() * omega for axis in (column, row)]  # n d/4
+    return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], 1).float()
+
+
+def require_heads(width, heads, width_flag, heads_flag, multiple=1):
+    """Raise ValueError unless width splits into heads whose dimension is a multiple of `multiple`."""
+    if heads < 1 or width < 1 or width % (heads * multiple):
+        step = max(heads, 1) * multiple
+        per = f" (head dimension a multiple of {multiple}: rotary, on two axes)" if multiple > 1 else ""
+        raise ValueError(f"{width_flag} {width} must be a multiple of {heads_flag} {heads}{per}; "
+                         f"try {width_flag} {max(round(width / step), 1) * step}")
+
+
+class DecoderLayer(nn.Module):
+    """Pre-LN transformer layer; parameter names and LN eps 1e-12 of the released decoder (HF ViT-MAE)."""
+    def __init__(self, d, heads, mlp):
+        super().__init__()
+        self.heads = heads
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
+        self.query, self.key, self.value = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.proj, self.fc1, self.fc2 = nn.Linear(d, d), nn.Linear(d, mlp), nn.Linear(mlp, d)
+
+    def forward(self, x):                                               # b n d
+        a = self.layernorm_before(x)                                    # b n d
+        q, k, v = (rearrange(f(a), "b n (k d) -> b k n d", k=self.heads)
+                   for f in (self.query, self.key, self.value))
+        a = rearrange(F.scaled_dot_product_attention(q, k, v), "b k n d -> b n (k d)")
+        x = x + self.proj(a)                                            # b n d
+        return x + self.fc2(F.gelu(self.fc1(self.layernorm_after(x))))  # b n d
+
+
+class Decoder(nn.Module):
+    """ViT decoder from latents to pixels.
+
+    latent_channels: c. grid: tokens per side. patch: pixels per token side (2 x the encoder's upsamples).
+    width, depth, heads, mlp: of the transformer (DECODER_SIZES has the paper's).
+    forward: z b c h w (tokens NOT normalised by dataset statistics; another grid is resized bilinearly)
+        -> b 3 grid*patch grid*patch in the encoder's pixel normalisation; RAE.decode turns that into [0,1].
+    Source: [RAE] section 3.2; layout of [MAE] with a learned CLS token in front and fixed sin-cos positions.
+    """
+
+    def __init__(self, latent_channels, grid, patch, width, depth, heads, mlp):
+        super().__init__()
+        require_heads(width, heads, "--decoder_width", "--decoder_heads")
+        self.grid, self.patch = grid, patch
+        self.decoder_embed = nn.Linear(latent_channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        pos = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])[None]
+        self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, mlp) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder_pred = nn.Linear(width, 3 * patch * patch)
+
+    def forward(self, z):                                               # b c h w
+        x = self.decoder_embed(rearrange(z, "b c h w -> b h w c"))      # b h w d
+        if x.shape[1:3] != (self.grid, self.grid):
+            x = F.interpolate(x.movedim(3, 1), size=(self.grid, self.grid), mode="bilinear").movedim(1, 3)
+        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # b 1+n d
+        x = x + self.decoder_pos_embed                                  # b 1+n d
+        for layer in self.decoder_layers:
+            x = layer(x)                                                # b 1+n d
+        x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()      # b n p*p*3
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
+
+
+class RAE(nn.Module):
+    """Frozen encoder + trained decoder + statistics of the latents over a dataset.
+
+    encoder: an Encoder, or only its name: then the RAE decodes without ever loading the encoder.
+    latent_mean, latent_var: c h w each, or None (0 and 1). The released DINOv2-B has no mean: pass None.
+    encode: images b 3 H W in [0,1] -> latents b c h w, (z - mean) / sqrt(var + 1e-5): each of unit variance.
+    decode: latents b c h w -> images b 3 H W in [0,1], clamped.         Source: [RAE] section 3.1 and release
+    """
+
+    def __init__(self, encoder, decoder, latent_mean=None, latent_var=None):
+        super().__init__()
+        self.encoder = encoder if isinstance(encoder, nn.Module) else None
+        self.decoder = decoder
+        mean, std = pixel_statistics(encoder) if self.encoder is None else (encoder.mean, encoder.std)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("latent_mean", torch.zeros(1) if latent_mean is None else latent_mean.float())
+        latent_std = torch.ones(1) if latent_var is None else (latent_var.float() + 1e-5).sqrt()
+        self.register_buffer("latent_std", latent_std)
+
+    @torch.no_grad()
+    def encode(self, images):                                           # b 3 H W -> b c h w
+        if self.encoder is None:
+            raise ValueError("this RAE has only its encoder's name, to decode; pass Encoder(name) to encode")
+        return (self.encoder.encode(images) - self.latent_mean) / self.latent_std
+
+    def decode(self, latents):                                          # b c h w -> b 3 H W
+        pixels = self.decoder(latents * self.latent_std + self.latent_mean)
+        return (pixels * self.pixel_std + self.pixel_mean).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------ diffusion transformers
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32."""
+    def __init__(self, d, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps)
+
+
+class RoPE(nn.Module):
+    """Rotary positions: adjacent pairs turn by row (first half of head) or column. [LightningDiT], EVA-02"""
+    def __init__(self, head_dim, grid):
+        super().__init__()
+        frequencies = 10000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # quarter: pairs per axis
+        angle = torch.arange(grid)[:, None] * frequencies               # grid dh/4
+        angle = torch.cat([repeat(angle, "h f -> (h w) (f two)", w=grid, two=2),
+                           repeat(angle, "w f -> (h w) (f two)", h=grid, two=2)], 1)  # n dh
+        self.register_buffer("freqs_cos", angle.cos())                  # in the state dict, as in the release
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self, x):                                               # b k n dh
+        turned = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)  # (x1, x2) -> (-x2, x1)
+        return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x, rope):                                         # b n d
+        q, k, v = rearrange(self.qkv(x), "b n (three k d) -> three b k n d", three=3, k=self.heads)
+        x = F.scaled_dot_product_attention(rope(q), rope(k), v)         # b k n dh
+        return self.proj(rearrange(x, "b k n d -> b n (k d)"))          # b n d
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        hidden = int(2 / 3 * int(4 * d))   # not rounded to a friendlier multiple: the released weights are so
+        self.w12, self.w3 = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
+
+    def forward(self, x):                                               # b n d
+        gate, x = self.w12(x).chunk(2, -1)                              # b n hidden
+        return self.w3(F.silu(gate) * x)                                # b n d
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN: shift, scale, gate from c, one per image (b 1 d) or per token (b n d)."""
+    def __init__(self, d, heads):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(d), Attention(d, heads)
+        self.norm2, self.mlp = RMSNorm(d), SwiGLU(d)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def forward(self, x, c, rope):                                      # x: b n d, c: b 1|n d
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rope)
+        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map from d to the latent channels; flag: the name of d in the warning."""
+    def __init__(self, d, channels, flag):
+        super().__init__()
+        if d < channels:
+            warnings.warn(f"{flag} {d} is below the {channels} latent channels: by Theorem 1 of RAE (arXiv "
+                          f"2510.11690) the loss cannot go below the sum of the eigenvalues of Cov(eps - x0) "
+                          f"beyond the {d}th; try {flag} {channels} or more", stacklevel=4)
+        self.norm_final, self.linear = RMSNorm(d), nn.Linear(d, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+
+    def forward(self, x, c):                                            # x: b n d, c: b 1|n d
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))  # b n c
+
+
+class TimeEmbedding(nn.Module):
+    """Gaussian Fourier features of t in [0,1] (not x 1000), W fixed and random, then an MLP; always fp32."""
+    def __init__(self, d, features=256):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(features), requires_grad=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * features, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, t):                                               # b
+        with torch.autocast(t.device.type, enabled=False):
+            angle = 2 * math.pi * t.float()[:, None] * self.W           # b 256
+            return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))  # b d
+
+
+class LabelEmbedding(nn.Module):
+    """Class table, last row the null class; in training a label becomes null with probability `dropout`."""
+    def __init__(self, num_classes, d, dropout):
+        super().__init__()
+        self.num_classes, self.dropout = num_classes, dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, d)
+
+    def forward(self, y):                                               # b
+        if self.training and self.dropout > 0:
+            y = torch.where(torch.rand(len(y), device=y.device) < self.dropout, self.num_classes, y)
+        return self.embedding_table(y)                                  # b d
+
+
+class TokenEmbedding(nn.Module):
+    """A 1x1 convolution (named as timm's PatchEmbed, whose weights the release holds): b c h w -> b n d."""
+    def __init__(self, channels, d):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, d, 1)
+
+    def forward(self, x):
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class DiT(nn.Module):
+    """LightningDiT on one token per latent position.
+
+    in_channels: c. grid: tokens per side. width, depth, heads: of the blocks. num_classes: without the null.
+    class_dropout: probability in [0,1] that training replaces a label by the null class, number num_classes.
+    forward: x b c h w (noisy latents), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
+    Raises: ValueError if width does not split into heads. Warns if width is below c: Theorem 1 of [RAE].
+    Source: [RAE] section 4, [LightningDiT]: RMSNorm, SwiGLU, RoPE, adaLN-zero, fixed absolute positions.
+    """
+
+    def __init__(self, in_channels, grid, width, depth, heads, num_classes, class_dropout=0.1):
+        super().__init__()
+        self.in_channels, self.grid, self.num_classes, self.depth = in_channels, grid, num_classes, depth
+        require_heads(width, heads, "--width", "--heads", multiple=4)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width, class_dropout)
+        self.pos_embed = nn.Parameter(sincos_2d(width, grid)[None], requires_grad=False)
+        self.build(width, heads)
+        for embedder in (m for m in self.modules() if isinstance(m, TokenEmbedding)):
+            nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
+            nn.init.zeros_(embedder.proj.bias)
+        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedder.weight, std=0.02)
+        modulated = (*self.blocks, self.final_layer)  # adaLN-zero: blocks start as the identity, output as 0
+        for linear in [m.adaLN_modulation[1] for m in modulated] + [self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def build(self, width, heads):
+        self.x_embedder = TokenEmbedding(self.in_channels, width)
+        self.feat_rope = RoPE(width // heads, self.grid)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(self.depth))
+        self.final_layer = FinalLayer(width, self.in_channels, "--width")
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x, t, y):                                         # b c h w, b, b
+        c = (self.t_embedder(t) + self.y_embedder(y))[:, None]          # b 1 d
+        x = self.x_embedder(x) + self.pos_embed                         # b n d
+        for block in self.blocks:
+            x = block(x, c, self.feat_rope)                             # b n d
+        return rearrange(self.final_layer(x, c).float(), "b (h w) c -> b c h w", h=self.grid)  # b c h w
+
+
+class DiTDH(DiT):
+    """DiT with a wide head: a backbone of `width` conditions, token by token, a shallow head of `head_width`.
+
+    Arguments and forward as DiT, with head_width (at least in_channels: Theorem 1), head_depth, head_heads.
+    Source: [RAE] section 5, [DDT]; as released: SiLU twice on the condition, no fixed positions in the head.
+    """
+
+    def __init__(self, in_channels, grid, width, depth, heads, head_width, head_depth, head_heads,
+                 num_classes, class_dropout=0.1):
+        self.head = (head_width, head_depth, head_heads)
+        super().__init__(in_channels, grid, width, depth, heads, num_classes, class_dropout)
+
+    def build(self, width, heads):              # Linears keep PyTorch's own initialisation, as in the release
+        head_width, head_depth, head_heads = self.head
+        require_heads(head_width, head_heads, "--head_width", "--head_heads", multiple=4)
+        self.s_embedder = TokenEmbedding(self.in_channels, width)
+        self.x_embedder = TokenEmbedding(self.in_channels, head_width)
+        self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.enc_feat_rope = RoPE(width // heads, self.grid)
+        self.dec_feat_rope = RoPE(head_width // head_heads, self.grid)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(self.depth)]
+                                    + [Block(head_width, head_heads) for _ in range(head_depth)])
+        self.final_layer = FinalLayer(head_width, self.in_channels, "--head_width")
+
+    def forward(self, x, t, y):                                         # b c h w, b, b
+        t = self.t_embedder(t)[:, None]                                 # b 1 d
+        c = F.silu(t + self.y_embedder(y)[:, None])                     # b 1 d
+        s = self.s_embedder(x) + self.pos_embed                         # b n d
+        for block in self.blocks[:self.depth]:
+            s = block(s, c, self.enc_feat_rope)                         # b n d
+        s = self.s_projector(F.silu(t + s))                             # b n e
+        x = self.x_embedder(x)                                          # b n e
+        for block in self.blocks[self.depth:]:
+            x = block(x, s, self.dec_feat_rope)                         # b n e
+        return rearrange(self.final_layer(x, s).float(), "b (h w) c -> b c h w", h=self.grid)  # b c h w
+
+
+# ------------------------------------------------------------------------------ flow matching
+def time_shift(t, dim, base=4096):
+    """t' = a*t / (1 + (a-1)*t), a = sqrt(dim/base), dim = tokens x channels, t in [0,1]. [RAE] eq 5, [SD3]"""
+    a = math.sqrt(dim / base)
+    return a * t / (1 + (a - 1) * t)
+
+
+def sample_time(n, law, dim, device=None):
+    """n times in (0,1) for training, shifted for `dim`. law: logit_normal (sigmoid of N(0,1)) or uniform."""
+    t = torch.randn(n, device=device).sigmoid() if law == "logit_normal" else torch.rand(n, device=device)
+    return time_shift(t, dim)
+
+
+def flow_matching_loss(model, x0, y, t, eps):
+    """Mean squared error of the velocity, one number per sample: shape b.
+
+    model: (x b c h w, t b, y b) -> v. x0, eps: b c h w, data and N(0,1) noise. t: b in [0,1]. [RAE] section 2
+    """
+    at = t.view(-1, 1, 1, 1)                                            # b 1 1 1
+    x_t = (1 - at) * x0 + at * eps                                      # b c h w
+    return (model(x_t, t, y) - (eps - x0)).square().flatten(1).mean(1)  # b
+
+
+# ------------------------------------------------------------------------------ building and loading
+def build_decoder(args, channels, grid):
+    """Decoder; args is the dict of train_decoder's flags, or the `rae` of a checkpoint."""
+    return Decoder(channels, grid, *(args[f"decoder_{k}"] for k in "patch width depth heads mlp".split()))
+
+
+def build_dit(args, channels, grid, num_classes):
+    """DiT for head_width 0, else DiTDH; args is the dict of train_dit's flags, as in its checkpoints."""
+    head = [args[k] for k in ("head_width", "head_depth", "head_heads")] if args["head_width"] else []
+    return (DiTDH if head else DiT)(channels, grid, args["width"], args["depth"], args["heads"], *head,
+                                    num_classes, args["class_dropout"])
+
+
+def load_strict(module, state, source):
+    """load_state_dict that takes all or nothing, and lists what is missing, unexpected or misshapen."""
+    own = module.state_dict()
+    bad = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    bad += [f"{k}: shape {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}"
+            for k in own if k in state and state[k].shape != own[k].shape]
+    if bad:
+        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise ValueError(f"{source} does not fit {type(module).__name__}; build it with the flags it was "
+                         "trained with:\n  " + "\n  ".join(bad[:20]) + more)
+    module.load_state_dict(state)
+    return module
+
+
+def load_release(module, path_or_state):
+    """Load weights strictly into a DiT, DiTDH or Decoder: ours, or those of the official release, by layout.
+
+    path_or_state: a file of torch.save or safetensors, or its dict; takes its `ema`, else `model`, else all.
+    Raises: ValueError listing missing, unexpected and misshapen keys. Files are read with weights_only=True.
+    """
+    source = "the given state" if isinstance(path_or_state, dict) else str(path_or_state)
+    if not isinstance(path_or_state, dict):
+        path_or_state = load_file(source) if source.endswith(".safetensors") else \
+            torch.load(source, map_location="cpu", weights_only=True)
+    state = next((path_or_state[k] for k in ("ema", "model") if k in path_or_state), path_or_state)
+    state = {k.removeprefix("module.").removeprefix("decoder."): v for k, v in state.items()}
+    if isinstance(module, Decoder):                     # names of HF ViT-MAE and of diffusers' AutoencoderRAE
+        for old, new in (("attention.attention.", ""), ("attention.output.dense", "proj"),
+                         ("intermediate.dense", "fc1"), ("output.dense", "fc2"),
+                         ("attention.to_q", "query"), ("attention.to_k", "key"),
+                         ("attention.to_v", "value"), ("attention.to_out.0", "proj")):
+            state = {k.replace(old, new): v for k, v in state.items()}
+    return load_strict(module, state, source)
+
+
+def unpack_rae(packed, encoder=True):
+    """The RAE of a checkpoint's `rae`, in eval mode; encoder=False: it only decodes, no encoder is loaded."""
+    decoder = load_release(build_decoder(packed, *packed["latent_mean"].shape[:2]), packed["decoder"])
+    encoder = Encoder(packed["encoder"], packed["size"]) if encoder else packed["encoder"]
+    return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()

@@ -1,0 +1,215 @@
+"""What every script needs around its loop: processes, precision, seeds, EMA, schedules, checkpoints, logs.
+
+Randomness depends on (seed, step, micro-batch) alone and the data on the step: a resume is bit-exact on CPU.
+"""
+import ctypes
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from tqdm import tqdm
+
+
+def setup():
+    """Join the process group of torchrun, if any. Returns (rank, world, device). nccl on GPU, gloo on CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")         # TF32 for fp32 matmuls, as the release was trained
+    elif platform.libc_ver()[0] == "glibc":                # it would map and unmap large tensors at each step
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: keep freed memory at hand
+        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return rank, world, device
+
+
+def run(main, parse_args):
+    """Run a script: what the user can mend ends in one line, without a traceback."""
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def all_mean(x):
+    """Mean over processes of a tensor; itself when there is one process."""
+    if dist.is_initialized():
+        x = x / dist.get_world_size()                      # a copy: all_reduce works in place
+        dist.all_reduce(x)
+    return x
+
+
+def autocast(device, dtype):
+    """bf16 for matmuls, fp32 for the rest; --dtype fp32 leaves all as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def seed_step(seed, step, micro):
+    """Seed torch for one micro-batch of one step: the same numbers on whatever process computes it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + micro)        # primes keep near triples apart
+
+
+def lr_factor(step, warmup, start, end, last, shape="linear"):
+    """Share of the peak: up over `warmup` steps, 1 to `start`, linear or cosine down to `last` at `end`."""
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    done = done if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * done)
+    return (step + 1) / warmup if step < warmup else 1 + (last - 1) * done
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay*ema + (1-decay)*model; decay at most (1+step)/(10+step), to forget the initialisation."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def step_optimizer(opt, model, clip, loss, step, lr):
+    """Clip to norm `clip` (0: none), step if finite, zero the gradients; returns their norm before that."""
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf))
+    if math.isfinite(norm):                                # on all processes alike: DDP averages gradients
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+    else:
+        print(f"step {step}: not finite, update left out: loss {float(loss)}, gradient norm {norm}, "
+              f"lr {lr:.1e}", file=sys.stderr)
+    opt.zero_grad(set_to_none=True)
+    return norm
+
+
+def save_checkpoint(path, **state):
+    """Write tensors and plain types to one file, whole or not at all: temporary file, flushed, renamed."""
+    temporary = Path(path).with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint, on CPU. Raises FileNotFoundError, ValueError if it can't be read safely."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; train one, or leave the flag out")
+    try:
+        if Path(path).suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, "pt") as f:
+            state = json.loads(f.metadata()["plain"])
+            for key in f.keys():                                       # "rae/decoder/x.weight": nested dicts
+                *parents, leaf = key.split("/")
+                node = state
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[leaf] = f.get_tensor(key).float()                 # stored in half precision
+        return state
+    except Exception as error:                             # pickle, zip and safetensors each raise their own
+        raise ValueError(f"{path} is no checkpoint that can be read safely (cut short, or with code in it: "
+                         f"{str(error).splitlines()[0]}); copy or train it again") from error
+
+
+def resume(args, shaping):
+    """The checkpoint of --resume, else None. Raises ValueError if one of the flags `shaping` has changed."""
+    if not args.resume:
+        return None
+    state = load_checkpoint(Path(args.out) / "last.pt")
+    for key in shaping:
+        was, now = state["args"][key], plain(args)[key]
+        if was != now:
+            raise ValueError(f"--{key} {now} differs from the checkpoint's {was}; resume with --{key} {was}")
+    if state["step"] >= args.steps:
+        raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} to go on")
+    return state
+
+
+def plain(args):
+    """The flags as a dict of plain types, for checkpoints and logs: tuples as lists, paths as strings."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def check_common(p, args):
+    """The checks that all training scripts share: through parser.error, before anything is built."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    least = dict(batch=1, steps=1, log_every=1, save_every=1, eval_n=1, workers=0, preview_every=0,
+                 eval_every=0, hold_out=0, warmup=0, clip=0, seed=0, weight_decay=0)
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            p.error(f"--{name} {getattr(args, name)} must be at least {low}")
+    if not args.lr > 0 or not 0 <= args.lr_end <= 1:
+        p.error(f"--lr {args.lr} must be positive and --lr_end {args.lr_end} in [0,1], a share of it")
+    if not 0 <= args.ema < 1:
+        p.error(f"--ema {args.ema} must lie in [0,1); 0 follows the weights, 0.9995 averages 2,000 steps")
+    args.micro_batch = max(1, args.batch // world) if args.micro_batch is None else args.micro_batch
+    unit = max(1, args.micro_batch) * world
+    if args.micro_batch < 1 or args.batch % unit:
+        p.error(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch} x {world} "
+                f"processes; try --batch {max(1, round(args.batch / unit)) * unit}")
+    last = Path(args.out) / "last.pt"
+    if args.resume and not last.exists():
+        p.error(f"--resume needs {last}, which does not exist; leave the flag out to start a run")
+    if last.exists() and not (args.resume or args.overwrite):
+        p.error(f"{last} exists; add --resume to go on, --overwrite to start anew, or name another --out")
+
+
+def git_commit():
+    """Short hash of the commit that is checked out, or unknown, without a repository or git."""
+    return subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).resolve().parent,
+                          text=True, capture_output=True).stdout.strip() or "unknown"
+
+
+class Log:
+    """Progress bar on a terminal, plain lines in a file, same keys in OUT/log.jsonl; only rank 0 writes."""
+    def __init__(self, args, rank, device, start, parameters):
+        self.steps, self.batch, self.last_step, self.last_time = args.steps, args.batch, start, time.time()
+        path = Path(os.devnull if rank else f"{args.out}/log.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = path.read_text().splitlines() if start and path.exists() else []
+        rows = [r + "\n" for r in rows if r.endswith("}") and json.loads(r).get("step", 0) <= start]
+        self.file = open(path, "w", buffering=1)                       # line by line
+        self.file.writelines(rows)                   # but for what a killed run logged beyond its checkpoint
+        self.screen, self.wandb = self.file if rank else sys.stdout, None
+        if args.wandb and rank == 0:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb, config=plain(args))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        self.write(dict(args=plain(args), commit=git_commit(), torch=torch.__version__, device=name,
+                        python=platform.python_version(), parameters=parameters, resumed_at=start))
+        self.bar = tqdm(total=args.steps, initial=start, disable=bool(rank) or None, dynamic_ncols=True)
+        self.say(f"{parameters / 1e6:.1f} M parameters on {name}, writing to {args.out}")
+
+    def say(self, line):
+        tqdm.write(line, file=self.screen)
+        self.screen.flush()
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb and "step" in record:
+            self.wandb.log(record, step=record["step"])
+
+    def step(self, step, loss, grad, lr, **more):
+        """Report after `step` steps; loss, grad: means over processes already; more: only to the file."""
+        rate = (step - self.last_step) * self.batch / max(time.time() - self.last_time, 1e-9)
+        eta = (self.steps - step) * self.batch / rate / 3600
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30              # the largest so far; 0 without a GPU
+        if not gib:
+            import resource                                            # not on every platform
+            gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        self.bar.update(step - self.bar.n)
+        self.write(dict(step=step, loss=loss, grad=grad, lr=lr, img_per_s=rate, gib=gib, eta_h=eta, **more))
+        self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad:.2f} | lr {lr:.1e} | "
+                 f"{rate:.0f} img/s | {gib:.1f} GiB | eta {eta:.2f} h")
+        self.last_step, self.last_time = step, time.time()

@@ -1,0 +1,140 @@
+"""Time grids, solvers, guidance, and the sampling script. Run: python -m pytest tests/test_sample.py"""
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from sample import autoguidance, cfg, euler, generate, heun, load_dit, time_grid
+
+from test_model import shake, small
+
+
+@pytest.mark.parametrize("shift", [0.9, 1.0, 1.118, 6.93])
+def test_time_grid_runs_from_1_to_0(shift):
+    grid = time_grid(10, shift)
+    assert len(grid) == 11 and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+
+
+def test_release_grid_is_that_of_the_facts():
+    shift = math.sqrt(196_608 / 4096)
+    grid = time_grid(50, shift, release_grid=True)
+    assert len(grid) == 50 and grid[0] == 1                            # 49 evaluations
+    assert abs(grid[-2] - 0.1315) < 1e-4 and abs(grid[-1] - 0.00689) < 1e-5
+    assert abs(time_grid(50, math.sqrt(786_432 / 4096), True)[-1] - 0.01368) < 1e-5
+
+
+def test_euler_is_exact_on_a_linear_path():
+    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for solver in (euler, heun):
+        out = solver(lambda x, t: eps - x0, eps, time_grid(7, 2.0))
+        torch.testing.assert_close(out, x0)
+
+
+@pytest.mark.parametrize("solver, order, evaluations", [(euler, 1, 16), (heun, 2, 31)])
+def test_orders_and_number_of_evaluations(solver, order, evaluations):
+    start, calls = torch.ones(1, 1, 1, 1, dtype=torch.float64), []
+
+    def velocity(x, t):
+        calls.append(1)
+        return -x * t.view(-1, 1, 1, 1)                                # x(0) = x(1) * exp(1/2)
+
+    errors = [abs(solver(velocity, start, time_grid(n, 1.0)).item() - math.exp(0.5)) for n in (16, 32)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.25
+    calls.clear()
+    solver(velocity, start, time_grid(16, 1.0))
+    assert len(calls) == evaluations
+
+
+def test_guidance_of_scale_1_is_conditional_and_costs_one_forward():
+    model, weak = shake(small(True)).eval(), shake(small(False)).eval()
+    x, t, y = torch.randn(3, 8, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 1, 2])
+    rows = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    weak.register_forward_pre_hook(lambda _, inputs: rows.append(-len(inputs[0])))
+    conditional = model(x, t, y)
+    rows.clear()
+    assert torch.equal(cfg(model, y, 5, 1.0)(x, t), conditional)
+    assert torch.equal(autoguidance(model, weak, y, 1.0)(x, t), conditional)
+    assert torch.equal(cfg(model, y, 5, 3.0, (0.95, 1))(x, t), conditional)
+    assert torch.equal(autoguidance(model, weak, y, 3.0, (0.95, 1))(x, t), conditional)
+    assert rows == [3, 3, 3, 3]                                        # no second forward, no weak one
+    rows.clear()
+    null = model(x, t, torch.full_like(y, 5))
+    inside = cfg(model, y, 5, 3.0, (0.4, 0.6))(x, t)                   # only the second row lies within
+    torch.testing.assert_close(inside[[0, 2]], conditional[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inside[1], (null + 3 * (conditional - null))[1], atol=1e-5, rtol=1e-5)
+    guided = autoguidance(model, weak, y, 1.5)(x, t)
+    assert rows[:4] == [3, 6, 3, -3]
+    start = weak(x, t, y)
+    torch.testing.assert_close(guided, start + 1.5 * (conditional - start), atol=1e-5, rtol=1e-5)
+
+
+FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), dtype="fp32", solver="euler",
+                           sampling_steps=4, release_grid=False)
+
+
+def test_images_do_not_depend_on_the_batch():
+    model, rae, _ = load_dit(sample.SHIPPED)
+    labels = [0, 7, 14, 21, 28]
+    together = generate(model, rae, labels, FLAGS)
+    apart = torch.cat([generate(model, rae, labels[i:i + 1], FLAGS, [i]) for i in range(5)])
+    assert together.shape == (5, 64, 64, 3) and together.dtype == torch.uint8
+    assert (together.int() - apart.int()).abs().max() <= 1             # a rounding at most
+    other = generate(model, rae, labels, argparse.Namespace(**{**vars(FLAGS), "seed": 4}))
+    assert (together.int() - other.int()).abs().max() > 20
+
+
+def run(*argv):
+    sample.main(sample.parse_args([str(a) for a in argv]))
+
+
+def test_script_writes_grid_folder_and_npz(tmp_path):
+    quick = ["--sampling_steps", 2, "--labels", "red_circle", 35, "--n", 5]
+    run(*quick, "--out", tmp_path / "grid.png")
+    run(*quick, "--out", tmp_path / "a.npz", "--batch", 2)
+    run(*quick, "--out", tmp_path / "folder", "--batch", 3)
+    arrays = np.load(tmp_path / "a.npz")
+    assert arrays["arr_0"].shape == (5, 64, 64, 3) and arrays["labels"].tolist() == [0, 35, 0, 35, 0]
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)]
+    images = np.stack([np.asarray(Image.open(f)) for f in files]).astype(int)
+    assert np.abs(images - arrays["arr_0"]).max() <= 1
+    assert Image.open(tmp_path / "grid.png").size == (2 * 66 + 2, 28 + 3 * 66 + 2)
+    run("--labels", "none", "--n", 2, "--sampling_steps", 2, "--solver", "heun",
+        "--out", tmp_path / "none.png")
+    run(*quick, "--weak_ckpt", sample.SHIPPED, "--guidance", 1.5, "--out", tmp_path / "same.npz")
+    run(*quick, "--guidance", 1, "--out", tmp_path / "plain.npz")      # guided by itself: nothing changes
+    same, plain = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(int) for x in ("same", "plain"))
+    assert np.abs(same - plain).max() <= 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--sampling_steps", "-3"], "--sampling_steps -3 must be at least 1"),
+    (["--guidance", "0.5"], "--guidance 0.5 must be at least 1"),
+    (["--interval", "0.7", "0.2"], "--interval 0.7 0.2 must be two times"),
+    (["--n", "0"], "must be at least 1"),
+    (["--guid", "2"], "unrecognized arguments: --guid"),
+])
+def test_bad_flags_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_bad_labels_and_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--labels pink_circle: not among the model's 36 classes"):
+        run("--labels", "pink_circle")
+    with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
+        run("--ckpt", tmp_path / "nothing.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match="cut.pt is no checkpoint that can be read safely"):
+        run("--ckpt", tmp_path / "cut.pt")
+    torch.save({"x": argparse.Namespace}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="with code in it"):
+        run("--ckpt", tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="no checkpoint of train_dit.py"):
+        run("--ckpt", sample.SHIPPED.parent / "tiny_encoder.safetensors")

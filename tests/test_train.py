@@ -1,0 +1,249 @@
+"""Both training scripts: exact resume, kills, accumulation, processes, errors.
+
+Run: python -m pytest tests/test_train.py
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import runtime
+import train_decoder
+import train_dit
+from conftest import ROOT
+
+DECODER = ("--decoder_width 32 --decoder_depth 1 --decoder_heads 2 --decoder_mlp 64 --batch 8 --stats_n 16 "
+           "--workers 0 --log_every 2 --save_every 2 --preview_every 0 --eval_every 0 --eval_n 4 --warmup 2 "
+           "--tau 0.5").split()
+DIT = ("--width 32 --depth 1 --heads 2 --head_width 320 --head_depth 1 --head_heads 4 --batch 8 --workers 0 "
+       "--log_every 2 --save_every 2 --preview_every 0 --warmup 2 --decay_start 2 --sampling_steps 2 "
+       "--eval_n 36").split()
+STAGES = [(train_decoder, DECODER), (train_dit, DIT)]
+
+
+def go(script, *argv):
+    script.main(script.parse_args([str(a) for a in argv]))
+
+
+def load(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def difference(a, b):
+    """Largest difference between any two tensors of two checkpoints, EMA and optimizer state included."""
+    if isinstance(a, torch.Tensor):
+        return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max([difference(a[k], b[k]) for k in a if k != "args"], default=0.0)
+    if isinstance(a, (list, tuple)):
+        return max([difference(x, y) for x, y in zip(a, b, strict=True)], default=0.0)
+    assert a == b
+    return 0.0
+
+
+@pytest.mark.parametrize("script, flags", STAGES)
+def test_resume_is_exact_to_the_bit(script, flags, tmp_path):
+    common = [*flags, "--decay_end", 6] if script is train_dit else flags
+    go(script, *common, "--steps", 6, "--out", tmp_path / "straight")
+    go(script, *common, "--steps", 6, "--out", tmp_path / "twice", "--save_every", 4)
+    torch.save(load_at(script, common, tmp_path, 4), tmp_path / "twice" / "last.pt")
+    go(script, *common, "--steps", 6, "--out", tmp_path / "twice", "--resume", "--workers", 1)
+    assert difference(load(tmp_path / "straight"), load(tmp_path / "twice")) == 0
+    rows = [json.loads(r) for r in (tmp_path / "twice" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "step" in r] == [2, 4, 6]       # the first run's log past 4 is gone
+    assert rows[0]["args"]["batch"] == 8 and rows[0]["parameters"] > 0 and rows[0]["commit"]
+
+
+def load_at(script, flags, tmp_path, stop):
+    """The checkpoint of a run that was killed after `stop` steps of 6."""
+    saved, original = [], runtime.save_checkpoint
+
+    def save_and_die(path, **state):
+        original(path, **state)
+        if state["step"] == stop:
+            saved.append(torch.load(path, weights_only=True))
+            raise KeyboardInterrupt
+
+    runtime.save_checkpoint = save_and_die
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(script, *flags, "--steps", 6, "--out", tmp_path / "killed")
+    finally:
+        runtime.save_checkpoint = original
+    return saved[0]
+
+
+def test_kill_in_mid_save_leaves_the_last_whole_checkpoint(tmp_path):
+    """A child saves ever larger checkpoints without pause and is killed at random moments."""
+    code = ("import torch, runtime\n"
+            "for step in range(10**6):\n"
+            "    runtime.save_checkpoint('last.pt', step=step, x=torch.full((300_000,), step))\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for delay in (0.05, 0.11, 0.17):
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+        while not (tmp_path / "last.pt").exists():
+            assert child.poll() is None
+            time.sleep(0.01)
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        state = runtime.load_checkpoint(tmp_path / "last.pt")
+        assert (state["x"] == state["step"]).all()
+
+
+def test_real_run_killed_with_9_resumes_to_the_same_weights(tmp_path):
+    flags = [*DIT, "--decay_end", "40", "--steps", "40"]
+    argv = [sys.executable, "train_dit.py", *flags, "--out", str(tmp_path / "killed")]
+    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "last.pt").exists():
+        assert child.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    step = load(tmp_path / "killed")["step"]
+    assert step < 40
+    go(train_dit, *flags, "--out", tmp_path / "killed", "--resume")
+    go(train_dit, *flags, "--out", tmp_path / "straight")
+    assert difference(load(tmp_path / "straight"), load(tmp_path / "killed")) == 0
+
+
+@pytest.mark.parametrize("script, flags", STAGES)
+def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path):
+    common = [*flags, "--micro_batch", "4", "--steps", "3", "--dtype", "fp32"]
+    go(script, *common, "--out", tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    f"{script.__name__}.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL)
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert difference(one["model"], two["model"]) < 1e-5 and difference(one["ema"], two["ema"]) < 1e-5
+    assert difference(one["rae"], two["rae"]) < 1e-5                   # statistics merge over processes
+    records = [json.loads((tmp_path / x / "log.jsonl").read_text().splitlines()[-1]) for x in ("one", "two")]
+    assert abs(records[0]["loss"] - records[1]["loss"]) < 1e-5         # the log is the mean over processes
+
+
+@pytest.mark.parametrize("script, flags", STAGES)
+def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags, tmp_path, monkeypatch):
+    """With noise drawn per image, not per micro-batch, 1 x 8 and 4 x 2 images must give the same weights."""
+    if script is train_dit:
+        monkeypatch.setattr(train_dit, "sample_time", lambda n, law, dim, device: torch.linspace(0.3, 0.3, n))
+        monkeypatch.setattr(torch, "randn_like", lambda x, **_: x.flip(1))
+    else:
+        monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
+    flags = [*flags, "--steps", "3", "--dtype", "fp32"]
+    flags += ["--class_dropout", "0"] if script is train_dit else []
+    go(script, *flags, "--out", tmp_path / "big")
+    go(script, *flags, "--out", tmp_path / "small", "--micro_batch", 2)
+    assert difference(load(tmp_path / "big")["model"], load(tmp_path / "small")["model"]) < 1e-5
+
+
+def test_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, capsys):
+    original = train_dit.flow_matching_loss
+
+    def poisoned(model, x0, y, t, eps):
+        poisoned.calls += 1
+        return original(model, x0, y, t, eps) * (float("nan") if poisoned.calls == 2 else 1.0)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train_dit, "flow_matching_loss", poisoned)
+    go(train_dit, *DIT, "--steps", 3, "--out", tmp_path)
+    assert all(v.isfinite().all() for v in load(tmp_path)["model"].values())
+    assert "step 1: not finite, update left out: loss nan" in capsys.readouterr().err
+
+
+def test_ema_follows_and_is_what_is_saved_in_the_autoencoder(tmp_path):
+    go(train_decoder, *DECODER, "--steps", 4, "--out", tmp_path)
+    state = load(tmp_path)
+    assert difference(state["model"], state["ema"]) > 0
+    assert difference(state["ema"], state["rae"]["decoder"]) == 0
+    assert state["rae"]["latent_var"].shape == (320, 4, 4)
+
+
+def test_latent_statistics_are_those_of_all_latents():
+    from data import batches, open_data
+    encoder, data = train_decoder.Encoder("tiny"), open_data("shapes", 64, objects=1)
+    mean, var = train_decoder.latent_statistics(encoder, data, 24, 8)
+    images = torch.cat([images for _, _, images, _, _ in batches(data, 8, 8, stop=3, workers=0)])
+    z = encoder.encode(images.float() / 255)
+    torch.testing.assert_close(mean, z.mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(var, z.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("law", ["half_normal", "uniform"])
+def test_latent_noise_law(law):
+    z = train_decoder.add_noise(torch.zeros(4000, 8, 4, 4), 0.5, law)
+    sigma = z.flatten(1).std(1)
+    mean = 0.5 * (2 / torch.pi) ** 0.5 if law == "half_normal" else 0.25
+    assert abs(sigma.mean() - mean) < 0.02
+    assert (sigma.max() > 0.8) == (law == "half_normal")
+
+
+def test_preview_evaluation_and_upsampling(tmp_path):
+    go(train_decoder, *DECODER, "--steps", 2, "--decoder_patch", 32, "--preview_every", 2, "--eval_every", 2,
+       "--out", tmp_path / "decoder")
+    assert (tmp_path / "decoder" / "preview_0000002.png").exists()
+    record = [json.loads(r) for r in (tmp_path / "decoder" / "log.jsonl").read_text().splitlines()][-1]
+    assert {"psnr", "ssim", "frechet_distance"} <= record.keys()
+    go(train_dit, *DIT, "--rae", tmp_path / "decoder" / "last.pt", "--steps", 2, "--preview_every", 2,
+       "--eval_every", 2, "--out", tmp_path / "dit")
+    from PIL import Image
+    assert Image.open(tmp_path / "dit" / "preview_0000002.png").size[0] == 12 * 130 + 2
+    record = [json.loads(r) for r in (tmp_path / "dit" / "log.jsonl").read_text().splitlines()][-1]
+    assert {"frechet_distance", "right_colour_and_shape", "unsure"} <= record.keys()
+
+
+def test_plain_dit_and_named_sizes():
+    args = train_dit.parse_args(["--model", "DiTDH-XL", "--depth", "3"])
+    assert (args.width, args.depth, args.heads, args.head_width, args.head_heads) == (1152, 3, 16, 2048, 16)
+    assert train_dit.parse_args(["--model", "DiT-S"]).head_width == 0
+    args = train_decoder.parse_args(["--decoder", "XL", "--decoder_mlp", "96"])
+    assert (args.decoder_width, args.decoder_depth, args.decoder_mlp) == (1152, 28, 96)
+
+
+@pytest.mark.parametrize("script, argv, message", [
+    (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
+    (train_dit, ["--class_dropout", "1"], "--class_dropout 1.0 must lie in [0,1)"),
+    (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
+    (train_dit, ["--warmup", "3000"], "--warmup 3000"),
+    (train_dit, ["--steps", "0"], "--steps 0 must be at least 1"),
+    (train_dit, ["--batch", "10", "--micro_batch", "4"],
+     "--batch 10 must be a multiple of --micro_batch 4 x 1"),
+    (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
+    (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
+    (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
+    (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
+    (train_decoder, ["--decoder_heads", "3"], "--decoder_width 256 must be a multiple of --decoder_heads 3"),
+    (train_decoder, ["--tau", "-1"], "--tau -1.0"),
+    (train_decoder, ["--encoder", "vgg99"], "--encoder vgg99 is neither"),
+])
+def test_bad_flags_are_refused_before_anything_is_built(script, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
+    go(train_dit, *DIT, "--steps", 2, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        train_dit.parse_args([*DIT, "--out", str(tmp_path)])
+    assert "exists; add --resume" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--depth 2 differs from the checkpoint's 1; resume with --depth 1"):
+        go(train_dit, *DIT, "--depth", 2, "--steps", 4, "--out", tmp_path, "--resume")
+    with pytest.raises(ValueError, match="has done 2 steps; raise --steps 2"):
+        go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--resume")
+    go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--overwrite")
+
+
+def test_bad_data_stops_before_any_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_decoder, "Encoder", None)                # calling it would be a TypeError
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        go(train_decoder, *DECODER, "--data", "nowhere", "--out", tmp_path)
+    monkeypatch.setattr(train_dit, "unpack_rae", None)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        go(train_dit, *DIT, "--data", "nowhere", "--out", tmp_path)

@@ -1,0 +1,234 @@
+"""Stage 1: train a ViT decoder over a frozen encoder, and measure the statistics of its latents.
+
+    python train_decoder.py                          the built-in world over the shipped encoder, laptop size
+    python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --batch 64 --micro_batch 8
+    torchrun --nproc_per_node=8 train_decoder.py --data imagenet/ --encoder dinov2-b --decoder XL --batch 512
+        --micro_batch 16 --steps 40032 --lr 2e-4 --warmup 2502 --lr_end 0.1 --tau 0.8 --ema 0.9978
+Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log.jsonl and preview_*.png.
+"""
+import argparse
+import contextlib
+import copy
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import eval_fid
+import runtime
+from data import batches, check, open_data
+from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
+
+SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
+           "decoder_patch tau noise_law hold_out").split()           # flags that a resumed run may not change
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    # data
+    p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
+    p.add_argument("--size", type=int, help="side of the images, pixels (default: 64 for tiny, else 256)")
+    p.add_argument("--hold_out", type=int, help="images of each source kept for evaluation; default: eval_n")
+    p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
+    # model
+    p.add_argument("--encoder", default="tiny", help="tiny, dinov2-s|b|l, siglip2-b|so400m, mae-b, timm ViT")
+    p.add_argument("--decoder", choices=DECODER_SIZES, default="tiny", help="sets decoder_* to a named size")
+    p.add_argument("--decoder_width", type=int, help="a multiple of 4 and of decoder_heads")
+    p.add_argument("--decoder_depth", type=int)
+    p.add_argument("--decoder_heads", type=int)
+    p.add_argument("--decoder_mlp", type=int, help="hidden width of the MLPs")
+    p.add_argument("--decoder_patch", type=int, default=16, help="output pixels per token side; 32 upsamples")
+    # optimisation
+    p.add_argument("--tau", type=float, default=0.2, help="strength of the latent noise (paper 0.8)")
+    p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
+                   help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
+    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
+    p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
+    p.add_argument("--steps", type=int, default=1000, help="optimizer steps in all")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the paper uses 2e-4")
+    p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
+    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    p.add_argument("--weight_decay", type=float, default=0.0)
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none, as released")
+    p.add_argument("--ema", type=float, default=0.99, help="decay per step in [0,1); the release uses 0.9978")
+    # run
+    p.add_argument("--out", default="runs/decoder", help="folder of the run")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stats_n", type=int, default=10_000, help="images for the latent statistics; 0: all")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
+    p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
+    p.add_argument("--log_every", type=int, default=50, help="steps")
+    p.add_argument("--save_every", type=int, default=500, help="steps; the last step is always saved")
+    p.add_argument("--preview_every", type=int, default=500, help="steps between EMA pictures; 0: none")
+    p.add_argument("--eval_every", type=int, default=500, help="steps between held-out evaluations; 0: none")
+    p.add_argument("--eval_n", type=int, default=200, help="images per evaluation")
+    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
+    p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
+    args = p.parse_args(argv)
+    for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.size = args.size or (64 if args.encoder == "tiny" else 256)
+    args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
+    runtime.check_common(p, args)
+    try:
+        require_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
+        pixel_statistics(args.encoder)
+    except ValueError as error:
+        p.error(str(error))
+    if args.decoder_width % 4 or min(args.decoder_mlp, args.decoder_depth, args.decoder_patch) < 1:
+        p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4, and --decoder_mlp "
+                f"{args.decoder_mlp}, --decoder_depth {args.decoder_depth} and --decoder_patch "
+                f"{args.decoder_patch} at least 1")
+    if args.tau < 0 or args.stats_n < 0 or args.size < 1:
+        p.error(f"--tau {args.tau} and --stats_n {args.stats_n} must be at least 0, --size {args.size} 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------- latents
+def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
+    """Mean and variance of each latent element over n images: two fp32 tensors c h w.
+
+    One streaming pass in fp64 (Welford, batch by batch), merged exactly over processes; the release keeps a
+    running average of its last 20 batches instead.              Source: Chan et al. 1979; RAE section 3.1
+    """
+    moments = (0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    micro, device = max(1, min(batch, n // world)), next(encoder.parameters()).device
+    for _, _, images, _, _ in batches(data, micro * world, micro, 0, rank, world, workers,
+                                      stop=n // (micro * world)):
+        z = encoder.encode(images.to(device).float() / 255).double().cpu()
+        moments = join(moments, (len(z), z.mean(0), (z - z.mean(0)).square().sum(0)))
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, moments)
+        moments = parts[0]
+        for part in parts[1:]:
+            moments = join(moments, part)
+    n, mean, scatter = moments
+    return mean.float(), (scatter / n).float()
+
+
+def join(a, b):
+    """(count, mean, sum of squared deviations) of two disjoint samples together."""
+    n, delta = a[0] + b[0], b[1] - a[1]
+    return n, a[1] + delta * (b[0] / n), a[2] + b[2] + delta.square() * (a[0] * b[0] / n)
+
+
+def add_noise(z, tau, law):
+    """Noise-augmented decoding: z + sigma * N(0,1), one sigma per sample.  z: b c h w, not yet normalised.
+
+    Source: RAE section 4.3: sigma ~ |N(0, tau^2)|, "half_normal"; the release: tau * U(0,1), "uniform".
+    """
+    sigma = torch.randn(len(z), 1, 1, 1, device=z.device).abs() if law == "half_normal" else \
+        torch.rand(len(z), 1, 1, 1, device=z.device)
+    return z + tau * sigma * torch.randn_like(z)
+
+
+# ---------------------------------------------------------------------------------- losses
+def losses(images, target):
+    """Terms of the reconstruction loss by name; their sum is minimised.  images, target: b 3 H W in [0,1]."""
+    return dict(l1=(images - target).abs().mean())
+
+
+def main(args):
+    rank, world, device = runtime.setup()
+    accumulate = args.batch // (args.micro_batch * world)
+    data = open_data(args.data, args.size, args.seed, "random", hold_out=args.hold_out)
+    val = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
+    check(data, args.batch)
+    resumed = runtime.resume(args, SHAPING)
+    encoder = Encoder(args.encoder, args.size).to(device)
+    torch.manual_seed(args.seed)
+    decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
+    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    start = 0
+    if resumed:
+        load_release(decoder, {"model": resumed["model"]})
+        load_release(ema, {"ema": resumed["ema"]})
+        opt.load_state_dict(resumed["opt"])
+        start = resumed["step"]
+        latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
+    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in decoder.parameters()))
+    if not resumed:
+        centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
+        n = min(args.stats_n or len(centred), len(centred))
+        latent_mean, latent_var = latent_statistics(encoder, centred, n, args.micro_batch, rank, world,
+                                                    args.workers)
+        log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
+    step_model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
+    if args.compile:
+        step_model = torch.compile(step_model)
+    rae = RAE(encoder, ema, latent_mean, latent_var).to(device).eval()
+
+    def save(step):
+        if rank == 0:
+            sizes = {k: v for k, v in vars(args).items() if k.startswith("decoder_")}
+            packed = dict(encoder=args.encoder, size=args.size, decoder=ema.state_dict(), **sizes,
+                          latent_mean=latent_mean, latent_var=latent_var)            # for model.unpack_rae
+            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema.state_dict(),
+                                    rae=packed, opt=opt.state_dict(), step=step, args=runtime.plain(args))
+
+    sums = {}
+    for step, m, images, _, _ in batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
+                                         stop=args.steps):
+        last = m // world == accumulate - 1
+        images = images.to(device).float() / 255
+        z = encoder.encode(images)                                      # b c h w, not normalised
+        runtime.seed_step(args.seed, step, m)
+        z = add_noise(z, args.tau, args.noise_law)
+        quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
+        with quiet:                                                     # DDP averages gradients once a step
+            with runtime.autocast(device, args.dtype):
+                pixels = step_model(z) * rae.pixel_std + rae.pixel_mean  # b 3 H W in [0,1]
+            terms = losses(pixels, match(images, pixels))
+            (sum(terms.values()) / accumulate).backward()
+        for name, value in {**terms, "loss": sum(terms.values())}.items():
+            sums[name] = sums.get(name, 0) + value.detach() / accumulate
+        if not last:
+            continue
+        lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
+        norm = runtime.step_optimizer(opt, decoder, args.clip, sums["loss"], step, lr)
+        runtime.update_ema(ema, decoder, args.ema, step)
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            means = {k: runtime.all_mean(v).item() / (done - log.last_step) for k, v in sums.items()}
+            log.step(done, means.pop("loss"), norm, lr, **means)
+            sums = {}
+        if done % args.save_every == 0 or done == args.steps:
+            save(done)
+        if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
+            picture = reconstruction_picture(rae, eval_fid.real_images(val, range(12)))
+            picture.save(f"{args.out}/preview_{done:07d}.png")
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            metrics = eval_fid.evaluate_reconstruction(rae, val, args.eval_n, rank, world)
+            log.write(dict(step=done, **metrics))
+            log.say(f"step {done} | held-out " + eval_fid.one_line(metrics))
+
+
+def match(images, pixels):
+    """The target at the decoder's resolution: itself, or resized for an upsampling decoder."""
+    if images.shape == pixels.shape:
+        return images
+    return F.interpolate(images, size=pixels.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+
+
+@torch.no_grad()
+def reconstruction_picture(rae, images):
+    """A PIL picture: originals in the upper row, reconstructions below.  images: uint8 b H W 3."""
+    x = rearrange(images, "b h w c -> b c h w").to(rae.pixel_mean.device).float() / 255
+    back = rae.decode(rae.encode(x))
+    rows = torch.cat([match(x, back), back]).float().cpu()
+    sheet = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "(r b) c h w -> (r h) (b w) c", r=2)
+    return Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8))
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -1,0 +1,180 @@
+"""Stage 2: train a DiT or DiT^DH by flow matching on the latents of a frozen RAE.
+
+    python train_dit.py                                             the built-in world, laptop size
+    python train_dit.py --data photos/ --rae runs/decoder/last.pt   your own images
+    torchrun --nproc_per_node=8 train_dit.py --model DiTDH-XL --data imagenet/ --rae decoder.pt --batch 1024
+        --micro_batch 32 --steps 1000800 --lr 2e-4 --lr_end 0.1 --decay_start 50040 --ema 0.9995 --dtype fp32
+(the paper's recipe). Writes OUT/last.pt (all that sampling and an exact resume need), log.jsonl, previews.
+"""
+import argparse
+import contextlib
+import copy
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import eval_fid
+import runtime
+import sample
+from data import batches, check, open_data
+from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, require_heads, sample_time,
+                   unpack_rae)
+
+SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
+SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
+           "time_law flip hold_out").split()               # flags that a resumed run may not change
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    # data
+    p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
+    p.add_argument("--rae", default=str(SHIPPED_RAE), help="checkpoint of train_decoder.py")
+    p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
+    p.add_argument("--hold_out", type=int, default=0, help="images kept out of training, for evaluation")
+    p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
+    # model
+    p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
+    p.add_argument("--width", type=int, default=256, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--depth", type=int, default=6, help="blocks of the backbone")
+    p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
+    p.add_argument("--head_width", type=int, default=384, help="of the wide head; 0: the plain DiT, no head")
+    p.add_argument("--head_depth", type=int, default=2, help="blocks of the wide head")
+    p.add_argument("--head_heads", type=int, default=6, help="attention heads of the wide head")
+    p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
+    # optimisation
+    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
+    p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
+    p.add_argument("--steps", type=int, default=2000, help="optimizer steps in all")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the papers use 2e-4")
+    p.add_argument("--lr_end", type=float, default=0.05, help="last learning rate, share of --lr (paper 0.1)")
+    p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    p.add_argument("--decay_start", type=int, help="step where linear decay begins; default: steps / 2")
+    p.add_argument("--decay_end", type=int, help="step at which it ends (default: steps)")
+    p.add_argument("--weight_decay", type=float, default=0.0)
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
+    p.add_argument("--ema", type=float, default=0.997, help="decay per step in [0,1); the paper uses 0.9995")
+    p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="logit_normal",
+                   help="distribution of t before the shift")
+    # run
+    p.add_argument("--out", default="runs/dit", help="folder of the run")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--log_every", type=int, default=50, help="steps")
+    p.add_argument("--save_every", type=int, default=500, help="steps; the last step is always saved")
+    p.add_argument("--preview_every", type=int, default=500, help="steps between EMA sample grids; 0: none")
+    p.add_argument("--eval_every", type=int, default=0, help="steps between EMA evaluations; 0: none")
+    p.add_argument("--eval_n", type=int, default=360, help="images per evaluation")
+    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
+    p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
+    sample.add_sampling_flags(p)
+    args = p.parse_args(argv)
+    if args.model:                                             # the size first, then what was given beside it
+        p.set_defaults(**DIT_SIZES[args.model])
+        args = p.parse_args(argv)
+    args.decay_start = args.steps // 2 if args.decay_start is None else args.decay_start
+    args.decay_end = args.steps if args.decay_end is None else args.decay_end
+    runtime.check_common(p, args)
+    sample.check_sampling_flags(p, args)
+    try:
+        require_heads(args.width, args.heads, "--width", "--heads", multiple=4)
+        if args.head_width:
+            require_heads(args.head_width, args.head_heads, "--head_width", "--head_heads", multiple=4)
+    except ValueError as error:
+        p.error(str(error))
+    if not 0 <= args.class_dropout < 1:
+        p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
+    if not args.warmup <= args.decay_start <= args.decay_end:
+        p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} must "
+                f"not decrease; lower --warmup")
+    if not Path(args.rae).exists():
+        p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
+    return args
+
+
+def main(args):
+    rank, world, device = runtime.setup()
+    accumulate = args.batch // (args.micro_batch * world)
+    packed = runtime.load_checkpoint(args.rae)["rae"]
+    split = dict(hold_out=args.hold_out, objects=1)
+    data = open_data(args.data, packed["size"], args.seed, flip=args.flip == "on", **split)
+    val = open_data(args.data, packed["size"], split="val", **split)
+    check(data, args.batch)
+    resumed = runtime.resume(args, SHAPING)
+    rae = unpack_rae(packed).to(device)
+    channels, grid, _ = packed["latent_mean"].shape
+    torch.manual_seed(args.seed)
+    model = build_dit(vars(args), channels, grid, data.num_classes).to(device).train()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    start = 0
+    if resumed:
+        load_release(model, {"model": resumed["model"]})
+        load_release(ema, {"ema": resumed["ema"]})
+        opt.load_state_dict(resumed["opt"])
+        start = resumed["step"]
+    step_model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    if args.compile:
+        step_model = torch.compile(step_model)
+    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
+    log.say(f"latents {channels} x {grid} x {grid}, shift a = {(channels * grid * grid / 4096) ** 0.5:.3f}; "
+            f"{len(data)} images in {data.num_classes} classes")
+
+    def save(step):
+        if rank == 0:
+            runtime.save_checkpoint(
+                f"{args.out}/last.pt", model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
+                step=step, args=runtime.plain(args), num_classes=data.num_classes, rae=packed,
+                class_names=data.class_names, latent_shape=[channels, grid])
+
+    # total loss; then loss and count of the images in ten bins of t
+    sums = torch.zeros(21, device=device)
+    for step, m, images, labels, _ in batches(data, args.batch, args.micro_batch, start, rank, world,
+                                              args.workers, stop=args.steps):
+        last = m // world == accumulate - 1
+        images, labels = images.to(device).float() / 255, labels.to(device)
+        x0 = rae.encode(images)                                         # b c h w, unit variance
+        runtime.seed_step(args.seed, step, m)
+        t = sample_time(len(x0), args.time_law, x0[0].numel(), device) # b
+        eps = torch.randn_like(x0)
+        quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
+        with quiet:                                                     # DDP averages gradients once a step
+            with runtime.autocast(device, args.dtype):
+                loss = flow_matching_loss(step_model, x0, labels, t, eps)  # b
+            (loss.mean() / accumulate).backward()
+        loss, tenth = loss.detach(), (t * 10).long().clamp(max=9)
+        sums[0] += loss.mean() / accumulate
+        sums[1:11].index_add_(0, tenth, loss)
+        sums[11:].index_add_(0, tenth, torch.ones_like(loss))
+        if not last:
+            continue
+        lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end, args.lr_end)
+        norm = runtime.step_optimizer(opt, model, args.clip, loss.mean(), step, lr)
+        runtime.update_ema(ema, model, args.ema, step)
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            means = runtime.all_mean(sums)
+            by_t = (means[1:11] / means[11:]).tolist()                  # NaN where no t fell into the bin
+            log.step(done, means[0].item() / (done - log.last_step), norm, lr,
+                     loss_by_t=[x if x == x else None for x in by_t])
+            sums.zero_()
+        if done % args.save_every == 0 or done == args.steps:
+            save(done)
+        if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
+            classes = list(range(min(data.num_classes, 36)))
+            images = sample.generate(ema, rae, classes * 2, args)
+            names = [data.class_names[k] for k in classes]
+            sample.draw_grid(images, names).save(f"{args.out}/preview_{done:07d}.png")
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            metrics = eval_fid.evaluate_generation(ema, rae, val, args, args.eval_n, rank, world)
+            log.write(dict(step=done, **metrics))
+            log.say(f"step {done} | " + eval_fid.one_line(metrics))
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)
