@@ -86,6 +86,7 @@ class Encoder(nn.Module):
         self.grid = self.image_size // stride
         if name == "tiny":
             self.backbone = VisionTransformer(**{**TINY, "img_size": self.input_size})
+            self.backbone.norm = nn.Identity()                               # its file has no affine at all
             state = load_file(HERE / "assets" / "tiny_encoder.safetensors")
             state["pos_embed"] = timm.layers.resample_abs_pos_embed(         # as it is on the grid of TINY
                 state["pos_embed"].float(), (self.grid, self.grid), num_prefix_tokens=0)

@@ -26,9 +26,11 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")         # TF32 for fp32 matmuls, as the release was trained
-    elif platform.libc_ver()[0] == "glibc":                # it would map and unmap large tensors at each step
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)      # M_MMAP_THRESHOLD: keep freed memory at hand
-        ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)      # M_TRIM_THRESHOLD
+    else:
+        torch.backends.cuda.enable_flash_sdp(False)        # CPUs too: on few tokens plain products are faster
+        if platform.libc_ver()[0] == "glibc":              # it would map and unmap large tensors at each step
+            ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: keep freed memory at hand
+            ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return rank, world, device

@@ -155,7 +155,7 @@ def draw_grid(images, captions=(), columns=12, scale=1):
 
 
 # ---------------------------------------------------------------------------------- command line
-def add_sampling_flags(p, guidance=2.0, steps=50):
+def add_sampling_flags(p, guidance=2.0, steps=25):
     """The flags that generate() reads, shared by every script that samples."""
     p.add_argument("--sampling_steps", type=int, default=steps, help="solver steps, at least 1")
     p.add_argument("--solver", choices=SOLVERS, default="euler")
@@ -182,7 +182,7 @@ def parse_args(argv=None):
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
     p.add_argument("--labels", nargs="+", default=["all"],
                    help="class ids or names (spaces as _), `all` in turn, or `none`: unconditional")
-    p.add_argument("--n", type=int, help="number of images (default: 6 for each label)")
+    p.add_argument("--n", type=int, help="number of images (default: 4 for each label)")
     add_sampling_flags(p)
     p.add_argument("--batch", type=int, default=72, help="images per forward; does not change them")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
@@ -203,8 +203,8 @@ def parse_labels(labels, class_names):
         return list(range(len(class_names)))
     wrong = [label for label in labels if label.replace(" ", "_") not in known]
     if wrong:
-        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {len(class_names)} classes, "
-                         f"0 to {len(class_names) - 1} or {', '.join(list(known)[:2])} ...; none: unconditional")
+        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {len(class_names)} classes, 0 to "
+                         f"{len(class_names) - 1} or {', '.join(list(known)[:2])} ...; none: unconditional")
     return [known[label.replace(" ", "_")] for label in labels]
 
 
@@ -228,7 +228,7 @@ def main(args):
                              f"{weak_state['latent_shape']}, --ckpt {state['latent_shape']}; they must agree")
     labels = parse_labels(args.labels, state["class_names"])
     check_guidance(args, state, args.ckpt, labels)
-    n, start = args.n or 6 * len(labels), time.time()
+    n, start = args.n or 4 * len(labels), time.time()
     mine = range(rank, n, world)                                        # image i goes to process i % world
     chunks = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
     out, images = Path(args.out), []

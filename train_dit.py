@@ -37,12 +37,12 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
-    p.add_argument("--width", type=int, default=256, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--width", type=int, default=192, help="of the backbone; a multiple of 4 * heads")
     p.add_argument("--depth", type=int, default=6, help="blocks of the backbone")
-    p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
-    p.add_argument("--head_width", type=int, default=384, help="of the wide head; 0: the plain DiT, no head")
+    p.add_argument("--heads", type=int, default=3, help="attention heads of the backbone")
+    p.add_argument("--head_width", type=int, default=320, help="of the wide head; 0: the plain DiT, no head")
     p.add_argument("--head_depth", type=int, default=2, help="blocks of the wide head")
-    p.add_argument("--head_heads", type=int, default=6, help="attention heads of the wide head")
+    p.add_argument("--head_heads", type=int, default=5, help="attention heads of the wide head")
     p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
     # optimisation
     p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
@@ -89,8 +89,8 @@ def parse_args(argv=None):
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
     if not args.warmup <= args.decay_start <= args.decay_end:
-        p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} must "
-                f"not decrease; lower --warmup")
+        p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
+                f"must not decrease; lower --warmup")
     if not Path(args.rae).exists():
         p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
     return args

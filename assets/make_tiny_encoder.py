@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block, VisionTransformer
 
 import runtime
@@ -109,6 +109,7 @@ def main():
     p.add_argument("--masked", type=int, default=8, help="masked tokens of 16")
     p.add_argument("--spectrum", type=float, default=0.3, help="weight of the regressed spectrum; 0: MAE alone")
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--init", type=Path, help="encoder weights to go on from")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors")
@@ -117,12 +118,14 @@ def main():
     timm.layers.set_fused_attn(False)      # over 16 tokens plain bf16 products are twice as fast on CPU
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder()
+    if args.init:
+        model.encoder.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     data, start = open_data("shapes", 64, seed=args.seed, objects=(1, 1, 1, 2, 3, 4)), time.time()
     for step, _, images, _, _ in batches(data, args.batch, args.batch, stop=args.steps, workers=1):
         x = images.float() / 127.5 - 1
         for group in opt.param_groups:
-            group["lr"] = args.lr * runtime.lr_factor(step, 200, 200, args.steps, 0.01, "cosine")
+            group["lr"] = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
         with runtime.autocast(x.device, args.dtype):
             loss = mae = model(x, args.masked)
             if args.spectrum:
@@ -137,7 +140,7 @@ def main():
             extra = f" | spectrum {error.item():.3f}" if args.spectrum else ""
             seconds = time.time() - start
             print(f"step {step}/{args.steps} | mae {mae.item():.4f}{extra} | {seconds:.0f} s", flush=True)
-        if step % 500 == 499 or step == args.steps - 1:
+        if step % 1000 == 999 or step == args.steps - 1:
             print(f"linear probe, 36 classes: {linear_probe(model):.3f}", flush=True)
             state = {k: v.half().contiguous() for k, v in model.encoder.state_dict().items()}
             save_file(state, args.out)
