@@ -31,14 +31,14 @@ HERE = Path(__file__).resolve().parent
 class MaskedAutoencoder(nn.Module):
     """Encoder on the visible tokens, light decoder on all; predicts every patch, masked or not, in [-1,1]."""
 
-    def __init__(self, width=192, depth=1):
+    def __init__(self, width=256, depth=2):
         super().__init__()
         d, p = TINY["embed_dim"], TINY["patch_size"]
         self.encoder, self.patch = VisionTransformer(**TINY), p
         self.encoder.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)  # as Encoder will use it
         self.embed, self.mask_token = nn.Linear(d, width), nn.Parameter(torch.zeros(width))
         self.register_buffer("pos", sincos_2d(width, TINY["img_size"] // p))
-        self.blocks = nn.Sequential(*(Block(width, 3, qkv_bias=True) for _ in range(depth)),
+        self.blocks = nn.Sequential(*(Block(width, 4, qkv_bias=True) for _ in range(depth)),
                                     nn.LayerNorm(width), nn.Linear(width, 3 * p * p))
         self.describe = nn.Linear(d, 56)       # linear, as the probe is
 
@@ -56,7 +56,7 @@ class MaskedAutoencoder(nn.Module):
         y = self.mask_token.expand(len(x), n, -1).scatter(1, index, self.embed(z).float())  # b n d
         y = self.blocks(y + self.pos)                                   # b n p*p*3
         target = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        return (y.float() - target).square().mean()
+        return (y.float() - target).square().mean(), z
 
 
 def spectrum(x):
@@ -106,7 +106,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     p.add_argument("--batch", type=int, default=96, help="images per step")
-    p.add_argument("--masked", type=int, default=8, help="masked tokens of 16")
+    p.add_argument("--masked", type=int, default=8, help="masked tokens of 16; 0: a plain autoencoder")
     p.add_argument("--spectrum", type=float, default=0.3, help="weight of the regressed spectrum; 0: MAE alone")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--init", type=Path, help="encoder weights to go on from")
@@ -127,9 +127,10 @@ def main():
         for group in opt.param_groups:
             group["lr"] = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
         with runtime.autocast(x.device, args.dtype):
-            loss = mae = model(x, args.masked)
+            mae, z = model(x, args.masked)
+            loss = mae
             if args.spectrum:
-                described = model.describe(model.encode(x).mean(1)).float()
+                described = model.describe((model.encode(x) if args.masked else z).mean(1)).float()
                 error = (described - spectrum(x)).square().mean()
                 loss = mae + args.spectrum * error
         opt.zero_grad()
