@@ -143,7 +143,7 @@ def real_images(data, numbers):
     return rearrange(torch.stack([data[k]["image"] for k in numbers]), "b c h w -> b h w c")
 
 
-def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None):
+def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32"):
     """Fréchet distance of n generated to n held-out images, and verified accuracy if the data are the shapes.
 
     model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
@@ -153,7 +153,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     chunks = share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
-        images = sample.generate(model, rae, labels, args, chunk, weak)
+        images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
         fake.add(features(rae.encoder, images))
         real.add(features(rae.encoder, real_images(val, chunk)))
         if val.class_names == CLASSES:
@@ -241,7 +241,8 @@ def main(args):
         model, rae, state = sample.load_dit(args.ckpt, device, encoder=True, weights=args.weights)
         sample.check_guidance(args, state, args.ckpt)
         weak = sample.load_dit(args.weak_ckpt, device)[0] if args.weak_ckpt else None
-        metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak)
+        metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak,
+                                      args.dtype)
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
     if rank == 0:
         for key, value in metrics.items():

@@ -33,17 +33,17 @@ ENCODERS = {
     "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
     "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
 }
-# The shipped encoder (assets/make_tiny_encoder.py): 16 tokens x 320 channels = 5120 > 4096, so that the time
-# shift is not the identity, in under 8 MB of half precision. No CLS token, as in SigLIP.
-TINY = dict(img_size=64, patch_size=16, embed_dim=320, depth=4, num_heads=5, mlp_ratio=2.0, class_token=False,
-            global_pool="", num_classes=0)
+# The shipped encoder (assets/make_tiny_encoder.py): 64 tokens x 128 channels = 8192, twice 4096, so that the
+# time shift is not the identity (a = 1.41). No CLS token, as in SigLIP.
+TINY = dict(img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, class_token=False, global_pool="",
+            num_classes=0)
 
 # Named sizes set the flags of the training scripts; every DiTDH has the same head.   Source: [RAE] appendix
 HEADS = {"DiT": dict(head_width=0), "DiTDH": dict(head_width=2048, head_depth=2, head_heads=16)}
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DIT_SIZES = {f"{family}-{size}": dict(width=width, depth=depth, heads=heads, **head)
              for family, head in HEADS.items() for size, (width, depth, heads) in DIT_SIZES.items()}
-DECODER_SIZES = {"tiny": (256, 4, 4, 1024), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+DECODER_SIZES = {"tiny": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
                  "XL": (1152, 28, 16, 4096)}         # XL keeps MLP 4096 (3.56 x): so are the released weights
 DECODER_SIZES = {size: dict(decoder_width=width, decoder_depth=depth, decoder_heads=heads, decoder_mlp=mlp)
                  for size, (width, depth, heads, mlp) in DECODER_SIZES.items()}

@@ -108,11 +108,12 @@ def noise(shape, seed, indices):
 
 
 @torch.no_grad()
-def generate(model, rae, labels, args, indices=None, weak=None):
+def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     """Images of the given classes: uint8 b H W 3.
 
     labels: b class ids (num_classes: unconditional). indices: b image numbers for the noise; else 0, 1, ...
-    args: the flags of add_sampling_flags. weak: the model of AutoGuidance, used when given.
+    args: the flags of add_sampling_flags, and seed. weak: the model of AutoGuidance, used when given.
+    dtype: of the matmuls; fp32 by default also while bf16 trains, so that all scripts agree.
     """
     device = model.pos_embed.device
     x = noise((model.in_channels, model.grid, model.grid), args.seed,
@@ -123,7 +124,7 @@ def generate(model, rae, labels, args, indices=None, weak=None):
     else:
         velocity = cfg(model, y, model.num_classes, args.guidance, args.interval)
     shift = math.sqrt(x[0].numel() / 4096)
-    with runtime.autocast(device, args.dtype):
+    with runtime.autocast(device, dtype):
         x = SOLVERS[args.solver](velocity, x, time_grid(args.sampling_steps, shift, args.release_grid))
         images = rae.decode(x)
     return rearrange((images.float() * 255).round().byte(), "b c h w -> b h w c").cpu()
@@ -203,8 +204,8 @@ def parse_labels(labels, class_names):
         return list(range(len(class_names)))
     wrong = [label for label in labels if label.replace(" ", "_") not in known]
     if wrong:
-        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {len(class_names)} classes, 0 to "
-                         f"{len(class_names) - 1} or {', '.join(list(known)[:2])} ...; none: unconditional")
+        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {len(class_names)} classes, "
+                         f"0 to {len(class_names) - 1} or {', '.join(list(known)[:2])} ...; or none")
     return [known[label.replace(" ", "_")] for label in labels]
 
 
@@ -235,7 +236,7 @@ def main(args):
     folder = out.suffix not in (".png", ".npz")
     (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     for chunk in tqdm(chunks, unit="batch", disable=rank > 0 or None):
-        batch = generate(model, rae, [labels[i % len(labels)] for i in chunk], args, chunk, weak)
+        batch = generate(model, rae, [labels[i % len(labels)] for i in chunk], args, chunk, weak, args.dtype)
         if folder:
             for i, image in zip(chunk, batch.numpy()):
                 Image.fromarray(image).save(out / f"{i:06d}.png")

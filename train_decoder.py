@@ -42,14 +42,14 @@ def parse_args(argv=None):
     p.add_argument("--decoder_depth", type=int)
     p.add_argument("--decoder_heads", type=int)
     p.add_argument("--decoder_mlp", type=int, help="hidden width of the MLPs")
-    p.add_argument("--decoder_patch", type=int, default=16, help="output pixels per token side; 32 upsamples")
+    p.add_argument("--decoder_patch", type=int, help="output pixels per token; default: 16, or 8 for tiny")
     # optimisation
-    p.add_argument("--tau", type=float, default=0.2, help="strength of the latent noise (paper 0.8)")
+    p.add_argument("--tau", type=float, default=0.05, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
     p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=1000, help="optimizer steps in all")
+    p.add_argument("--steps", type=int, default=500, help="optimizer steps in all")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the paper uses 2e-4")
     p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     # run
     p.add_argument("--out", default="runs/decoder", help="folder of the run")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--stats_n", type=int, default=10_000, help="images for the latent statistics; 0: all")
+    p.add_argument("--stats_n", type=int, default=5000, help="images for the latent statistics; 0: all")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
     p.add_argument("--log_every", type=int, default=50, help="steps")
@@ -74,7 +74,9 @@ def parse_args(argv=None):
     for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.size = args.size or (64 if args.encoder == "tiny" else 256)
+    tiny = args.encoder == "tiny"
+    args.size = args.size or (64 if tiny else 256)
+    args.decoder_patch = (8 if tiny else 16) if args.decoder_patch is None else args.decoder_patch
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
     try:

@@ -37,17 +37,17 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
-    p.add_argument("--width", type=int, default=192, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--width", type=int, default=128, help="of the backbone; a multiple of 4 * heads")
     p.add_argument("--depth", type=int, default=6, help="blocks of the backbone")
-    p.add_argument("--heads", type=int, default=3, help="attention heads of the backbone")
-    p.add_argument("--head_width", type=int, default=320, help="of the wide head; 0: the plain DiT, no head")
+    p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
+    p.add_argument("--head_width", type=int, default=192, help="of the wide head; 0: the plain DiT, no head")
     p.add_argument("--head_depth", type=int, default=2, help="blocks of the wide head")
-    p.add_argument("--head_heads", type=int, default=5, help="attention heads of the wide head")
+    p.add_argument("--head_heads", type=int, default=4, help="attention heads of the wide head")
     p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
     # optimisation
-    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
+    p.add_argument("--batch", type=int, default=32, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=2000, help="optimizer steps in all")
+    p.add_argument("--steps", type=int, default=1400, help="optimizer steps in all")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the papers use 2e-4")
     p.add_argument("--lr_end", type=float, default=0.05, help="last learning rate, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -76,8 +76,8 @@ def parse_args(argv=None):
     if args.model:                                             # the size first, then what was given beside it
         p.set_defaults(**DIT_SIZES[args.model])
         args = p.parse_args(argv)
-    args.decay_start = args.steps // 2 if args.decay_start is None else args.decay_start
-    args.decay_end = args.steps if args.decay_end is None else args.decay_end
+    args.decay_start = max(args.warmup, args.steps // 2) if args.decay_start is None else args.decay_start
+    args.decay_end = max(args.decay_start, args.steps) if args.decay_end is None else args.decay_end
     runtime.check_common(p, args)
     sample.check_sampling_flags(p, args)
     try:

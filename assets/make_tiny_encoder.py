@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 class MaskedAutoencoder(nn.Module):
     """Encoder on the visible tokens, light decoder on all; predicts every patch, masked or not, in [-1,1]."""
 
-    def __init__(self, width=256, depth=2):
+    def __init__(self, width=128, depth=1):
         super().__init__()
         d, p = TINY["embed_dim"], TINY["patch_size"]
         self.encoder, self.patch = VisionTransformer(**TINY), p
@@ -104,10 +104,10 @@ def linear_probe(model, train=6_000, test=3_000):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=96, help="images per step")
-    p.add_argument("--masked", type=int, default=8, help="masked tokens of 16; 0: a plain autoencoder")
-    p.add_argument("--spectrum", type=float, default=0.3, help="weight of the regressed spectrum; 0: MAE alone")
+    p.add_argument("--masked", type=int, default=16, help="masked tokens of 64")
+    p.add_argument("--spectrum", type=float, default=0.1, help="weight of the regressed spectrum; 0: MAE alone")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--init", type=Path, help="encoder weights to go on from")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
@@ -130,7 +130,7 @@ def main():
             mae, z = model(x, args.masked)
             loss = mae
             if args.spectrum:
-                described = model.describe((model.encode(x) if args.masked else z).mean(1)).float()
+                described = model.describe(z.mean(1)).float()
                 error = (described - spectrum(x)).square().mean()
                 loss = mae + args.spectrum * error
         opt.zero_grad()

@@ -178,20 +178,20 @@ def tiny():
 
 
 def test_tiny_encoder_is_frozen_and_normalised(tiny):
-    assert (tiny.channels, tiny.grid) == (320, 4) and tiny.channels * tiny.grid ** 2 > 4096
+    assert (tiny.channels, tiny.grid) == (128, 8) and tiny.channels * tiny.grid ** 2 > 4096
     tiny.train()
     assert not tiny.training and not tiny.backbone.blocks[0].training
     assert not any(p.requires_grad for p in tiny.parameters())
     z = tiny.encode(torch.rand(2, 3, 64, 64))
-    assert z.shape == (2, 320, 4, 4) and not z.requires_grad
+    assert z.shape == (2, 128, 8, 8) and not z.requires_grad
     assert z.mean(1).abs().max() < 1e-5 and (z.var(1, unbiased=False) - 1).abs().max() < 1e-2
     assert (model_module.HERE / "assets/tiny_encoder.safetensors").stat().st_size <= 8e6
 
 
 def test_tiny_encoder_takes_other_sizes():
     z = Encoder("tiny", 96).encode(torch.rand(1, 3, 96, 96))
-    assert z.shape == (1, 320, 6, 6)
-    with pytest.raises(ValueError, match="--size 70 must be a multiple of 16.*try --size 64"):
+    assert z.shape == (1, 128, 12, 12)
+    with pytest.raises(ValueError, match="--size 70 must be a multiple of 8.*try --size 64"):
         Encoder("tiny", 70)
 
 
@@ -225,8 +225,8 @@ def test_decoder_patch_is_free_and_other_grids_are_resized():
 
 
 def test_rae_normalises_and_inverts(tiny):
-    decoder = Decoder(320, 4, 16, 32, 1, 2, 64)
-    mean, var = torch.randn(320, 4, 4), torch.rand(320, 4, 4) + 0.1
+    decoder = Decoder(128, 8, 8, 32, 1, 2, 64)
+    mean, var = torch.randn(128, 8, 8), torch.rand(128, 8, 8) + 0.1
     rae, plain, x = RAE(tiny, decoder, mean, var), RAE(tiny, decoder), torch.rand(2, 3, 64, 64)
     z = tiny.encode(x)
     torch.testing.assert_close(plain.encode(x), z)

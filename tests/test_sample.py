@@ -73,7 +73,7 @@ def test_guidance_of_scale_1_is_conditional_and_costs_one_forward():
     torch.testing.assert_close(guided, start + 1.5 * (conditional - start), atol=1e-5, rtol=1e-5)
 
 
-FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), dtype="fp32", solver="euler",
+FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), solver="euler",
                            sampling_steps=4, release_grid=False)
 
 

@@ -20,7 +20,7 @@ from conftest import ROOT
 DECODER = ("--decoder_width 32 --decoder_depth 1 --decoder_heads 2 --decoder_mlp 64 --batch 8 --stats_n 16 "
            "--workers 0 --log_every 2 --save_every 2 --preview_every 0 --eval_every 0 --eval_n 4 --warmup 2 "
            "--tau 0.5").split()
-DIT = ("--width 32 --depth 1 --heads 2 --head_width 320 --head_depth 1 --head_heads 4 --batch 8 --workers 0 "
+DIT = ("--width 32 --depth 1 --heads 2 --head_width 128 --head_depth 1 --head_heads 4 --batch 8 --workers 0 "
        "--log_every 2 --save_every 2 --preview_every 0 --warmup 2 --decay_start 2 --sampling_steps 2 "
        "--eval_n 36").split()
 STAGES = [(train_decoder, DECODER), (train_dit, DIT)]
@@ -162,7 +162,7 @@ def test_ema_follows_and_is_what_is_saved_in_the_autoencoder(tmp_path):
     state = load(tmp_path)
     assert difference(state["model"], state["ema"]) > 0
     assert difference(state["ema"], state["rae"]["decoder"]) == 0
-    assert state["rae"]["latent_var"].shape == (320, 4, 4)
+    assert state["rae"]["latent_var"].shape == (128, 8, 8)
 
 
 def test_latent_statistics_are_those_of_all_latents():
@@ -185,7 +185,7 @@ def test_latent_noise_law(law):
 
 
 def test_preview_evaluation_and_upsampling(tmp_path):
-    go(train_decoder, *DECODER, "--steps", 2, "--decoder_patch", 32, "--preview_every", 2, "--eval_every", 2,
+    go(train_decoder, *DECODER, "--steps", 2, "--decoder_patch", 16, "--preview_every", 2, "--eval_every", 2,
        "--out", tmp_path / "decoder")
     assert (tmp_path / "decoder" / "preview_0000002.png").exists()
     record = [json.loads(r) for r in (tmp_path / "decoder" / "log.jsonl").read_text().splitlines()][-1]
@@ -210,7 +210,7 @@ def test_plain_dit_and_named_sizes():
     (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
     (train_dit, ["--class_dropout", "1"], "--class_dropout 1.0 must lie in [0,1)"),
     (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
-    (train_dit, ["--warmup", "3000"], "--warmup 3000"),
+    (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
     (train_dit, ["--steps", "0"], "--steps 0 must be at least 1"),
     (train_dit, ["--batch", "10", "--micro_batch", "4"],
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),

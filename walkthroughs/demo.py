@@ -25,7 +25,7 @@ EXPECTED = {"reconstruction PSNR, dB": (0, 0), "guided: right colour, %": (0, 95
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
 parser.add_argument("--decoder_steps", type=int, default=500)
-parser.add_argument("--dit_steps", type=int, default=1500)
+parser.add_argument("--dit_steps", type=int, default=1400)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
 
@@ -56,7 +56,7 @@ def curve(draw, box, points, title):
 
 # %% Stage 1: a decoder over the shipped frozen encoder
 stage("decoder", train_decoder, "--out", out / "decoder", "--steps", args.decoder_steps, "--eval_every", 0,
-      "--preview_every", 0, "--stats_n", 5000, "--overwrite")
+      "--preview_every", 0, "--overwrite")
 reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decoder/last.pt", "--n", 200)
 
 # %% Stage 2: a DiT^DH on its latents
