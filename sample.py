@@ -103,8 +103,8 @@ def load_dit(path, device="cpu", encoder=False, weights="ema"):
 
 def noise(shape, seed, indices):
     """Standard normal noise, (len(indices), *shape); the row of image i depends on (seed, i) alone."""
-    rng = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=rng.manual_seed(seed * 2 ** 32 + i)) for i in indices])
+    rows = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(rows))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Pretrain the shipped `tiny` encoder on the built-in world, without labels; writes tiny_encoder.safetensors.
 
-Masked autoencoding (arXiv 2111.06377) keeps the pixels in the tokens. Objects here are one or two patches wide, so
-patches alone say little of shape: beside the pixels, the mean token regresses a fixed descriptor of the whole image
-that is computed from its pixels (as MaskFeat, arXiv 2112.09133, regresses HOG): its rotation-invariant spectrum.
+Masked autoencoding (arXiv 2111.06377) keeps the pixels in the tokens, which say little of shape: so the mean
+token also regresses a fixed descriptor that is computed from the pixels of the whole image, its
+rotation-invariant spectrum (as MaskFeat, arXiv 2112.09133, regresses HOG). The defaults made the shipped file.
 Labels are used only by the linear probe that is printed on the way.
     python assets/make_tiny_encoder.py
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.vision_transformer import Block, VisionTransformer
 
 import runtime
@@ -62,13 +62,13 @@ class MaskedAutoencoder(nn.Module):
 def spectrum(x):
     """Shift- and rotation-invariant descriptor of images b 3 64 64: b 56, about unit variance.
 
-    Distance from the median border colour -> amplitude spectrum -> on 14 rings, the mean and the 4-, 6- and 10-fold
-    variation around the ring, which squares and crosses, triangles, stars have; logarithm.
+    Distance from the median border colour -> amplitude spectrum -> on 14 rings, the mean and the 4-, 6- and
+    10-fold variation around the ring, which squares and crosses, triangles, stars have; logarithm.
     """
     border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
     distance = (x - border[:, :, None, None]).square().sum(1).sqrt()
     distance = distance / distance.amax((1, 2), keepdim=True).clamp(min=0.1)
-    amplitude = torch.fft.fftshift(torch.fft.fft2(distance), dim=(1, 2)).abs()[:, None]     # zero frequency at 32
+    amplitude = torch.fft.fftshift(torch.fft.fft2(distance), dim=(1, 2)).abs()[:, None]  # zero: 32
     radius, angle = torch.linspace(2, 24, 14)[:, None], torch.arange(40) * (torch.pi / 40)
     rings = torch.stack([radius * angle.cos(), radius * angle.sin()], -1) / 32 + 1 / 64     # 14 40 2
     around = F.grid_sample(amplitude, rings.expand(len(x), -1, -1, -1), align_corners=False)[:, 0]
@@ -107,9 +107,8 @@ def main():
     p.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=96, help="images per step")
     p.add_argument("--masked", type=int, default=16, help="masked tokens of 64")
-    p.add_argument("--spectrum", type=float, default=0.1, help="weight of the regressed spectrum; 0: MAE alone")
+    p.add_argument("--spectrum", type=float, default=0.1, help="weight of the spectrum; 0: MAE alone")
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--init", type=Path, help="encoder weights to go on from")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors")
@@ -118,8 +117,6 @@ def main():
     timm.layers.set_fused_attn(False)      # over 16 tokens plain bf16 products are twice as fast on CPU
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder()
-    if args.init:
-        model.encoder.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     data, start = open_data("shapes", 64, seed=args.seed, objects=(1, 1, 1, 2, 3, 4)), time.time()
     for step, _, images, _, _ in batches(data, args.batch, args.batch, stop=args.steps, workers=1):

@@ -136,5 +136,5 @@ def test_bad_labels_and_checkpoints_are_named(tmp_path):
     torch.save({"x": argparse.Namespace}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match="with code in it"):
         run("--ckpt", tmp_path / "code.pt")
-    with pytest.raises(ValueError, match="no checkpoint of train_dit.py"):
+    with pytest.raises(ValueError, match="tiny_encoder.safetensors is no checkpoint"):
         run("--ckpt", sample.SHIPPED.parent / "tiny_encoder.safetensors")

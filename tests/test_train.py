@@ -198,11 +198,12 @@ def test_preview_evaluation_and_upsampling(tmp_path):
     assert {"frechet_distance", "right_colour_and_shape", "unsure"} <= record.keys()
 
 
-def test_plain_dit_and_named_sizes():
-    args = train_dit.parse_args(["--model", "DiTDH-XL", "--depth", "3"])
+def test_plain_dit_and_named_sizes(tmp_path):
+    out = ["--out", str(tmp_path)]
+    args = train_dit.parse_args(["--model", "DiTDH-XL", "--depth", "3", *out])
     assert (args.width, args.depth, args.heads, args.head_width, args.head_heads) == (1152, 3, 16, 2048, 16)
-    assert train_dit.parse_args(["--model", "DiT-S"]).head_width == 0
-    args = train_decoder.parse_args(["--decoder", "XL", "--decoder_mlp", "96"])
+    assert train_dit.parse_args(["--model", "DiT-S", *out]).head_width == 0
+    args = train_decoder.parse_args(["--decoder", "XL", "--decoder_mlp", "96", *out])
     assert (args.decoder_width, args.decoder_depth, args.decoder_mlp) == (1152, 28, 96)
 
 
@@ -218,13 +219,13 @@ def test_plain_dit_and_named_sizes():
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
-    (train_decoder, ["--decoder_heads", "3"], "--decoder_width 256 must be a multiple of --decoder_heads 3"),
+    (train_decoder, ["--decoder_heads", "3"], "--decoder_width 128 must be a multiple of --decoder_heads 3"),
     (train_decoder, ["--tau", "-1"], "--tau -1.0"),
     (train_decoder, ["--encoder", "vgg99"], "--encoder vgg99 is neither"),
 ])
-def test_bad_flags_are_refused_before_anything_is_built(script, argv, message, capsys):
+def test_bad_flags_are_refused_before_anything_is_built(script, argv, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        script.parse_args(argv)
+        script.parse_args(["--out", str(tmp_path), *argv])
     assert message in capsys.readouterr().err
 
 
