@@ -143,6 +143,13 @@ def real_images(data, numbers):
     return rearrange(torch.stack([data[k]["image"] for k in numbers]), "b c h w -> b h w c")
 
 
+def check_n(args, val):
+    """Refuse a training script's --eval_n beyond its held-out images, before anything is built."""
+    if args.eval_every and args.eval_n > len(val):
+        raise ValueError(f"--eval_n {args.eval_n} is more than the {len(val)} held-out images; lower it, or "
+                         f"raise --hold_out")
+
+
 def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32"):
     """Fréchet distance of n generated to n held-out images, and verified accuracy if the data are the shapes.
 
@@ -208,8 +215,8 @@ def parse_args(argv=None):
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
     p.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2) instead")
     p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
-    p.add_argument("--hold_out", type=int, help="held-out images of --data; default: as in training; 0: all")
-    p.add_argument("--n", type=int, default=720, help="images; few bias the Fréchet distance upwards")
+    p.add_argument("--hold_out", type=int, help="held-out images; default: as trained; 0 with --data: all")
+    p.add_argument("--n", type=int, help="images; few bias the Fréchet distance; default: up to 720")
     sample.add_sampling_flags(p)
     p.add_argument("--batch", type=int, default=72, help="images per forward; does not change the numbers")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
@@ -217,7 +224,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
     args = p.parse_args(argv)
     sample.check_sampling_flags(p, args)
-    if args.n < 2 or args.batch < 1:
+    if args.n is not None and args.n < 2 or args.batch < 1:
         p.error(f"--n {args.n} must be at least 2 and --batch {args.batch} at least 1")
     return args
 
@@ -229,9 +236,11 @@ def main(args):
     if "rae" not in state:
         raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one of those")
     single = (1,) if "num_classes" in state else (1, 2, 3, 4)          # stage 1 sees scenes of 1 to 4 objects
-    hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
+    trained_on = 0 if args.data else state["args"]["hold_out"]
+    hold_out = trained_on if args.hold_out is None else args.hold_out
     val = open_data(args.data or state["args"]["data"], state["rae"]["size"], split="val",
                     hold_out=hold_out, objects=single)
+    args.n = args.n or min(720, len(val))
     if args.n > len(val):
         raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")
     if args.reconstruct:
@@ -240,7 +249,7 @@ def main(args):
     else:
         model, rae, state = sample.load_dit(args.ckpt, device, encoder=True, weights=args.weights)
         sample.check_guidance(args, state, args.ckpt)
-        weak = sample.load_dit(args.weak_ckpt, device)[0] if args.weak_ckpt else None
+        weak = sample.load_weak(args.weak_ckpt, state, device)
         metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak,
                                       args.dtype)
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())

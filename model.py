@@ -332,13 +332,14 @@ class LabelEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A 1x1 convolution (named as timm's PatchEmbed, whose weights the release holds): b c h w -> b n d."""
+    """A linear map of each token, held as the 1x1 convolution that the release has: b c h w -> b n d."""
     def __init__(self, channels, d):
         super().__init__()
         self.proj = nn.Conv2d(channels, d, 1)
 
-    def forward(self, x):
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+    def forward(self, x):                                               # b c h w
+        x = rearrange(x, "b c h w -> b (h w) c")                        # b n c
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # b n d
 
 
 class DiT(nn.Module):

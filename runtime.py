@@ -32,7 +32,8 @@ def setup():
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: keep freed memory at hand
             ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return rank, world, device
 
 
@@ -146,7 +147,7 @@ def plain(args):
 def check_common(p, args):
     """The checks that all training scripts share: through parser.error, before anything is built."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    least = dict(batch=1, steps=1, log_every=1, save_every=1, eval_n=1, workers=0, preview_every=0,
+    least = dict(batch=1, steps=1, log_every=1, save_every=1, eval_n=2, workers=0, preview_every=0,
                  eval_every=0, hold_out=0, warmup=0, clip=0, seed=0, weight_decay=0)
     for name, low in least.items():
         if getattr(args, name) < low:
@@ -179,6 +180,8 @@ class Log:
         self.steps, self.batch, self.last_step, self.last_time = args.steps, args.batch, start, time.time()
         path = Path(os.devnull if rank else f"{args.out}/log.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not start and rank == 0:                        # killed before its first save, a run must not
+            (path.parent / "last.pt").unlink(missing_ok=True)          # resume the one that it overwrites
         rows = path.read_text().splitlines() if start and path.exists() else []
         rows = [r + "\n" for r in rows if r.endswith("}") and json.loads(r).get("step", 0) <= start]
         self.file = open(path, "w", buffering=1)                       # line by line

@@ -95,10 +95,25 @@ def load_dit(path, device="cpu", encoder=False, weights="ema"):
     state = runtime.load_checkpoint(path)
     if "latent_shape" not in state:
         raise ValueError(f"--ckpt {path} is no checkpoint of train_dit.py; give one of those")
+    if weights not in state:
+        raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
     model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
     load_release(model, {weights: state[weights]})
     model.requires_grad_(False).eval().to(device)
     return model, unpack_rae(state["rae"], encoder).to(device), state
+
+
+def load_weak(path, state, device):
+    """The DiT of --weak_ckpt, or None without one; it must share the latents of the checkpoint `state`."""
+    if not path:
+        return None
+    weak, _, other = load_dit(path, device)
+    same = all(other[k] == state[k] for k in ("latent_shape", "class_names")) and all(
+        torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
+    if not same:
+        raise ValueError(f"--weak_ckpt {path} has other classes or latents than --ckpt; give a model "
+                         f"trained on the same data and --rae")
+    return weak
 
 
 def noise(shape, seed, indices):
@@ -171,6 +186,8 @@ def check_sampling_flags(p, args):
         p.error(f"--sampling_steps {args.sampling_steps} must be at least {1 + args.release_grid}; try 50")
     if args.guidance < 1:
         p.error(f"--guidance {args.guidance} must be at least 1 (1 is none); try 1.5")
+    if args.seed < 0:
+        p.error(f"--seed {args.seed} must be at least 0")
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         p.error(f"--interval {args.interval[0]} {args.interval[1]} must be two times 0 <= LOW < HIGH <= 1")
 
@@ -221,12 +238,7 @@ def check_guidance(args, state, path, labels=()):
 def main(args):
     rank, world, device = runtime.setup()
     model, rae, state = load_dit(args.ckpt, device, weights=args.weights)
-    weak = None
-    if args.weak_ckpt:
-        weak, _, weak_state = load_dit(args.weak_ckpt, device)
-        if weak_state["latent_shape"] != state["latent_shape"]:
-            raise ValueError(f"--weak_ckpt {args.weak_ckpt} makes latents (channels, grid) "
-                             f"{weak_state['latent_shape']}, --ckpt {state['latent_shape']}; they must agree")
+    weak = load_weak(args.weak_ckpt, state, device)
     labels = parse_labels(args.labels, state["class_names"])
     check_guidance(args, state, args.ckpt, labels)
     n, start = args.n or 4 * len(labels), time.time()

@@ -24,7 +24,7 @@ from data import batches, check, open_data
 from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law hold_out").split()           # flags that a resumed run may not change
+           "decoder_patch tau noise_law hold_out weight_decay").split()          # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--decoder_depth", type=int)
     p.add_argument("--decoder_heads", type=int)
     p.add_argument("--decoder_mlp", type=int, help="hidden width of the MLPs")
-    p.add_argument("--decoder_patch", type=int, help="output pixels per token; default: 16, or 8 for tiny")
+    p.add_argument("--decoder_patch", type=int, help="output pixels per token; default: the encoder's")
     # optimisation
     p.add_argument("--tau", type=float, default=0.05, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     # run
     p.add_argument("--out", default="runs/decoder", help="folder of the run")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--stats_n", type=int, default=5000, help="images for the latent statistics; 0: all")
+    p.add_argument("--stats_n", type=int, default=5000, help="images for latent statistics; 0: all")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
     p.add_argument("--log_every", type=int, default=50, help="steps")
@@ -74,9 +74,7 @@ def parse_args(argv=None):
     for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
         if getattr(args, name) is None:
             setattr(args, name, value)
-    tiny = args.encoder == "tiny"
-    args.size = args.size or (64 if tiny else 256)
-    args.decoder_patch = (8 if tiny else 16) if args.decoder_patch is None else args.decoder_patch
+    args.size = args.size or (64 if args.encoder == "tiny" else 256)
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
     try:
@@ -84,7 +82,7 @@ def parse_args(argv=None):
         pixel_statistics(args.encoder)
     except ValueError as error:
         p.error(str(error))
-    if args.decoder_width % 4 or min(args.decoder_mlp, args.decoder_depth, args.decoder_patch) < 1:
+    if args.decoder_width % 4 or min(args.decoder_mlp, args.decoder_depth, args.decoder_patch or 1) < 1:
         p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4, and --decoder_mlp "
                 f"{args.decoder_mlp}, --decoder_depth {args.decoder_depth} and --decoder_patch "
                 f"{args.decoder_patch} at least 1")
@@ -144,8 +142,10 @@ def main(args):
     data = open_data(args.data, args.size, args.seed, "random", hold_out=args.hold_out)
     val = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check(data, args.batch)
-    resumed = runtime.resume(args, SHAPING)
+    eval_fid.check_n(args, val)
     encoder = Encoder(args.encoder, args.size).to(device)
+    args.decoder_patch = args.decoder_patch or args.size // encoder.grid
+    resumed = runtime.resume(args, SHAPING)
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
@@ -161,7 +161,7 @@ def main(args):
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in decoder.parameters()))
     if not resumed:
         centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
-        n = min(args.stats_n or len(centred), len(centred))
+        n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
         latent_mean, latent_var = latent_statistics(encoder, centred, n, args.micro_batch, rank, world,
                                                     args.workers)
         log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
@@ -197,7 +197,7 @@ def main(args):
         if not last:
             continue
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
-        norm = runtime.step_optimizer(opt, decoder, args.clip, sums["loss"], step, lr)
+        norm = runtime.step_optimizer(opt, decoder, args.clip, sum(terms.values()), step, lr)
         runtime.update_ema(ema, decoder, args.ema, step)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:

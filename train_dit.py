@@ -23,7 +23,7 @@ from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, requi
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
-           "time_law flip hold_out").split()               # flags that a resumed run may not change
+           "time_law flip hold_out weight_decay").split()  # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -86,6 +86,8 @@ def parse_args(argv=None):
             require_heads(args.head_width, args.head_heads, "--head_width", "--head_heads", multiple=4)
     except ValueError as error:
         p.error(str(error))
+    if args.class_dropout == 0 and args.guidance != 1:
+        p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
     if not args.warmup <= args.decay_start <= args.decay_end:
@@ -99,12 +101,15 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
-    packed = runtime.load_checkpoint(args.rae)["rae"]
+    resumed = runtime.resume(args, SHAPING)
+    packed = (resumed or runtime.load_checkpoint(args.rae)).get("rae")
+    if packed is None:
+        raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
     split = dict(hold_out=args.hold_out, objects=1)
     data = open_data(args.data, packed["size"], args.seed, flip=args.flip == "on", **split)
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
-    resumed = runtime.resume(args, SHAPING)
+    eval_fid.check_n(args, val)
     rae = unpack_rae(packed).to(device)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)

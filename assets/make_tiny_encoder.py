@@ -2,7 +2,7 @@
 
 Masked autoencoding (arXiv 2111.06377) keeps the pixels in the tokens, which say little of shape: so the mean
 token also regresses a fixed descriptor that is computed from the pixels of the whole image, its
-rotation-invariant spectrum (as MaskFeat, arXiv 2112.09133, regresses HOG). The defaults made the shipped file.
+rotation-invariant spectrum (as MaskFeat, arXiv 2112.09133, regresses HOG). Its defaults made the file.
 Labels are used only by the linear probe that is printed on the way.
     python assets/make_tiny_encoder.py
 """

@@ -137,7 +137,7 @@ def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags,
     else:
         monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
     flags = [*flags, "--steps", "3", "--dtype", "fp32"]
-    flags += ["--class_dropout", "0"] if script is train_dit else []
+    flags += ["--class_dropout", "0", "--guidance", "1"] if script is train_dit else []
     go(script, *flags, "--out", tmp_path / "big")
     go(script, *flags, "--out", tmp_path / "small", "--micro_batch", 2)
     assert difference(load(tmp_path / "big")["model"], load(tmp_path / "small")["model"]) < 1e-5
