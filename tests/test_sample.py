@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
 import sample
 from sample import autoguidance, cfg, euler, generate, heun, load_dit, time_grid
 
@@ -117,12 +118,27 @@ def test_script_writes_grid_folder_and_npz(tmp_path):
     (["--guidance", "0.5"], "--guidance 0.5 must be at least 1"),
     (["--interval", "0.7", "0.2"], "--interval 0.7 0.2 must be two times"),
     (["--n", "0"], "must be at least 1"),
+    (["--seed", "-1"], "--seed -1 must be at least 0"),
     (["--guid", "2"], "unrecognized arguments: --guid"),
 ])
 def test_bad_flags_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
         sample.parse_args(argv)
     assert message in capsys.readouterr().err
+
+
+def test_weak_checkpoint_must_share_the_latents(tmp_path):
+    state = runtime.load_checkpoint(sample.SHIPPED)
+    state["rae"]["latent_mean"] = state["rae"]["latent_mean"] + 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt has other classes or latents than --ckpt"):
+        run("--weak_ckpt", tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no weights model; use --weights ema"):
+        run("--weights", "model")
+    state["args"]["class_dropout"] = 0
+    torch.save(state, tmp_path / "undropped.pt")
+    with pytest.raises(ValueError, match="needs a model trained with label dropout"):
+        run("--ckpt", tmp_path / "undropped.pt")
 
 
 def test_bad_labels_and_checkpoints_are_named(tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 import runtime
 import train_decoder
@@ -192,7 +193,6 @@ def test_preview_evaluation_and_upsampling(tmp_path):
     assert {"psnr", "ssim", "frechet_distance"} <= record.keys()
     go(train_dit, *DIT, "--rae", tmp_path / "decoder" / "last.pt", "--steps", 2, "--preview_every", 2,
        "--eval_every", 2, "--out", tmp_path / "dit")
-    from PIL import Image
     assert Image.open(tmp_path / "dit" / "preview_0000002.png").size[0] == 12 * 130 + 2
     record = [json.loads(r) for r in (tmp_path / "dit" / "log.jsonl").read_text().splitlines()][-1]
     assert {"frechet_distance", "right_colour_and_shape", "unsure"} <= record.keys()
@@ -210,6 +210,8 @@ def test_plain_dit_and_named_sizes(tmp_path):
 @pytest.mark.parametrize("script, argv, message", [
     (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
     (train_dit, ["--class_dropout", "1"], "--class_dropout 1.0 must lie in [0,1)"),
+    (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 2.0"),
+    (train_dit, ["--eval_n", "1"], "--eval_n 1 must be at least 2"),
     (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
     (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
     (train_dit, ["--steps", "0"], "--steps 0 must be at least 1"),
@@ -241,10 +243,37 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--overwrite")
 
 
+def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):
+    go(train_dit, *DIT, "--steps", 2, "--out", tmp_path)
+    monkeypatch.setattr(runtime, "save_checkpoint", lambda *_, **__: None)      # killed before the first save
+    go(train_dit, *DIT, "--steps", 1, "--out", tmp_path, "--overwrite")
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_resume_takes_the_autoencoder_of_the_checkpoint(tmp_path):
+    go(train_decoder, *DECODER, "--steps", 2, "--out", tmp_path / "decoder")
+    flags = [*DIT, "--rae", tmp_path / "decoder" / "last.pt", "--out", tmp_path / "dit"]
+    go(train_dit, *flags, "--steps", 2)
+    before = load(tmp_path / "dit")["rae"]
+    go(train_decoder, *DECODER, "--steps", 1, "--stats_n", 32, "--out", tmp_path / "decoder", "--overwrite")
+    go(train_dit, *flags, "--steps", 4, "--resume")
+    assert difference(before, load(tmp_path / "dit")["rae"]) == 0
+
+
 def test_bad_data_stops_before_any_model_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(train_decoder, "Encoder", None)                # calling it would be a TypeError
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         go(train_decoder, *DECODER, "--data", "nowhere", "--out", tmp_path)
+    with pytest.raises(ValueError, match="--eval_n 200 is more than the 16 held-out images"):
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for i in range(40):
+            Image.new("RGB", (64, 64)).save(folder / f"{i}.png")
+        go(train_decoder, *DECODER, "--data", folder, "--hold_out", 16, "--eval_every", 1, "--eval_n", 200,
+           "--out", tmp_path)
     monkeypatch.setattr(train_dit, "unpack_rae", None)
+    with pytest.raises(ValueError, match="no checkpoint of train_decoder.py"):
+        torch.save({"x": 1}, tmp_path / "x.pt")
+        go(train_dit, *DIT, "--rae", tmp_path / "x.pt", "--out", tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         go(train_dit, *DIT, "--data", "nowhere", "--out", tmp_path)

@@ -22,7 +22,7 @@ LEAST = {"guided: right colour, %": 95, "guided: right colour and shape, %": 60}
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=500)
+parser.add_argument("--decoder_steps", type=int, default=600)
 parser.add_argument("--dit_steps", type=int, default=1400)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
@@ -53,13 +53,14 @@ def curve(draw, box, points, title):
 
 
 # %% Stage 1: a decoder over the shipped frozen encoder
+workers = 1 if sys.platform == "linux" else 0     # elsewhere a worker would run this script anew
 stage("decoder", train_decoder, "--out", out / "decoder", "--steps", args.decoder_steps, "--eval_every", 0,
-      "--preview_every", 0, "--overwrite")
+      "--preview_every", 0, "--workers", workers, "--overwrite")
 reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decoder/last.pt", "--n", 200)
 
 # %% Stage 2: a DiT^DH on its latents
 stage("DiT^DH", train_dit, "--rae", out / "decoder/last.pt", "--out", out / "dit", "--steps", args.dit_steps,
-      "--preview_every", 0, "--overwrite")
+      "--preview_every", 0, "--workers", workers, "--overwrite")
 
 # %% Samples and evaluation: 10 guided images of each class
 stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 144, "--out", out / "samples.png")
