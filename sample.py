@@ -200,7 +200,7 @@ def parse_args(argv=None):
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
     p.add_argument("--labels", nargs="+", default=["all"],
                    help="class ids or names (spaces as _), `all` in turn, or `none`: unconditional")
-    p.add_argument("--n", type=int, help="number of images (default: 4 for each label)")
+    p.add_argument("--n", type=int, help="number of images (default: 3 for each label)")
     add_sampling_flags(p)
     p.add_argument("--batch", type=int, default=72, help="images per forward; does not change them")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
@@ -241,7 +241,7 @@ def main(args):
     weak = load_weak(args.weak_ckpt, state, device)
     labels = parse_labels(args.labels, state["class_names"])
     check_guidance(args, state, args.ckpt, labels)
-    n, start = args.n or 4 * len(labels), time.time()
+    n, start = args.n or 3 * len(labels), time.time()
     mine = range(rank, n, world)                                        # image i goes to process i % world
     chunks = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
     out, images = Path(args.out), []

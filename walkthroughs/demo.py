@@ -63,7 +63,7 @@ stage("DiT^DH", train_dit, "--rae", out / "decoder/last.pt", "--out", out / "dit
       "--preview_every", 0, "--workers", workers, "--overwrite")
 
 # %% Samples and evaluation: 10 guided images of each class
-stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 144, "--out", out / "samples.png")
+stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108, "--out", out / "samples.png")
 metrics = stage("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
 
 # %% Pictures
