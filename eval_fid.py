@@ -1,4 +1,4 @@
-"""Measure: Fréchet distance in an encoder's features, verified accuracy on the built-in world, PSNR and SSIM.
+"""Measure: Fréchet distance in an encoder's features, verified accuracy on the shapes, PSNR and SSIM.
 
     python eval_fid.py                                          the shipped model against held-out images
     python eval_fid.py --ckpt runs/dit/last.pt --n 720 --guidance 1
@@ -132,12 +132,6 @@ def total(x):
     return runtime.all_mean(x) * (dist.get_world_size() if dist.is_initialized() else 1)
 
 
-def share(n, rank, world, batch):
-    """The image numbers below n of this process, in batches: image i belongs to process i % world."""
-    mine = range(rank, n, world)
-    return [mine[k:k + batch] for k in range(0, len(mine), batch)]
-
-
 def real_images(data, numbers):
     """Images of open_data by number: uint8 b H W 3."""
     return rearrange(torch.stack([data[k]["image"] for k in numbers]), "b c h w -> b h w c")
@@ -151,13 +145,13 @@ def check_n(args, val):
 
 
 def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32"):
-    """Fréchet distance of n generated to n held-out images, and verified accuracy if the data are the shapes.
+    """Fréchet distance of n generated to n held-out images, and verified accuracy on the shapes.
 
     model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
     Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
     """
     real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
-    chunks = share(n, rank, world, batch)
+    chunks = sample.share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
         images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
@@ -179,7 +173,8 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict."""
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
     sums = torch.zeros(2, dtype=torch.float64)
-    for chunk in tqdm(share(n, rank, world, batch), desc="evaluate", leave=False, disable=rank > 0 or None):
+    chunks = sample.share(n, rank, world, batch)
+    for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         images = real_images(val, chunk)
         x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):

@@ -108,9 +108,8 @@ def load_weak(path, state, device):
     if not path:
         return None
     weak, _, other = load_dit(path, device)
-    same = all(other[k] == state[k] for k in ("latent_shape", "class_names")) and all(
-        torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
-    if not same:
+    same = all(torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
+    if not same or other["class_names"] != state["class_names"]:
         raise ValueError(f"--weak_ckpt {path} has other classes or latents than --ckpt; give a model "
                          f"trained on the same data and --rae")
     return weak
@@ -213,6 +212,12 @@ def parse_args(argv=None):
     return args
 
 
+def share(n, rank, world, batch):
+    """The image numbers below n of this process, in batches: image i belongs to process i % world."""
+    mine = range(rank, n, world)
+    return [mine[k:k + batch] for k in range(0, len(mine), batch)]
+
+
 def parse_labels(labels, class_names):
     """Class ids of --labels; the null class id for `none`."""
     known = {name.replace(" ", "_"): i for i, name in enumerate(class_names)}
@@ -242,8 +247,7 @@ def main(args):
     labels = parse_labels(args.labels, state["class_names"])
     check_guidance(args, state, args.ckpt, labels)
     n, start = args.n or 3 * len(labels), time.time()
-    mine = range(rank, n, world)                                        # image i goes to process i % world
-    chunks = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
+    chunks = share(n, rank, world, args.batch)
     out, images = Path(args.out), []
     folder = out.suffix not in (".png", ".npz")
     (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
@@ -255,7 +259,7 @@ def main(args):
         else:
             images.append(batch)
     if not folder:
-        pairs = list(zip(mine, torch.cat(images).numpy() if images else ()))
+        pairs = list(zip((i for chunk in chunks for i in chunk), torch.cat(images).numpy() if images else ()))
         if world > 1:
             everyone = [None] * world
             dist.all_gather_object(everyone, pairs)

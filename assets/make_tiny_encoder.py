@@ -60,7 +60,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def spectrum(x):
-    """Shift- and rotation-invariant descriptor of images b 3 64 64: b 56, about unit variance.
+    """Shift- and rotation-invariant descriptor of images b 3 64 64: b 56, variance about 0.4.
 
     Distance from the median border colour -> amplitude spectrum -> on 14 rings, the mean and the 4-, 6- and
     10-fold variation around the ring, which squares and crosses, triangles, stars have; logarithm.
