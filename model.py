@@ -33,9 +33,8 @@ ENCODERS = {
     "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
     "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
 }
-# The shipped encoder (assets/make_tiny_encoder.py): 64 tokens x 128 channels = 8192, twice 4096, so that the
-# time shift is not the identity (a = 1.41). No CLS token, as in SigLIP.
-TINY = dict(img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, class_token=False, global_pool="",
+# The shipped encoder (assets/make_tiny_encoder.py): 64 tokens x 80 channels. No CLS token, as in SigLIP.
+TINY = dict(img_size=64, patch_size=8, embed_dim=80, depth=6, num_heads=4, class_token=False, global_pool="",
             num_classes=0)
 
 # Named sizes set the flags of the training scripts; every DiTDH has the same head.   Source: [RAE] appendix
@@ -348,9 +347,11 @@ class DiT(nn.Module):
     in_channels: c. grid: tokens per side. width, depth, heads: of the blocks. num_classes: without the null.
     class_dropout: probability in [0,1] that training replaces a label by the null class, number num_classes.
     forward: x b c h w (noisy latents), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
+    shift_base: the n of the time shift sqrt(m/n) that it is trained and sampled with, 4096 unless set.
     Raises: ValueError if width does not split into heads. Warns if width is below c: Theorem 1 of [RAE].
     Source: [RAE] section 4, [LightningDiT]: RMSNorm, SwiGLU, RoPE, adaLN-zero, fixed absolute positions.
     """
+    shift_base = 4096
 
     def __init__(self, in_channels, grid, width, depth, heads, num_classes, class_dropout=0.1):
         super().__init__()
@@ -431,10 +432,10 @@ def time_shift(t, dim, base=4096):
     return a * t / (1 + (a - 1) * t)
 
 
-def sample_time(n, law, dim, device=None):
+def sample_time(n, law, dim, device=None, base=4096):
     """n times in (0,1) for training, shifted for `dim`. law: logit_normal (sigmoid of N(0,1)) or uniform."""
     t = torch.randn(n, device=device).sigmoid() if law == "logit_normal" else torch.rand(n, device=device)
-    return time_shift(t, dim)
+    return time_shift(t, dim, base)
 
 
 def flow_matching_loss(model, x0, y, t, eps):
@@ -456,8 +457,10 @@ def build_decoder(args, channels, grid):
 def build_dit(args, channels, grid, num_classes):
     """DiT for head_width 0, else DiTDH; args is the dict of train_dit's flags, as in its checkpoints."""
     head = [args[k] for k in ("head_width", "head_depth", "head_heads")] if args["head_width"] else []
-    return (DiTDH if head else DiT)(channels, grid, args["width"], args["depth"], args["heads"], *head,
-                                    num_classes, args["class_dropout"])
+    model = (DiTDH if head else DiT)(channels, grid, args["width"], args["depth"], args["heads"], *head,
+                                     num_classes, args["class_dropout"])
+    model.shift_base = args.get("shift_base", 4096)
+    return model
 
 
 def load_strict(module, state, source):

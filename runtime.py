@@ -32,8 +32,8 @@ def setup():
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: keep freed memory at hand
             ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))
     return rank, world, device
 
 
@@ -126,13 +126,13 @@ def load_checkpoint(path):
 
 
 def resume(args, shaping):
-    """The checkpoint of --resume, else None. Raises ValueError if one of the flags `shaping` has changed."""
+    """The checkpoint of --resume, or None. ValueError if a flag of `shaping` has changed; None: as it was."""
     if not args.resume:
         return None
     state = load_checkpoint(Path(args.out) / "last.pt")
+    vars(args).update({k: state["args"][k] for k in shaping if getattr(args, k) is None})
     for key in shaping:
-        was, now = state["args"][key], plain(args)[key]
-        if was != now:
+        if (was := state["args"][key]) != (now := plain(args)[key]):
             raise ValueError(f"--{key} {now} differs from the checkpoint's {was}; resume with --{key} {was}")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} to go on")

@@ -137,7 +137,7 @@ def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
     else:
         velocity = cfg(model, y, model.num_classes, args.guidance, args.interval)
-    shift = math.sqrt(x[0].numel() / 4096)
+    shift = math.sqrt(x[0].numel() / model.shift_base)
     with runtime.autocast(device, dtype):
         x = SOLVERS[args.solver](velocity, x, time_grid(args.sampling_steps, shift, args.release_grid))
         images = rae.decode(x)
@@ -170,7 +170,7 @@ def draw_grid(images, captions=(), columns=12, scale=1):
 
 
 # ---------------------------------------------------------------------------------- command line
-def add_sampling_flags(p, guidance=2.0, steps=25):
+def add_sampling_flags(p, guidance=2.0, steps=16):
     """The flags that generate() reads, shared by every script that samples."""
     p.add_argument("--sampling_steps", type=int, default=steps, help="solver steps, at least 1")
     p.add_argument("--solver", choices=SOLVERS, default="euler")

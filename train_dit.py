@@ -4,6 +4,7 @@
     python train_dit.py --data photos/ --rae runs/decoder/last.pt   your own images
     torchrun --nproc_per_node=8 train_dit.py --model DiTDH-XL --data imagenet/ --rae decoder.pt --batch 1024
         --micro_batch 32 --steps 1000800 --lr 2e-4 --lr_end 0.1 --decay_start 50040 --ema 0.9995 --dtype fp32
+        --time_law logit_normal
 (the paper's recipe). Writes OUT/last.pt (all that sampling and an exact resume need), log.jsonl, previews.
 """
 import argparse
@@ -22,8 +23,9 @@ from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, requi
                    unpack_rae)
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
+TINY_SHIFT_BASE = 128   # the tiny encoder's tokens repeat each other: it takes more noise to hide the image
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
-           "time_law flip hold_out weight_decay").split()  # fixed in a resumed run
+           "shift_base flip hold_out weight_decay").split()  # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -37,27 +39,29 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
-    p.add_argument("--width", type=int, default=128, help="of the backbone; a multiple of 4 * heads")
-    p.add_argument("--depth", type=int, default=6, help="blocks of the backbone")
+    p.add_argument("--width", type=int, default=96, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--depth", type=int, default=4, help="blocks of the backbone")
     p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
-    p.add_argument("--head_width", type=int, default=192, help="of the wide head; 0: the plain DiT, no head")
+    p.add_argument("--head_width", type=int, default=128, help="of the wide head; 0: the plain DiT, no head")
     p.add_argument("--head_depth", type=int, default=2, help="blocks of the wide head")
     p.add_argument("--head_heads", type=int, default=4, help="attention heads of the wide head")
     p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
     # optimisation
     p.add_argument("--batch", type=int, default=32, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=1400, help="optimizer steps in all")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the papers use 2e-4")
-    p.add_argument("--lr_end", type=float, default=0.05, help="last learning rate, share of --lr (paper 0.1)")
+    p.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
+    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of AdamW; the papers use 2e-4")
+    p.add_argument("--lr_end", type=float, default=0.02, help="last learning rate, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=int, help="step where linear decay begins; default: steps / 2")
     p.add_argument("--decay_end", type=int, help="step at which it ends (default: steps)")
     p.add_argument("--weight_decay", type=float, default=0.0)
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
-    p.add_argument("--ema", type=float, default=0.997, help="decay per step in [0,1); the paper uses 0.9995")
-    p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="logit_normal",
-                   help="distribution of t before the shift")
+    p.add_argument("--ema", type=float, default=0.998, help="decay per step in [0,1); the paper uses 0.9995")
+    p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform",
+                   help="of t before the shift; the papers use logit_normal, which seldom comes near 0")
+    p.add_argument("--shift_base", type=float, help="n of the time shift a = sqrt(tokens * channels / n) "
+                   f"(default: the papers' 4096; {TINY_SHIFT_BASE} for the latents of the tiny encoder)")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
     p.add_argument("--seed", type=int, default=0)
@@ -90,6 +94,8 @@ def parse_args(argv=None):
         p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
+    if args.shift_base is not None and not args.shift_base > 0:
+        p.error(f"--shift_base {args.shift_base} must be positive; the papers' is 4096")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
@@ -110,6 +116,8 @@ def main(args):
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
     eval_fid.check_n(args, val)
+    if args.shift_base is None:
+        args.shift_base = TINY_SHIFT_BASE if packed["encoder"] == "tiny" else 4096
     rae = unpack_rae(packed).to(device)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)
@@ -127,8 +135,9 @@ def main(args):
     if args.compile:
         step_model = torch.compile(step_model)
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
-    log.say(f"latents {channels} x {grid} x {grid}, shift a = {(channels * grid * grid / 4096) ** 0.5:.3f}; "
-            f"{len(data)} images in {data.num_classes} classes")
+    shift = (channels * grid * grid / args.shift_base) ** 0.5
+    log.say(f"latents {channels} x {grid} x {grid}, shift a = {shift:.3f}; {len(data)} images in "
+            f"{data.num_classes} classes")
 
     def save(step):
         if rank == 0:
@@ -145,7 +154,7 @@ def main(args):
         images, labels = images.to(device).float() / 255, labels.to(device)
         x0 = rae.encode(images)                                         # b c h w, unit variance
         runtime.seed_step(args.seed, step, m)
-        t = sample_time(len(x0), args.time_law, x0[0].numel(), device) # b
+        t = sample_time(len(x0), args.time_law, x0[0].numel(), device, model.shift_base)  # b
         eps = torch.randn_like(x0)
         quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
         with quiet:                                                     # DDP averages gradients once a step

@@ -131,6 +131,8 @@ def test_shift_is_monotone_fixes_0_and_1_and_matches_the_release():
     assert torch.equal(time_shift(t, 4096), t)
     a = math.sqrt(196_608 / 4096)                                      # 6.93, DINOv2-B at 256 px
     torch.testing.assert_close(time_shift(t, 196_608)[50].item(), a * 0.5 / (1 + (a - 1) * 0.5))
+    torch.testing.assert_close(time_shift(t, 5120, base=128), time_shift(t, 40 * 4096))
+    assert abs(sample_time(100_000, "uniform", 5120, base=128).median() - 40 ** 0.5 / (1 + 40 ** 0.5)) < 0.01
     median = sample_time(100_000, "logit_normal", 196_608).median().item()
     assert abs(median - 0.875) < 0.01                                  # reference table of shifted times
 
@@ -178,19 +180,19 @@ def tiny():
 
 
 def test_tiny_encoder_is_frozen_and_normalised(tiny):
-    assert (tiny.channels, tiny.grid) == (128, 8) and tiny.channels * tiny.grid ** 2 > 4096
+    assert (tiny.channels, tiny.grid) == (80, 8) and tiny.channels * tiny.grid ** 2 > 4096
     tiny.train()
     assert not tiny.training and not tiny.backbone.blocks[0].training
     assert not any(p.requires_grad for p in tiny.parameters())
     z = tiny.encode(torch.rand(2, 3, 64, 64))
-    assert z.shape == (2, 128, 8, 8) and not z.requires_grad
+    assert z.shape == (2, 80, 8, 8) and not z.requires_grad
     assert z.mean(1).abs().max() < 1e-5 and (z.var(1, unbiased=False) - 1).abs().max() < 1e-2
     assert (model_module.HERE / "assets/tiny_encoder.safetensors").stat().st_size <= 8e6
 
 
 def test_tiny_encoder_takes_other_sizes():
     z = Encoder("tiny", 96).encode(torch.rand(1, 3, 96, 96))
-    assert z.shape == (1, 128, 12, 12)
+    assert z.shape == (1, 80, 12, 12)
     with pytest.raises(ValueError, match="--size 70 must be a multiple of 8.*try --size 64"):
         Encoder("tiny", 70)
 
@@ -225,8 +227,8 @@ def test_decoder_patch_is_free_and_other_grids_are_resized():
 
 
 def test_rae_normalises_and_inverts(tiny):
-    decoder = Decoder(128, 8, 8, 32, 1, 2, 64)
-    mean, var = torch.randn(128, 8, 8), torch.rand(128, 8, 8) + 0.1
+    decoder = Decoder(80, 8, 8, 32, 1, 2, 64)
+    mean, var = torch.randn(80, 8, 8), torch.rand(80, 8, 8) + 0.1
     rae, plain, x = RAE(tiny, decoder, mean, var), RAE(tiny, decoder), torch.rand(2, 3, 64, 64)
     z = tiny.encode(x)
     torch.testing.assert_close(plain.encode(x), z)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import runtime
+import sample
 import train_decoder
 import train_dit
 from conftest import ROOT
@@ -133,11 +134,11 @@ def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path)
 def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags, tmp_path, monkeypatch):
     """With noise drawn per image, not per micro-batch, 1 x 8 and 4 x 2 images must give the same weights."""
     if script is train_dit:
-        monkeypatch.setattr(train_dit, "sample_time", lambda n, law, dim, device: torch.linspace(0.3, 0.3, n))
+        monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.linspace(0.3, 0.3, n))
         monkeypatch.setattr(torch, "randn_like", lambda x, **_: x.flip(1))
     else:
         monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
-    flags = [*flags, "--steps", "3", "--dtype", "fp32"]
+    flags = [*flags, "--steps", "3", "--dtype", "fp32", "--lr", "1e-3"]     # Adam makes rounding lr-sized
     flags += ["--class_dropout", "0", "--guidance", "1"] if script is train_dit else []
     go(script, *flags, "--out", tmp_path / "big")
     go(script, *flags, "--out", tmp_path / "small", "--micro_batch", 2)
@@ -163,7 +164,7 @@ def test_ema_follows_and_is_what_is_saved_in_the_autoencoder(tmp_path):
     state = load(tmp_path)
     assert difference(state["model"], state["ema"]) > 0
     assert difference(state["ema"], state["rae"]["decoder"]) == 0
-    assert state["rae"]["latent_var"].shape == (128, 8, 8)
+    assert state["rae"]["latent_var"].shape == (80, 8, 8)
 
 
 def test_latent_statistics_are_those_of_all_latents():
@@ -219,6 +220,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
+    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
     (train_decoder, ["--decoder_heads", "3"], "--decoder_width 128 must be a multiple of --decoder_heads 3"),
@@ -241,6 +243,26 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
     with pytest.raises(ValueError, match="has done 2 steps; raise --steps 2"):
         go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--resume")
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--overwrite")
+
+
+def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_dit, "sample_time", lambda n, law, dim, device, base:
+                        seen.append((dim, base)) or torch.full((n,), 0.5))
+    go(train_dit, *DIT, "--steps", 2, "--out", tmp_path / "tiny")     # left open: that of the tiny encoder
+    go(train_dit, *DIT, "--steps", 1, "--shift_base", 4096, "--out", tmp_path / "paper")
+    assert seen == [(5120, train_dit.TINY_SHIFT_BASE)] * 2 + [(5120, 4096)]
+    shifts = []
+    monkeypatch.setattr(sample, "time_grid", lambda steps, shift, release: shifts.append(shift) or [])
+    monkeypatch.setitem(sample.SOLVERS, "euler", lambda velocity, x, times: x)
+    for run in ("tiny", "paper"):
+        model, rae, _ = sample.load_dit(tmp_path / run / "last.pt")
+        sample.generate(model, rae, [0], train_dit.parse_args(["--out", str(tmp_path / "none")]))
+    assert shifts == [(5120 / train_dit.TINY_SHIFT_BASE) ** 0.5, (5120 / 4096) ** 0.5]
+    with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 128"):
+        go(train_dit, *DIT, "--steps", 4, "--shift_base", 99, "--out", tmp_path / "tiny", "--resume")
+    go(train_dit, *DIT, "--steps", 4, "--out", tmp_path / "tiny", "--resume")
+    assert load(tmp_path / "tiny")["args"]["shift_base"] == train_dit.TINY_SHIFT_BASE
 
 
 def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):
