@@ -44,13 +44,13 @@ def parse_args(argv=None):
     p.add_argument("--decoder_mlp", type=int, help="hidden width of the MLPs")
     p.add_argument("--decoder_patch", type=int, help="output pixels per token; default: the encoder's")
     # optimisation
-    p.add_argument("--tau", type=float, default=0.05, help="strength of the latent noise (paper 0.8)")
+    p.add_argument("--tau", type=float, default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
     p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=1000, help="optimizer steps in all")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; the paper uses 2e-4")
+    p.add_argument("--steps", type=int, default=900, help="optimizer steps in all")
+    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of AdamW; the paper uses 2e-4")
     p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     p.add_argument("--weight_decay", type=float, default=0.0)
