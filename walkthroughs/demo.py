@@ -22,7 +22,7 @@ LEAST = {"guided: right colour, %": 95, "guided: right colour and shape, %": 60}
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=800)
+parser.add_argument("--decoder_steps", type=int, default=600)
 parser.add_argument("--dit_steps", type=int, default=2000)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
