@@ -65,15 +65,15 @@ class Moments:
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) in fp64; finite for rank-deficient ones too.
 
-    mu: f. cov: f f. Arrays or tensors.       Source: arXiv 1706.08500; the root's trace through a symmetric
-    eigendecomposition: tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2)
+    mu: f. cov: f f. Arrays or tensors.   Source: arXiv 1706.08500; tr (A B)^(1/2) is the sum of the singular
+    values of A^(1/2) B^(1/2), roots by symmetric eigendecomposition: no root of a rounding error is summed.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, cov1, mu2, cov2))
     if cov1.shape != cov2.shape or mu1.shape != mu2.shape or cov1.shape != (len(mu1), len(mu1)):
         raise ValueError(f"features of {len(mu1)} and {len(mu2)} dimensions differ; use one encoder")
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    (values1, vectors1), (values2, vectors2) = (torch.linalg.eigh(cov) for cov in (cov1, cov2))
+    roots = vectors1 * values1.clamp(min=0).sqrt(), vectors2 * values2.clamp(min=0).sqrt()
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()           # rotations drop out
     return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 

@@ -3,7 +3,7 @@
 A masked and denoising autoencoder, with both corruptions in latent space: noise is added to the tokens, a
 random part of them is taken away, and a light decoder repaints the whole image from the rest. (Masked
 autoencoding, arXiv 2111.06377, masks the pixels instead.) So every token comes to speak of the whole image,
-and robustly: such latents are easy to decode, and easy to generate. The mean token also regresses a fixed
+and robustly, which makes such latents easy to generate. The mean token also regresses a fixed
 descriptor that is computed from the pixels, their rotation-invariant spectrum (as MaskFeat, arXiv 2112.09133,
 regresses HOG), which brings shape within reach of a linear probe. The defaults made the file.
 Labels are used only by the linear probe that is printed on the way.
