@@ -33,16 +33,16 @@ ENCODERS = {
     "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
     "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
 }
-# The shipped encoder (assets/make_tiny_encoder.py): 64 tokens x 80 channels. No CLS token, as in SigLIP.
-TINY = dict(img_size=64, patch_size=8, embed_dim=80, depth=6, num_heads=4, class_token=False, global_pool="",
-            num_classes=0)
+# The shipped encoder (assets/make_tiny_encoder.py): 16 tokens x 192 channels. No CLS token, as in SigLIP.
+TINY = dict(img_size=64, patch_size=16, embed_dim=192, depth=5, num_heads=4, class_token=False,
+            global_pool="", num_classes=0)
 
 # Named sizes set the flags of the training scripts; every DiTDH has the same head.   Source: [RAE] appendix
 HEADS = {"DiT": dict(head_width=0), "DiTDH": dict(head_width=2048, head_depth=2, head_heads=16)}
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DIT_SIZES = {f"{family}-{size}": dict(width=width, depth=depth, heads=heads, **head)
              for family, head in HEADS.items() for size, (width, depth, heads) in DIT_SIZES.items()}
-DECODER_SIZES = {"tiny": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+DECODER_SIZES = {"tiny": (192, 2, 4, 768), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
                  "XL": (1152, 28, 16, 4096)}         # XL keeps MLP 4096 (3.56 x): so are the released weights
 DECODER_SIZES = {size: dict(decoder_width=width, decoder_depth=depth, decoder_heads=heads, decoder_mlp=mlp)
                  for size, (width, depth, heads, mlp) in DECODER_SIZES.items()}
@@ -346,12 +346,14 @@ class DiT(nn.Module):
 
     in_channels: c. grid: tokens per side. width, depth, heads: of the blocks. num_classes: without the null.
     class_dropout: probability in [0,1] that training replaces a label by the null class, number num_classes.
-    forward: x b c h w (noisy latents), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
+    forward: noisy b c h w (latents x_t), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
     shift_base: the n of the time shift sqrt(m/n) that it is trained and sampled with, 4096 unless set.
+    prediction: what the final layer gives: "v" as in the papers, or "x0", of which forward makes the velocity
+        (x - x0) / t (arXiv 2511.13720: data of few dimensions are easier to predict than noise of many).
     Raises: ValueError if width does not split into heads. Warns if width is below c: Theorem 1 of [RAE].
     Source: [RAE] section 4, [LightningDiT]: RMSNorm, SwiGLU, RoPE, adaLN-zero, fixed absolute positions.
     """
-    shift_base = 4096
+    shift_base, prediction = 4096, "v"
 
     def __init__(self, in_channels, grid, width, depth, heads, num_classes, class_dropout=0.1):
         super().__init__()
@@ -380,12 +382,18 @@ class DiT(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x, t, y):                                         # b c h w, b, b
+    def forward(self, noisy, t, y):                                     # b c h w, b, b
         c = (self.t_embedder(t) + self.y_embedder(y))[:, None]          # b 1 d
-        x = self.x_embedder(x) + self.pos_embed                         # b n d
+        x = self.x_embedder(noisy) + self.pos_embed                     # b n d
         for block in self.blocks:
             x = block(x, c, self.feat_rope)                             # b n d
-        return rearrange(self.final_layer(x, c).float(), "b (h w) c -> b c h w", h=self.grid)  # b c h w
+        return self.velocity(self.final_layer(x, c), noisy, t)          # b c h w
+
+    def velocity(self, out, x, t):                                      # out: b n c, x: b c h w, t: b
+        out = rearrange(out.float(), "b (h w) c -> b c h w", h=self.grid)
+        if self.prediction == "v":
+            return out                                                  # b c h w
+        return (x - out) / t.clamp(min=0.05).view(-1, 1, 1, 1)          # b c h w; never near 0 / 0
 
 
 class DiTDH(DiT):
@@ -412,17 +420,17 @@ class DiTDH(DiT):
                                     + [Block(head_width, head_heads) for _ in range(head_depth)])
         self.final_layer = FinalLayer(head_width, self.in_channels, "--head_width")
 
-    def forward(self, x, t, y):                                         # b c h w, b, b
-        t = self.t_embedder(t)[:, None]                                 # b 1 d
-        c = F.silu(t + self.y_embedder(y)[:, None])                     # b 1 d
-        s = self.s_embedder(x) + self.pos_embed                         # b n d
+    def forward(self, noisy, t, y):                                     # b c h w, b, b
+        time = self.t_embedder(t)[:, None]                              # b 1 d
+        c = F.silu(time + self.y_embedder(y)[:, None])                  # b 1 d
+        s = self.s_embedder(noisy) + self.pos_embed                     # b n d
         for block in self.blocks[:self.depth]:
             s = block(s, c, self.enc_feat_rope)                         # b n d
-        s = self.s_projector(F.silu(t + s))                             # b n e
-        x = self.x_embedder(x)                                          # b n e
+        s = self.s_projector(F.silu(time + s))                          # b n e
+        x = self.x_embedder(noisy)                                      # b n e
         for block in self.blocks[self.depth:]:
             x = block(x, s, self.dec_feat_rope)                         # b n e
-        return rearrange(self.final_layer(x, s).float(), "b (h w) c -> b c h w", h=self.grid)  # b c h w
+        return self.velocity(self.final_layer(x, s), noisy, t)          # b c h w
 
 
 # ------------------------------------------------------------------------------ flow matching
@@ -459,7 +467,7 @@ def build_dit(args, channels, grid, num_classes):
     head = [args[k] for k in ("head_width", "head_depth", "head_heads")] if args["head_width"] else []
     model = (DiTDH if head else DiT)(channels, grid, args["width"], args["depth"], args["heads"], *head,
                                      num_classes, args["class_dropout"])
-    model.shift_base = args.get("shift_base", 4096)
+    model.shift_base, model.prediction = args.get("shift_base", 4096), args.get("prediction", "v")
     return model
 
 

@@ -4,7 +4,7 @@
     python train_dit.py --data photos/ --rae runs/decoder/last.pt   your own images
     torchrun --nproc_per_node=8 train_dit.py --model DiTDH-XL --data imagenet/ --rae decoder.pt --batch 1024
         --micro_batch 32 --steps 1000800 --lr 2e-4 --lr_end 0.1 --decay_start 50040 --ema 0.9995 --dtype fp32
-        --time_law logit_normal
+        --time_law logit_normal --label_std 0.02
 (the paper's recipe). Writes OUT/last.pt (all that sampling and an exact resume need), log.jsonl, previews.
 """
 import argparse
@@ -23,9 +23,9 @@ from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, requi
                    unpack_rae)
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
-TINY_SHIFT_BASE = 128   # the tiny encoder's tokens repeat each other: it takes more noise to hide the image
+TINY_SHIFT_BASE = 85   # the tiny encoder's tokens repeat each other: it takes more noise to hide the image
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
-           "shift_base flip hold_out weight_decay").split()  # fixed in a resumed run
+           "shift_base prediction flip hold_out weight_decay").split()  # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -39,18 +39,18 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
-    p.add_argument("--width", type=int, default=96, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--width", type=int, default=128, help="of the backbone; a multiple of 4 * heads")
     p.add_argument("--depth", type=int, default=4, help="blocks of the backbone")
     p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
-    p.add_argument("--head_width", type=int, default=128, help="of the wide head; 0: the plain DiT, no head")
-    p.add_argument("--head_depth", type=int, default=2, help="blocks of the wide head")
+    p.add_argument("--head_width", type=int, default=192, help="of the wide head; 0: the plain DiT, no head")
+    p.add_argument("--head_depth", type=int, default=1, help="blocks of the wide head")
     p.add_argument("--head_heads", type=int, default=4, help="attention heads of the wide head")
     p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
     # optimisation
-    p.add_argument("--batch", type=int, default=32, help="images per optimizer step over all processes")
+    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
     p.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
-    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of AdamW; the papers use 2e-4")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW; the papers use 2e-4")
     p.add_argument("--lr_end", type=float, default=0.02, help="last learning rate, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=int, help="step where linear decay begins; default: steps / 2")
@@ -62,6 +62,9 @@ def parse_args(argv=None):
                    help="of t before the shift; the papers use logit_normal, which seldom comes near 0")
     p.add_argument("--shift_base", type=float, help="n of the time shift a = sqrt(tokens * channels / n) "
                    f"(default: the papers' 4096; {TINY_SHIFT_BASE} for the latents of the tiny encoder)")
+    p.add_argument("--prediction", choices=("v", "x0"), help="of the final layer, and what the loss measures "
+                   "(default: the papers' v; x0 for the latents of the tiny encoder)")
+    p.add_argument("--label_std", type=float, default=1.0, help="of the class table at first; papers 0.02")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
     p.add_argument("--seed", type=int, default=0)
@@ -116,12 +119,14 @@ def main(args):
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
     eval_fid.check_n(args, val)
-    if args.shift_base is None:
-        args.shift_base = TINY_SHIFT_BASE if packed["encoder"] == "tiny" else 4096
+    tiny = packed["encoder"] == "tiny"
+    args.shift_base = args.shift_base or (TINY_SHIFT_BASE if tiny else 4096)
+    args.prediction = args.prediction or ("x0" if tiny else "v")
     rae = unpack_rae(packed).to(device)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)
     model = build_dit(vars(args), channels, grid, data.num_classes).to(device).train()
+    torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=args.label_std)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -160,6 +165,8 @@ def main(args):
         with quiet:                                                     # DDP averages gradients once a step
             with runtime.autocast(device, args.dtype):
                 loss = flow_matching_loss(step_model, x0, labels, t, eps)  # b
+            if model.prediction == "x0":
+                loss = loss * t.square()                                # the error of v is that of x0 over t
             (loss.mean() / accumulate).backward()
         loss, tenth = loss.detach(), (t * 10).long().clamp(max=9)
         sums[0] += loss.mean() / accumulate

@@ -1,7 +1,9 @@
 """Encoder, decoder, RAE, DiT, DiTDH and flow matching. Run: python -m pytest tests/test_model.py"""
+import importlib
 import math
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 import model as model_module
 from model import (DECODER_SIZES, DIT_SIZES, RAE, Decoder, DiT, DiTDH, Encoder, build_dit, flow_matching_loss,
                    load_release, sample_time, time_shift)
+from shapes import Object, Scene
 
 SMALL = dict(in_channels=8, grid=4, width=32, depth=2, heads=2, num_classes=5)
 HEAD = dict(head_width=48, head_depth=2, head_heads=3)
@@ -180,20 +183,38 @@ def tiny():
 
 
 def test_tiny_encoder_is_frozen_and_normalised(tiny):
-    assert (tiny.channels, tiny.grid) == (80, 8) and tiny.channels * tiny.grid ** 2 > 4096
+    assert (tiny.channels, tiny.grid) == (192, 4)
     tiny.train()
     assert not tiny.training and not tiny.backbone.blocks[0].training
     assert not any(p.requires_grad for p in tiny.parameters())
     z = tiny.encode(torch.rand(2, 3, 64, 64))
-    assert z.shape == (2, 80, 8, 8) and not z.requires_grad
+    assert z.shape == (2, 192, 4, 4) and not z.requires_grad
     assert z.mean(1).abs().max() < 1e-5 and (z.var(1, unbiased=False) - 1).abs().max() < 1e-2
     assert (model_module.HERE / "assets/tiny_encoder.safetensors").stat().st_size <= 8e6
 
 
+def test_descriptor_that_the_tiny_encoder_learned_from():
+    geometry = importlib.import_module("assets.make_tiny_encoder").geometry
+    grey = ((128, 128, 128),) * 2
+    scene = Scene([Object("circle", "red", "small", (0.375, 0.375))], (grey, grey))      # centre of patch 5
+    found = geometry(scene.render(64)).reshape(4, 4, 198)
+    share, near, far, colour, ground = np.split(found, [64, 128, 192, 195], 2)
+    inside = (share > 0).sum() * 4                                     # squares of 2 x 2 px
+    assert abs(inside - np.pi * (0.13 * 64) ** 2) < 0.1 * inside
+    assert ((near > 0) == (far > 0)).all() and abs((near > 0).sum() * 4 - inside) < 0.15 * inside
+    near = near.reshape(4, 4, 8, 8)                                    # patch row, column, then within it
+    np.testing.assert_allclose(near, near.transpose(1, 0, 3, 2), atol=0.05)      # on the diagonal, a mirror
+    distance = np.hypot(*np.meshgrid(*[np.arange(33, 48, 2) - 24] * 2)) - 0.13 * 64  # patch 2, 2
+    np.testing.assert_allclose(far.reshape(4, 4, 8, 8)[2, 2], np.tanh(-distance / 12), atol=0.05)
+    np.testing.assert_allclose(colour, np.broadcast_to(4 * (np.array([222, 38, 42]) / 127.5 - 1), (4, 4, 3)),
+                               atol=0.05)                              # everywhere the nearest thing's
+    np.testing.assert_allclose(ground, 6 * (128 / 127.5 - 1) - 3, atol=0.02)
+
+
 def test_tiny_encoder_takes_other_sizes():
     z = Encoder("tiny", 96).encode(torch.rand(1, 3, 96, 96))
-    assert z.shape == (1, 80, 12, 12)
-    with pytest.raises(ValueError, match="--size 70 must be a multiple of 8.*try --size 64"):
+    assert z.shape == (1, 192, 6, 6)
+    with pytest.raises(ValueError, match="--size 70 must be a multiple of 16.*try --size 64"):
         Encoder("tiny", 70)
 
 
@@ -215,6 +236,19 @@ def test_timm_encoder_from_a_file_placed_by_hand(tmp_path, monkeypatch):
     assert Encoder("dinov2-s", 64).encode(torch.rand(1, 3, 64, 64)).shape == (1, 384, 4, 4)      # sees 56 px
 
 
+@pytest.mark.parametrize("head", [[], [24, 1, 2]])
+def test_prediction_of_x0_gives_the_velocity_towards_it(head):
+    model = (DiTDH if head else DiT)(12, 4, 16, 1, 2, *head, 5).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    x, y = torch.randn(3, 12, 4, 4), torch.tensor([0, 3, 5])
+    t = torch.tensor([1.0, 0.3, 0.01])
+    x0, model.prediction = model(x, t, y), "x0"                        # what a "v" model's layers give
+    v = model(x, t, y)
+    torch.testing.assert_close(v, (x - x0) / torch.tensor([1.0, 0.3, 0.05]).view(3, 1, 1, 1))
+    torch.testing.assert_close((x - t.view(3, 1, 1, 1) * v)[:2], x0[:2])     # an Euler step to t=0 ends there
+    assert x0.std() > 0.1
+
+
 def test_unknown_encoder_is_named():
     with pytest.raises(ValueError, match="--encoder vgg99 is neither one of tiny"):
         Encoder("vgg99")
@@ -227,8 +261,8 @@ def test_decoder_patch_is_free_and_other_grids_are_resized():
 
 
 def test_rae_normalises_and_inverts(tiny):
-    decoder = Decoder(80, 8, 8, 32, 1, 2, 64)
-    mean, var = torch.randn(80, 8, 8), torch.rand(80, 8, 8) + 0.1
+    decoder = Decoder(192, 4, 16, 32, 1, 2, 64)
+    mean, var = torch.randn(192, 4, 4), torch.rand(192, 4, 4) + 0.1
     rae, plain, x = RAE(tiny, decoder, mean, var), RAE(tiny, decoder), torch.rand(2, 3, 64, 64)
     z = tiny.encode(x)
     torch.testing.assert_close(plain.encode(x), z)

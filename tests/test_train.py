@@ -22,7 +22,7 @@ from conftest import ROOT
 DECODER = ("--decoder_width 32 --decoder_depth 1 --decoder_heads 2 --decoder_mlp 64 --batch 8 --stats_n 16 "
            "--workers 0 --log_every 2 --save_every 2 --preview_every 0 --eval_every 0 --eval_n 4 --warmup 2 "
            "--tau 0.5").split()
-DIT = ("--width 32 --depth 1 --heads 2 --head_width 128 --head_depth 1 --head_heads 4 --batch 8 --workers 0 "
+DIT = ("--width 32 --depth 1 --heads 2 --head_width 192 --head_depth 1 --head_heads 4 --batch 8 --workers 0 "
        "--log_every 2 --save_every 2 --preview_every 0 --warmup 2 --decay_start 2 --sampling_steps 2 "
        "--eval_n 36").split()
 STAGES = [(train_decoder, DECODER), (train_dit, DIT)]
@@ -164,7 +164,7 @@ def test_ema_follows_and_is_what_is_saved_in_the_autoencoder(tmp_path):
     state = load(tmp_path)
     assert difference(state["model"], state["ema"]) > 0
     assert difference(state["ema"], state["rae"]["decoder"]) == 0
-    assert state["rae"]["latent_var"].shape == (80, 8, 8)
+    assert state["rae"]["latent_var"].shape == (192, 4, 4)
 
 
 def test_latent_statistics_are_those_of_all_latents():
@@ -187,7 +187,7 @@ def test_latent_noise_law(law):
 
 
 def test_preview_evaluation_and_upsampling(tmp_path):
-    go(train_decoder, *DECODER, "--steps", 2, "--decoder_patch", 16, "--preview_every", 2, "--eval_every", 2,
+    go(train_decoder, *DECODER, "--steps", 2, "--decoder_patch", 32, "--preview_every", 2, "--eval_every", 2,
        "--out", tmp_path / "decoder")
     assert (tmp_path / "decoder" / "preview_0000002.png").exists()
     record = [json.loads(r) for r in (tmp_path / "decoder" / "log.jsonl").read_text().splitlines()][-1]
@@ -223,7 +223,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
     (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
-    (train_decoder, ["--decoder_heads", "3"], "--decoder_width 128 must be a multiple of --decoder_heads 3"),
+    (train_decoder, ["--decoder_heads", "5"], "--decoder_width 192 must be a multiple of --decoder_heads 5"),
     (train_decoder, ["--tau", "-1"], "--tau -1.0"),
     (train_decoder, ["--encoder", "vgg99"], "--encoder vgg99 is neither"),
 ])
@@ -251,18 +251,43 @@ def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path
                         seen.append((dim, base)) or torch.full((n,), 0.5))
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path / "tiny")     # left open: that of the tiny encoder
     go(train_dit, *DIT, "--steps", 1, "--shift_base", 4096, "--out", tmp_path / "paper")
-    assert seen == [(5120, train_dit.TINY_SHIFT_BASE)] * 2 + [(5120, 4096)]
+    assert seen == [(3072, train_dit.TINY_SHIFT_BASE)] * 2 + [(3072, 4096)]
     shifts = []
     monkeypatch.setattr(sample, "time_grid", lambda steps, shift, release: shifts.append(shift) or [])
     monkeypatch.setitem(sample.SOLVERS, "euler", lambda velocity, x, times: x)
     for run in ("tiny", "paper"):
         model, rae, _ = sample.load_dit(tmp_path / run / "last.pt")
         sample.generate(model, rae, [0], train_dit.parse_args(["--out", str(tmp_path / "none")]))
-    assert shifts == [(5120 / train_dit.TINY_SHIFT_BASE) ** 0.5, (5120 / 4096) ** 0.5]
-    with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 128"):
+    assert shifts == [(3072 / train_dit.TINY_SHIFT_BASE) ** 0.5, (3072 / 4096) ** 0.5]
+    with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 85"):
         go(train_dit, *DIT, "--steps", 4, "--shift_base", 99, "--out", tmp_path / "tiny", "--resume")
     go(train_dit, *DIT, "--steps", 4, "--out", tmp_path / "tiny", "--resume")
     assert load(tmp_path / "tiny")["args"]["shift_base"] == train_dit.TINY_SHIFT_BASE
+
+
+def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_x0(tmp_path, monkeypatch):
+    seen, flow_matching_loss = [], train_dit.flow_matching_loss
+    monkeypatch.setattr(train_dit, "sample_time", lambda n, *rest: torch.full((n,), 0.5))
+    monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
+                        seen.append(x0) or flow_matching_loss(model, x0, y, t, eps))
+    go(train_dit, *DIT, "--steps", 2, "--log_every", 1, "--out", tmp_path / "x0")
+    go(train_dit, *DIT, "--steps", 2, "--prediction", "v", "--out", tmp_path / "v")
+    rows = map(json.loads, (tmp_path / "x0/log.jsonl").read_text().splitlines())
+    first = next(r["loss"] for r in rows if "loss" in r)               # output 0 at the start: x0 taken for 0
+    assert abs(first / seen[0].square().mean() - 1) < 1e-3
+    for run, kind in (("x0", "x0"), ("v", "v")):
+        assert load(tmp_path / run)["args"]["prediction"] == kind
+        assert sample.load_dit(tmp_path / run / "last.pt")[0].prediction == kind
+    with pytest.raises(ValueError, match="--prediction v differs from the checkpoint's x0"):
+        go(train_dit, *DIT, "--steps", 4, "--prediction", "v", "--out", tmp_path / "x0", "--resume")
+
+
+def test_the_class_table_starts_at_label_std(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dit.runtime, "step_optimizer", lambda *args: 0.0)     # the weights stay
+    for std in (1.0, 0.02):
+        go(train_dit, *DIT, "--steps", 1, "--label_std", std, "--out", tmp_path / str(std))
+        table = load(tmp_path / str(std))["model"]["y_embedder.embedding_table.weight"]
+        assert 0.9 * std < table.std() < 1.1 * std
 
 
 def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):

@@ -5,11 +5,14 @@
 # %% Set-up
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,8 +25,8 @@ LEAST = {"guided: right colour, %": 95, "guided: right colour and shape, %": 60}
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=600)
-parser.add_argument("--dit_steps", type=int, default=2000)
+parser.add_argument("--decoder_steps", type=int, default=2500)
+parser.add_argument("--dit_steps", type=int, default=2400)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
 
@@ -35,6 +38,16 @@ def stage(name, module, *argv):
     result = module.main(module.parse_args([str(a) for a in argv]))
     minutes[name] = (time.time() - start) / 60
     return result
+
+
+def train(name, script, *argv):
+    """Run a training script in one process per core, up to two, as torchrun does."""
+    start, cores = time.time(), min(2, os.cpu_count() or 1)
+    command = [str(a) for a in (f"--nproc_per_node={cores}", ROOT / script, *argv)]
+    print(f"\n{name}: torchrun {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *command], check=True,
+                   env={"OMP_NUM_THREADS": "1", **os.environ})
+    minutes[name] = (time.time() - start) / 60
 
 
 def curve(draw, box, points, title):
@@ -53,14 +66,13 @@ def curve(draw, box, points, title):
 
 
 # %% Stage 1: a decoder over the shipped frozen encoder
-workers = 1 if sys.platform == "linux" else 0     # elsewhere a worker would run this script anew
-stage("decoder", train_decoder, "--out", out / "decoder", "--steps", args.decoder_steps, "--eval_every", 0,
-      "--preview_every", 0, "--workers", workers, "--overwrite")
+train("decoder", "train_decoder.py", "--out", out / "decoder", "--steps", args.decoder_steps,
+      "--eval_every", 0, "--preview_every", 0, "--workers", 0, "--overwrite")
 reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decoder/last.pt", "--n", 200)
 
 # %% Stage 2: a DiT^DH on its latents
-stage("DiT^DH", train_dit, "--rae", out / "decoder/last.pt", "--out", out / "dit", "--steps", args.dit_steps,
-      "--preview_every", 0, "--workers", workers, "--overwrite")
+train("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit", "--steps",
+      args.dit_steps, "--preview_every", 0, "--workers", 0, "--overwrite")
 
 # %% Samples and evaluation: 10 guided images of each class
 stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108, "--out", out / "samples.png")
