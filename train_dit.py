@@ -99,6 +99,8 @@ def parse_args(argv=None):
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
     if args.shift_base is not None and not args.shift_base > 0:
         p.error(f"--shift_base {args.shift_base} must be positive; the papers' is 4096")
+    if args.label_std < 0:
+        p.error(f"--label_std {args.label_std} must be at least 0; the papers' is 0.02")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")

@@ -1,16 +1,18 @@
 """Pretrain the shipped `tiny` encoder on the built-in world, without labels; writes tiny_encoder.safetensors.
 
 Its tokens regress a descriptor that classical image analysis computes from the pixels (as MaskFeat, arXiv
-2112.09133, regresses HOG). For each 16 px patch that is the distance to the nearest outline at 8 x 8 points,
-signed and squashed at three ranges, the colour of the nearest thing and that of the ground; and for the whole
-image its rotation-invariant spectrum. Distances vary smoothly where pixels jump, every token knows where
-things lie beyond its patch, and the spectrum brings shape within reach of a linear probe: latents that are
-easy to generate and, unlike labels, hold the whole picture. A fixed random rotation spreads the descriptor
-over the channels. The file was made with these settings, from other random numbers.
+2112.09133, regresses HOG). For each 16 px patch that is, at 8 x 8 points, the distance to the nearest
+outline, signed and squashed at two ranges, and the share of the foreground; then the colour of the nearest
+thing and of the ground; and for the whole image its rotation-invariant spectrum. Distances vary smoothly
+where pixels jump, every token knows where things lie beyond its patch, and the spectrum brings shape within
+reach of a linear probe: latents that are easy to generate and, unlike labels, hold the whole picture. A fixed
+random rotation spreads the descriptor over the channels. The file was made with these settings, from other
+random numbers.
 Labels are used only by the linear probe that is printed on the way.
     python assets/make_tiny_encoder.py
 """
 import argparse
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -26,13 +28,10 @@ from einops import rearrange
 from safetensors.torch import save_file
 from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import runtime
 from data import batches, open_data
 from model import TINY
-from shapes import Scene
 
 HERE = Path(__file__).resolve().parent
 SIDE, PATCH = TINY["img_size"], TINY["patch_size"]
@@ -66,20 +65,6 @@ def geometry(image):
     coarse = coarse.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH, 6).mean((1, 3))
     fine = rearrange(fine, "(h p) (w q) k -> (h w) (k p q)", p=PATCH // 2, q=PATCH // 2)
     return np.concatenate([fine, coarse.reshape(-1, 6)], 1).astype(np.float32)
-
-
-class Scenes(Dataset):
-    """Pictures of 1 to 4 objects, half of them of one, with the descriptor of their patches."""
-
-    def __init__(self, seed, n):
-        self.seed, self.n = seed, n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        image = Scene.random(self.seed, index, objects=(1, 1, 1, 2, 3, 4)).render(SIDE)
-        return image, geometry(image).astype(np.float16)
 
 
 def spectrum(x):
@@ -125,11 +110,6 @@ def linear_probe(model, train=6_000, test=3_000):
     return (probe(x_test).argmax(1) == y_test).float().mean().item()
 
 
-def pixels(images):
-    """uint8 images b H W 3 -> b 3 H W in [-1,1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 class TokenRegressor(nn.Module):
     """The encoder, and the fixed map from descriptors to the tokens that it regresses."""
 
@@ -150,7 +130,7 @@ class TokenRegressor(nn.Module):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=40_000, help="scenes, seen again and again")
+    p.add_argument("--images", type=int, default=40_000, help="scenes, a multiple of 500; used repeatedly")
     p.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--spectrum", type=float, default=0.8, help="weight of the spectrum")
@@ -162,14 +142,15 @@ def main():
     runtime.setup()
     timm.layers.set_fused_attn(False)      # on few tokens plain bf16 products are faster on CPU
     torch.manual_seed(args.seed)
-    loader = DataLoader(Scenes(args.seed, args.images), 500, num_workers=2)
-    images, patches = map(torch.cat, zip(*tqdm(loader, desc="descriptors")))
-    whole = torch.cat([spectrum(pixels(x)) for x in images.split(500)])
+    data = open_data("shapes", SIDE, seed=args.seed, objects=(1, 1, 1, 2, 3, 4))
+    images = torch.cat([x for _, _, x, _, _ in batches(data, 500, 500, stop=args.images // 500, workers=1)])
+    with multiprocessing.Pool() as pool:                                # N 3 H W uint8 -> N n 198
+        patches = torch.from_numpy(np.stack(pool.map(geometry, images.permute(0, 2, 3, 1).numpy())))
+    whole = torch.cat([spectrum(x.float() / 127.5 - 1) for x in images.split(500)])
     whole = args.spectrum * (whole - whole.mean(0))                     # N 56
 
     def descriptor(rows):                                               # b n 254
-        patch = patches[rows].float()
-        return torch.cat([patch, whole[rows, None].expand(-1, patch.shape[1], -1)], 2)
+        return torch.cat([patches[rows], whole[rows, None].expand(-1, patches.shape[1], -1)], 2)
 
     model = TokenRegressor(descriptor(torch.arange(min(4000, args.images))).flatten(0, 1))
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -179,7 +160,7 @@ def main():
         for group in opt.param_groups:
             group["lr"] = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
         with runtime.autocast(device, args.dtype):
-            z = model.encode(pixels(images[rows]))
+            z = model.encode(images[rows].float() / 127.5 - 1)
         loss = (z.float() - model.targets(descriptor(rows))).square().mean()
         opt.zero_grad()
         loss.backward()

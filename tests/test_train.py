@@ -220,6 +220,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
+    (train_dit, ["--label_std", "-1"], "--label_std -1.0 must be at least 0"),
     (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),

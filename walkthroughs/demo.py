@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image, ImageDraw, ImageFont
 
 import eval_fid
+import runtime
 import sample
 import train_decoder
-import train_dit
 
 LEAST = {"guided: right colour, %": 95, "guided: right colour and shape, %": 60}   # what counts as working
 
@@ -79,12 +79,12 @@ stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108, "--out", out
 metrics = stage("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
 
 # %% Pictures
-rae, data = eval_fid.unpack_rae(train_dit.runtime.load_checkpoint(out / "decoder/last.pt")["rae"]), \
+rae, data = eval_fid.unpack_rae(runtime.load_checkpoint(out / "decoder/last.pt")["rae"]), \
     eval_fid.open_data("shapes", 64, split="val")
 train_decoder.reconstruction_picture(rae, eval_fid.real_images(data, range(12))).resize((1584, 264)).save(
     out / "reconstructions.png")
 sheet = Image.new("RGB", (1100, 380), "white")
-for x, name, title in ((80, "decoder", "decoder: L1 loss"), (630, "dit", "DiT^DH: flow-matching loss")):
+for x, name, title in ((80, "decoder", "decoder: L1 loss"), (630, "dit", "DiT^DH: squared error of x0")):
     rows = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     points = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     curve(ImageDraw.Draw(sheet), (x, 40, x + 440, 330), points, title)
