@@ -49,12 +49,10 @@ class Moments:
             self.n = total
 
     def merge(self):
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.n, self.mean, self.scatter))
-            self.__init__()
-            for part in parts:
-                self.join(*part)
+        parts = gather((self.n, self.mean, self.scatter))
+        self.__init__()
+        for part in parts:
+            self.join(*part)
         return self
 
     @property
@@ -127,6 +125,14 @@ def verify(images, labels):
 
 
 # ---------------------------------------------------------------------------------- evaluations
+def gather(x):
+    """The objects x of all processes, in a list."""
+    parts = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 def total(x):
     """Sum of a tensor over processes."""
     return runtime.all_mean(x) * (dist.get_world_size() if dist.is_initialized() else 1)

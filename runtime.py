@@ -80,17 +80,17 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def step_optimizer(opt, model, clip, loss, step, lr):
+def step_optimizers(opts, model, clip, loss, step, lr):
     """Clip to norm `clip` (0: none), step if finite, zero the gradients; returns their norm before that."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf))
     if math.isfinite(norm):                                # on all processes alike: DDP averages gradients
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
+        for opt in opts:
+            opt.param_groups[0]["lr"] = lr
+            opt.step()
     else:
         print(f"step {step}: not finite, update left out: loss {float(loss)}, gradient norm {norm}, "
               f"lr {lr:.1e}", file=sys.stderr)
-    opt.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return norm
 
 

@@ -12,7 +12,6 @@ import copy
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
@@ -24,7 +23,7 @@ from data import batches, check, open_data
 from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law hold_out weight_decay").split()          # fixed in a resumed run
+           "decoder_patch tau noise_law optimizer hold_out weight_decay").split()   # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -47,10 +46,12 @@ def parse_args(argv=None):
     p.add_argument("--tau", type=float, default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
-    p.add_argument("--batch", type=int, default=32, help="images per optimizer step over all processes")
+    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=4000, help="optimizer steps in all")
-    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of AdamW; the paper uses 2e-4")
+    p.add_argument("--steps", type=int, default=2000, help="optimizer steps in all")
+    p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
+                   "matrices, in a quarter of AdamW's steps; adamw: as in the paper")
+    p.add_argument("--lr", type=float, default=7e-3, help="peak learning rate; the paper uses 2e-4")
     p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--weight_decay", type=float, default=0.0)
@@ -104,12 +105,9 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
                                       stop=n // (micro * world)):
         z = encoder.encode(images.to(device).float() / 255).double().cpu()
         moments = join(moments, (len(z), z.mean(0), (z - z.mean(0)).square().sum(0)))
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, moments)
-        moments = parts[0]
-        for part in parts[1:]:
-            moments = join(moments, part)
+    moments, *others = eval_fid.gather(moments)
+    for part in others:
+        moments = join(moments, part)
     n, mean, scatter = moments
     return mean.float(), (scatter / n).float()
 
@@ -136,6 +134,22 @@ def losses(images, target):
     return dict(l1=(images - target).abs().mean())
 
 
+# ---------------------------------------------------------------------------------- training
+def make_optimizers(model, name, lr, weight_decay):
+    """A list: AdamW; or, for name "muon", Muon for the matrices of the blocks and AdamW for the rest.
+
+    Muon makes a matrix's update orthogonal; scaled to the size of AdamW's, both take the same lr.
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982
+    """
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    inner = [k for k, p in trained.items() if p.ndim == 2 and ("blocks." in k or "layers." in k)]
+    inner = {k: trained.pop(k) for k in inner if name == "muon"}
+    opts = [torch.optim.AdamW(trained.values(), lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)]
+    if inner:
+        opts += [torch.optim.Muon(inner.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return opts
+
+
 def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
@@ -149,13 +163,13 @@ def main(args):
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
-    trained = [p for p in decoder.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    opts = make_optimizers(decoder, args.optimizer, args.lr, args.weight_decay)
     start = 0
     if resumed:
         load_release(decoder, {"model": resumed["model"]})
         load_release(ema, {"ema": resumed["ema"]})
-        opt.load_state_dict(resumed["opt"])
+        for opt, state in zip(opts, resumed["opt"]):
+            opt.load_state_dict(state)
         start = resumed["step"]
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in decoder.parameters()))
@@ -176,14 +190,16 @@ def main(args):
             packed = dict(encoder=args.encoder, size=args.size, decoder=ema.state_dict(), **sizes,
                           latent_mean=latent_mean, latent_var=latent_var)            # for model.unpack_rae
             runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema.state_dict(),
-                                    rae=packed, opt=opt.state_dict(), step=step, args=runtime.plain(args))
+                                    rae=packed, opt=[opt.state_dict() for opt in opts], step=step,
+                                    args=runtime.plain(args))
 
     sums = {}
     for step, m, images, _, _ in batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                                          stop=args.steps):
         last = m // world == accumulate - 1
         images = images.to(device).float() / 255
-        z = encoder.encode(images)                                      # b c h w, not normalised
+        with runtime.autocast(device, args.dtype):
+            z = encoder.encode(images).float()                          # b c h w, not normalised
         runtime.seed_step(args.seed, step, m)
         z = add_noise(z, args.tau, args.noise_law)
         quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
@@ -197,7 +213,7 @@ def main(args):
         if not last:
             continue
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
-        norm = runtime.step_optimizer(opt, decoder, args.clip, sum(terms.values()), step, lr)
+        norm = runtime.step_optimizers(opts, decoder, args.clip, sum(terms.values()), step, lr)
         runtime.update_ema(ema, decoder, args.ema, step)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,9 +24,13 @@ from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, requi
                    unpack_rae)
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
-TINY_SHIFT_BASE = 85   # the tiny encoder's tokens repeat each other: it takes more noise to hide the image
+BINS = 20                    # of t, for the balance of the loss
+# Left open, these are the papers', but for the tiny encoder: its tokens repeat each other, so that it takes
+# more noise to hide an image, and most of the noise lies in directions that its latents never take.
+PAPERS = dict(shift_base=4096, prediction="v", balance="off")
+TINY = dict(shift_base=340, prediction="x0", balance="on")
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
-           "shift_base prediction flip hold_out weight_decay").split()  # fixed in a resumed run
+           "shift_base prediction balance flip cache hold_out weight_decay").split()  # fixed in a resumed run
 
 
 def parse_args(argv=None):
@@ -36,6 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--rae", default=str(SHIPPED_RAE), help="checkpoint of train_decoder.py")
     p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
     p.add_argument("--hold_out", type=int, default=0, help="images kept out of training, for evaluation")
+    p.add_argument("--cache", type=int, default=0, help="images encoded once, trained on repeatedly; 0: none")
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
@@ -58,12 +64,10 @@ def parse_args(argv=None):
     p.add_argument("--weight_decay", type=float, default=0.0)
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
     p.add_argument("--ema", type=float, default=0.998, help="decay per step in [0,1); the paper uses 0.9995")
-    p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform",
-                   help="of t before the shift; the papers use logit_normal, which seldom comes near 0")
-    p.add_argument("--shift_base", type=float, help="n of the time shift a = sqrt(tokens * channels / n) "
-                   f"(default: the papers' 4096; {TINY_SHIFT_BASE} for the latents of the tiny encoder)")
-    p.add_argument("--prediction", choices=("v", "x0"), help="of the final layer, and what the loss measures "
-                   "(default: the papers' v; x0 for the latents of the tiny encoder)")
+    p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform", help="of t")
+    p.add_argument("--shift_base", type=float, help="n of the time shift a = sqrt(tokens * channels / n)")
+    p.add_argument("--prediction", choices=("v", "x0"), help="of the final layer; what the loss measures")
+    p.add_argument("--balance", choices=("on", "off"), help="divide the loss at t by its running mean there")
     p.add_argument("--label_std", type=float, default=1.0, help="of the class table at first; papers 0.02")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
@@ -97,16 +101,28 @@ def parse_args(argv=None):
         p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
-    if args.shift_base is not None and not args.shift_base > 0:
-        p.error(f"--shift_base {args.shift_base} must be positive; the papers' is 4096")
-    if args.label_std < 0:
-        p.error(f"--label_std {args.label_std} must be at least 0; the papers' is 0.02")
+    for name, low, paper in (("shift_base", 1e-9, 4096), ("label_std", 0, 0.02), ("cache", 0, 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            p.error(f"--{name} {getattr(args, name)} must be at least {low}; the papers' is {paper}")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
     if not Path(args.rae).exists():
         p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
     return args
+
+
+def replay(data, rae, args, start, rank, world, device):
+    """As batches(), latents for images: those of the first --cache images, encoded once, drawn at random."""
+    unit, parts = 50 * world, []
+    for _, _, images, labels, _ in batches(data, unit, 50, 0, rank, world, 0, stop=-(-args.cache // unit)):
+        with runtime.autocast(device, args.dtype):
+            parts.append((rae.encode(images.to(device).float() / 255).half().cpu(), labels))
+    z, y = (torch.cat(x) for x in zip(*(part for unit in zip(*eval_fid.gather(parts)) for part in unit)))
+    for step in range(start, args.steps):
+        for m in range(rank, args.batch // args.micro_batch, world):
+            rows = np.random.default_rng((args.seed, step, m)).integers(args.cache, size=args.micro_batch)
+            yield step, m, z[rows], y[rows], None
 
 
 def main(args):
@@ -121,9 +137,8 @@ def main(args):
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
     eval_fid.check_n(args, val)
-    tiny = packed["encoder"] == "tiny"
-    args.shift_base = args.shift_base or (TINY_SHIFT_BASE if tiny else 4096)
-    args.prediction = args.prediction or ("x0" if tiny else "v")
+    usual = TINY if packed["encoder"] == "tiny" else PAPERS
+    vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     rae = unpack_rae(packed).to(device)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)
@@ -132,34 +147,34 @@ def main(args):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    start = 0
+    level, start = torch.ones(BINS, device=device), 0                   # running mean of the loss by t
     if resumed:
         load_release(model, {"model": resumed["model"]})
         load_release(ema, {"ema": resumed["ema"]})
         opt.load_state_dict(resumed["opt"])
-        start = resumed["step"]
+        level, start = resumed["level"].to(device), resumed["step"]
     step_model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     if args.compile:
         step_model = torch.compile(step_model)
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
-    shift = (channels * grid * grid / args.shift_base) ** 0.5
-    log.say(f"latents {channels} x {grid} x {grid}, shift a = {shift:.3f}; {len(data)} images in "
-            f"{data.num_classes} classes")
+    log.say(f"latents {channels} x {grid} x {grid}, {data.num_classes} classes")
 
     def save(step):
         if rank == 0:
             runtime.save_checkpoint(
-                f"{args.out}/last.pt", model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                step=step, args=runtime.plain(args), num_classes=data.num_classes, rae=packed,
-                class_names=data.class_names, latent_shape=[channels, grid])
+                f"{args.out}/last.pt", model=model.state_dict(), ema=ema.state_dict(), step=step,
+                opt=opt.state_dict(), level=level, args=runtime.plain(args), rae=packed,
+                num_classes=data.num_classes, class_names=data.class_names, latent_shape=[channels, grid])
 
-    # total loss; then loss and count of the images in ten bins of t
-    sums = torch.zeros(21, device=device)
-    for step, m, images, labels, _ in batches(data, args.batch, args.micro_batch, start, rank, world,
-                                              args.workers, stop=args.steps):
+    stream = replay(data, rae, args, start, rank, world, device) if args.cache else batches(
+        data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
+    total, sums, by_t = 0.0, torch.zeros(2, BINS, device=device), torch.zeros(2, BINS, device=device)
+    for step, m, x0, labels, _ in stream:
         last = m // world == accumulate - 1
-        images, labels = images.to(device).float() / 255, labels.to(device)
-        x0 = rae.encode(images)                                         # b c h w, unit variance
+        x0, labels = x0.to(device).float(), labels.to(device)
+        if not args.cache:                                              # they are images yet: b 3 H W
+            with runtime.autocast(device, args.dtype):
+                x0 = rae.encode(x0 / 255).float()                       # b c h w, unit variance
         runtime.seed_step(args.seed, step, m)
         t = sample_time(len(x0), args.time_law, x0[0].numel(), device, model.shift_base)  # b
         eps = torch.randn_like(x0)
@@ -169,29 +184,31 @@ def main(args):
                 loss = flow_matching_loss(step_model, x0, labels, t, eps)  # b
             if model.prediction == "x0":
                 loss = loss * t.square()                                # the error of v is that of x0 over t
-            (loss.mean() / accumulate).backward()
-        loss, tenth = loss.detach(), (t * 10).long().clamp(max=9)
-        sums[0] += loss.mean() / accumulate
-        sums[1:11].index_add_(0, tenth, loss)
-        sums[11:].index_add_(0, tenth, torch.ones_like(loss))
+            at = (t * BINS).long().clamp(max=BINS - 1)                  # b
+            weight = 1 / level[at] if args.balance == "on" else 1.0     # each t has the same say
+            ((weight * loss).mean() / accumulate).backward()
+        loss = loss.detach()
+        sums.index_add_(1, at, torch.stack([loss, torch.ones_like(loss)]))  # this step's losses and counts
         if not last:
             continue
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end, args.lr_end)
-        norm = runtime.step_optimizer(opt, model, args.clip, loss.mean(), step, lr)
+        norm = runtime.step_optimizers([opt], model, args.clip, loss.mean(), step, lr)
         runtime.update_ema(ema, model, args.ema, step)
+        sums = runtime.all_mean(sums)
+        mean, total, by_t = sums[0] / sums[1], total + sums[0].sum() / sums[1].sum(), by_t + sums
+        level = torch.where(mean.isfinite(), level.lerp(mean, 0.05), level)  # nan: no t fell into the bin
+        sums = torch.zeros_like(sums)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            means = runtime.all_mean(sums)
-            by_t = (means[1:11] / means[11:]).tolist()                  # NaN where no t fell into the bin
-            log.step(done, means[0].item() / (done - log.last_step), norm, lr,
-                     loss_by_t=[x if x == x else None for x in by_t])
-            sums.zero_()
+            tenths = by_t.view(2, 10, -1).sum(2)
+            log.step(done, float(total) / (done - log.last_step), norm, lr,
+                     loss_by_t=[x if x == x else None for x in (tenths[0] / tenths[1]).tolist()])
+            total, by_t = 0.0, torch.zeros_like(by_t)
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
-            classes = list(range(min(data.num_classes, 36)))
-            images = sample.generate(ema, rae, classes * 2, args)
-            names = [data.class_names[k] for k in classes]
+            names = data.class_names[:36]
+            images = sample.generate(ema, rae, [*range(len(names))] * 2, args)
             sample.draw_grid(images, names).save(f"{args.out}/preview_{done:07d}.png")
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             metrics = eval_fid.evaluate_generation(ema, rae, val, args, args.eval_n, rank, world)

@@ -1,14 +1,14 @@
 """Pretrain the shipped `tiny` encoder on the built-in world, without labels; writes tiny_encoder.safetensors.
 
 Its tokens regress a descriptor that classical image analysis computes from the pixels (as MaskFeat, arXiv
-2112.09133, regresses HOG). For each 16 px patch that is, at 8 x 8 points, the distance to the nearest
-outline, signed and squashed at two ranges, and the share of the foreground; then the colour of the nearest
-thing and of the ground; and for the whole image its rotation-invariant spectrum. Distances vary smoothly
-where pixels jump, every token knows where things lie beyond its patch, and the spectrum brings shape within
-reach of a linear probe: latents that are easy to generate and, unlike labels, hold the whole picture. A fixed
-random rotation spreads the descriptor over the channels. The file was made with these settings, from other
-random numbers.
-Labels are used only by the linear probe that is printed on the way.
+2112.09133, regresses HOG). Foreground is parted from a smooth ground; for each 16 px patch the descriptor is
+- of the object nearest to the patch: its centre, as waves of 128, 32 and 16 px, coarse to fine; its 3-, 4- and
+  5-fold angular moments (Hu, 1962), whose phases are its rotation and whose sizes tell shapes apart; its radial
+  moments, its radius, and the colour near each quarter of the patch;
+- at 8 x 8 points, the distance to the nearest outline, signed and squashed; and the colour of the ground.
+Latents that are easy to generate: what an object is and where it lies stands in all tokens, in numbers that
+noise hides one after another; and easy to decode, from the distances. A fixed random rotation spreads the
+descriptor over the channels. Labels are used only by the linear probe that is printed on the way.
     python assets/make_tiny_encoder.py
 """
 import argparse
@@ -32,20 +32,21 @@ from timm.models.vision_transformer import VisionTransformer
 import runtime
 from data import batches, open_data
 from model import TINY
+from train_decoder import make_optimizers
 
 HERE = Path(__file__).resolve().parent
 SIDE, PATCH = TINY["img_size"], TINY["patch_size"]
 AXIS = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
 PLANE = np.stack([np.ones((SIDE, SIDE), np.float32), *np.meshgrid(AXIS, AXIS), np.outer(AXIS, AXIS)], 2)
-RANGES = (3, 12)                    # pixels: the outline's exact place; the way to the next thing
+WAVES = (2 * SIDE, SIDE / 2, SIDE / 4)      # px: the first tells every place apart, the last is one patch
+RANGE = 6                                   # px at which distances saturate: half of a small object
+# Columns of each part of the descriptor, and its share of the energy of a token, so of its squared error.
+PARTS = dict(centre=(12, 0.36), distance=(64, 0.20), rotation=(6, 0.18), colour=(12, 0.08), ground=(3, 0.07),
+             radial=(2, 0.05), folds=(3, 0.03), radius=(1, 0.03))
 
 
-def geometry(image):
-    """Descriptor of the patches of a picture (64, 64, 3) uint8: (16, 198) float32, row by row.
-
-    Squares of 2 x 2 px: share of the foreground; signed distance to its outline, tanh at two ranges. Then the
-    colour of the nearest foreground and of the ground. Weighted so that each part has a say in a mean square.
-    """
+def descriptor(image):
+    """Descriptor of the patches of a picture (64, 64, 3) uint8: (16, 103) float32, columns as in PARTS."""
     x = image.astype(np.float32) / 127.5 - 1
     border = np.median(np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]), 0)
     even = ~ndimage.binary_dilation(np.abs(x - border).max(2) > 0.3, iterations=2)
@@ -55,33 +56,38 @@ def geometry(image):
     share = np.where(full > 0.3, strength / np.maximum(full, 0.3), 0)       # 0.3: far below any object
     inside = share > 0.5
     inside[SIDE // 2, SIDE // 2] |= not inside.any()                        # distances need something
-    row, column = ndimage.distance_transform_edt(~ndimage.binary_erosion(inside), return_distances=False,
-                                                 return_indices=True)
-    distance = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
-    distance = ndimage.gaussian_filter(distance, 0.7)                       # between whole pixels
-    fine = np.stack([share - 0.5] + [np.tanh(-distance / r) for r in RANGES], 2)
-    fine = fine.reshape(SIDE // 2, 2, SIDE // 2, 2, 3).mean((1, 3))
-    coarse = np.concatenate([4 * x[row, column], 6 * ground - 3], 2)
-    coarse = coarse.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH, 6).mean((1, 3))
-    fine = rearrange(fine, "(h p) (w q) k -> (h w) (k p q)", p=PATCH // 2, q=PATCH // 2)
-    return np.concatenate([fine, coarse.reshape(-1, 6)], 1).astype(np.float32)
+    outside, near = ndimage.distance_transform_edt(~inside, return_indices=True)
+    distance = ndimage.gaussian_filter(outside - ndimage.distance_transform_edt(inside), 0.7)
+    own = (ndimage.label(inside)[0] - 1)[tuple(near)]                       # number of the nearest object
+    core = ndimage.distance_transform_edt(~ndimage.binary_erosion(inside), return_distances=False,
+                                          return_indices=True)
+    colour = x[tuple(core)]                                                 # away from soft edges
 
+    def total(values):                                                      # of the pixels of each object
+        return np.bincount(own.ravel(), (share * values).ravel())
 
-def spectrum(x):
-    """Shift- and rotation-invariant descriptor of images b 3 64 64: b 56, variance about 0.4.
+    row, column = np.indices(own.shape) + 0.5
+    area = np.maximum(total(1.0), 1)
+    centre = np.stack([total(column), total(row)]) / area                   # 2 k
+    radius = np.sqrt(area / np.pi)
+    spot = ((column - centre[0][own]) + 1j * (row - centre[1][own])) / radius[own]
+    r = np.maximum(np.abs(spot), 1e-3)
+    moments = [(total((spot ** m * r ** (2 - m)).real) + 1j * total((spot ** m * r ** (2 - m)).imag)) / area
+               for m in (3, 4, 5)]
+    moments = np.stack([m / (np.abs(m) + 0.15) for m in moments])           # 3 k; a square's is 0.15
+    waves = np.exp(2j * np.pi * centre[:, None] / np.array(WAVES)[:, None]).reshape(6, -1)
+    objects = np.concatenate([waves.real, waves.imag, moments.real, moments.imag,
+                              [total(r ** 2) / area, total(np.exp(-(r / 0.4) ** 2)) / area],
+                              np.abs(moments), [np.log(radius)]])           # 24 k
 
-    Distance from the median border colour -> amplitude spectrum -> on 14 rings, the mean and the 4-, 6- and
-    10-fold variation around the ring, which squares and crosses, triangles, stars have; logarithm.
-    """
-    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
-    distance = (x - border[:, :, None, None]).square().sum(1).sqrt()
-    distance = distance / distance.amax((1, 2), keepdim=True).clamp(min=0.1)
-    amplitude = torch.fft.fftshift(torch.fft.fft2(distance), dim=(1, 2)).abs()[:, None]  # zero: 32
-    radius, angle = torch.linspace(2, 24, 14)[:, None], torch.arange(40) * (torch.pi / 40)
-    rings = torch.stack([radius * angle.cos(), radius * angle.sin()], -1) / 32 + 1 / 64     # 14 40 2
-    around = F.grid_sample(amplitude, rings.expand(len(x), -1, -1, -1), align_corners=False)[:, 0]
-    folds = torch.fft.rfft(around, dim=2).abs()[:, :, [0, 2, 3, 5]] / 40
-    return (folds + 0.3).log().flatten(1)
+    def patches(plane, points):                                             # 64 64 k -> 16 points*points*k
+        plane = plane.reshape(4 * points, PATCH // points, 4 * points, PATCH // points, -1).mean((1, 3))
+        return rearrange(plane, "(h p) (w q) k -> (h w) (p q k)", p=points, q=points)
+
+    middle = own[PATCH // 2::PATCH, PATCH // 2::PATCH].ravel()
+    waves, turns, radial, folds, size = np.split(objects.T[middle], (12, 18, 20, 23), axis=1)
+    return np.concatenate([waves, patches(np.tanh(distance / RANGE), 8), turns, patches(colour, 2),
+                           patches(ground, 1), radial, folds, size], 1).astype(np.float32)
 
 
 @torch.no_grad()
@@ -115,26 +121,27 @@ class TokenRegressor(nn.Module):
 
     def __init__(self, descriptors):                                    # a sample of them, n k
         super().__init__()
-        c = TINY["embed_dim"]
+        c, (widths, shares) = TINY["embed_dim"], zip(*PARTS.values())
         self.encoder = VisionTransformer(**TINY)
         self.encoder.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)    # as Encoder will use it
-        axes = torch.linalg.eigh((descriptors.T @ descriptors).double()).eigenvectors[:, -c:].float()
-        self.register_buffer("project", axes @ torch.linalg.qr(torch.randn(c, c)).Q)        # k c
+        energy = torch.stack([part.var(0).sum() for part in descriptors.split(widths, 1)])
+        scale = (c * torch.tensor(shares) / energy).sqrt().repeat_interleave(torch.tensor(widths))  # k
+        self.register_buffer("mean", descriptors.mean(0))
+        self.register_buffer("project", scale[:, None] * torch.linalg.qr(torch.randn(c, c)).Q[:len(scale)])
 
     def encode(self, x):                                                # b 3 H W in [-1,1] -> b n c
         return self.encoder.norm(self.encoder.blocks(self.encoder.patch_embed(x) + self.encoder.pos_embed))
 
     def targets(self, descriptors):                                     # b n k -> b n c
-        return F.layer_norm(descriptors @ self.project, self.project.shape[1:])
+        return F.layer_norm((descriptors - self.mean) @ self.project, self.project.shape[1:])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=40_000, help="scenes, a multiple of 500; used repeatedly")
-    p.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=32, help="images per step")
-    p.add_argument("--spectrum", type=float, default=0.8, help="weight of the spectrum")
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--images", type=int, default=50_000, help="scenes, a multiple of 500; used repeatedly")
+    p.add_argument("--steps", type=int, default=8_000, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=64, help="images per step")
+    p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors")
@@ -142,38 +149,32 @@ def main():
     runtime.setup()
     timm.layers.set_fused_attn(False)      # on few tokens plain bf16 products are faster on CPU
     torch.manual_seed(args.seed)
+    start = time.time()
     data = open_data("shapes", SIDE, seed=args.seed, objects=(1, 1, 1, 2, 3, 4))
     images = torch.cat([x for _, _, x, _, _ in batches(data, 500, 500, stop=args.images // 500, workers=1)])
-    with multiprocessing.Pool() as pool:                                # N 3 H W uint8 -> N n 198
-        patches = torch.from_numpy(np.stack(pool.map(geometry, images.permute(0, 2, 3, 1).numpy())))
-    whole = torch.cat([spectrum(x.float() / 127.5 - 1) for x in images.split(500)])
-    whole = args.spectrum * (whole - whole.mean(0))                     # N 56
-
-    def descriptor(rows):                                               # b n 254
-        return torch.cat([patches[rows], whole[rows, None].expand(-1, patches.shape[1], -1)], 2)
-
-    model = TokenRegressor(descriptor(torch.arange(min(4000, args.images))).flatten(0, 1))
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start, device = time.time(), torch.device("cpu")
+    with multiprocessing.Pool() as pool:                                # N 3 H W uint8 -> N n k
+        rows = pool.map(descriptor, images.permute(0, 2, 3, 1).numpy(), chunksize=50)
+    descriptors = torch.from_numpy(np.stack(rows))
+    print(f"{args.images} descriptors in {time.time() - start:.0f} s", flush=True)
+    model = TokenRegressor(descriptors[:4000].flatten(0, 1))
+    opts = make_optimizers(model, "muon", args.lr, weight_decay=0.0)
+    device = torch.device("cpu")
     for step in range(args.steps):
         rows = torch.randint(args.images, (args.batch,))
-        for group in opt.param_groups:
-            group["lr"] = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
         with runtime.autocast(device, args.dtype):
             z = model.encode(images[rows].float() / 127.5 - 1)
-        loss = (z.float() - model.targets(descriptor(rows))).square().mean()
-        opt.zero_grad()
+        loss = (z.float() - model.targets(descriptors[rows])).square().mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+        lr = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
+        runtime.step_optimizers(opts, model, 1.0, loss, step, lr)
         if step % 500 == 0:
             print(f"step {step}/{args.steps} | error {loss.item():.4f} | {time.time() - start:.0f} s",
                   flush=True)
-        if step % 5000 == 4999 or step == args.steps - 1:
+        if step % 4000 == 3999 or step == args.steps - 1:
             print(f"linear probe, 36 classes: {linear_probe(model):.3f}", flush=True)
             state = {k: v.half().contiguous() for k, v in model.encoder.state_dict().items()}
             save_file(state, args.out)
-    print(f"{args.out.name}: {args.out.stat().st_size / 1e6:.1f} MB")
+    print(f"{args.out.name}: {args.out.stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

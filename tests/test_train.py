@@ -18,6 +18,7 @@ import sample
 import train_decoder
 import train_dit
 from conftest import ROOT
+from model import build_decoder
 
 DECODER = ("--decoder_width 32 --decoder_depth 1 --decoder_heads 2 --decoder_mlp 64 --batch 8 --stats_n 16 "
            "--workers 0 --log_every 2 --save_every 2 --preview_every 0 --eval_every 0 --eval_n 4 --warmup 2 "
@@ -221,7 +222,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
     (train_dit, ["--label_std", "-1"], "--label_std -1.0 must be at least 0"),
-    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
+    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be at least 1e-09"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
     (train_decoder, ["--decoder_heads", "5"], "--decoder_width 192 must be a multiple of --decoder_heads 5"),
@@ -252,18 +253,18 @@ def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path
                         seen.append((dim, base)) or torch.full((n,), 0.5))
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path / "tiny")     # left open: that of the tiny encoder
     go(train_dit, *DIT, "--steps", 1, "--shift_base", 4096, "--out", tmp_path / "paper")
-    assert seen == [(3072, train_dit.TINY_SHIFT_BASE)] * 2 + [(3072, 4096)]
+    assert seen == [(3072, train_dit.TINY["shift_base"])] * 2 + [(3072, 4096)]
     shifts = []
     monkeypatch.setattr(sample, "time_grid", lambda steps, shift, release: shifts.append(shift) or [])
     monkeypatch.setitem(sample.SOLVERS, "euler", lambda velocity, x, times: x)
     for run in ("tiny", "paper"):
         model, rae, _ = sample.load_dit(tmp_path / run / "last.pt")
         sample.generate(model, rae, [0], train_dit.parse_args(["--out", str(tmp_path / "none")]))
-    assert shifts == [(3072 / train_dit.TINY_SHIFT_BASE) ** 0.5, (3072 / 4096) ** 0.5]
-    with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 85"):
+    assert shifts == [(3072 / train_dit.TINY["shift_base"]) ** 0.5, (3072 / 4096) ** 0.5]
+    with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 340"):
         go(train_dit, *DIT, "--steps", 4, "--shift_base", 99, "--out", tmp_path / "tiny", "--resume")
     go(train_dit, *DIT, "--steps", 4, "--out", tmp_path / "tiny", "--resume")
-    assert load(tmp_path / "tiny")["args"]["shift_base"] == train_dit.TINY_SHIFT_BASE
+    assert load(tmp_path / "tiny")["args"]["shift_base"] == train_dit.TINY["shift_base"]
 
 
 def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_x0(tmp_path, monkeypatch):
@@ -283,8 +284,40 @@ def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_x0(tmp_path, mo
         go(train_dit, *DIT, "--steps", 4, "--prediction", "v", "--out", tmp_path / "x0", "--resume")
 
 
+@pytest.mark.parametrize("balance, gradient", [("on", 1.0), ("off", 0.5 * 7 + 0.5 * 0.01)])
+def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gradient):
+    """A loss of 7 at t = 0.3 and 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
+    seen = []
+    monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.tensor([0.3, 0.8]).repeat(n // 2))
+    monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
+                        model.final_layer.norm_final.weight.mean() * torch.where(t < 0.5, 7.0, 0.01) / t ** 2)
+    monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: seen.append(
+        model.final_layer.norm_final.weight.grad.sum().item()) or model.zero_grad() or 0.0)
+    go(train_dit, *DIT, "--steps", 150, "--save_every", 150, "--balance", balance, "--out", tmp_path)
+    assert abs(seen[0] - (0.5 * 7 + 0.5 * 0.01)) < 1e-3                # nothing is known of the loss yet
+    assert abs(seen[-1] - gradient) < 0.03 * gradient
+    level = load(tmp_path)["level"]
+    assert abs(level[6] - 7) < 0.1 and abs(level[16] - 0.01) < 0.001 and level[0] == 1       # never seen
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = build_decoder(dict(decoder_patch=4, decoder_width=32, decoder_depth=1, decoder_heads=2,
+                               decoder_mlp=64), 16, 4)
+    name = {p: k for k, p in model.named_parameters()}
+    adamw, muon = train_decoder.make_optimizers(model, "muon", 1e-3, 0.0)
+    sets = [{name[p] for group in opt.param_groups for p in group["params"]} for opt in (adamw, muon)]
+    assert sets[1] == {f"decoder_layers.0.{k}.weight" for k in "query key value proj fc1 fc2".split()}
+    assert sets[0] == {k for p, k in name.items() if p.requires_grad} - sets[1]
+    before = model.decoder_layers[0].query.weight.detach().clone()
+    model(torch.randn(2, 16, 4, 4)).square().mean().backward()
+    runtime.step_optimizers([adamw, muon], model, 0.0, torch.tensor(0.0), 0, 1e-2)
+    values = torch.linalg.svdvals(before - model.decoder_layers[0].query.weight.detach())
+    assert values.max() < 2 * values[:24].min()        # all directions alike, as AdamW's update never is
+    assert len(train_decoder.make_optimizers(model, "adamw", 1e-3, 0.0)) == 1
+
+
 def test_the_class_table_starts_at_label_std(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dit.runtime, "step_optimizer", lambda *args: 0.0)     # the weights stay
+    monkeypatch.setattr(train_dit.runtime, "step_optimizers", lambda *args: 0.0)     # the weights stay
     for std in (1.0, 0.02):
         go(train_dit, *DIT, "--steps", 1, "--label_std", std, "--out", tmp_path / str(std))
         table = load(tmp_path / str(std))["model"]["y_embedder.embedding_table.weight"]

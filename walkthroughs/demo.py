@@ -25,8 +25,8 @@ LEAST = {"guided: right colour, %": 95, "guided: right colour and shape, %": 60}
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=2500)
-parser.add_argument("--dit_steps", type=int, default=2400)
+parser.add_argument("--decoder_steps", type=int, default=2000)
+parser.add_argument("--dit_steps", type=int, default=4000)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
 
@@ -72,7 +72,7 @@ reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decod
 
 # %% Stage 2: a DiT^DH on its latents
 train("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit", "--steps",
-      args.dit_steps, "--preview_every", 0, "--workers", 0, "--overwrite")
+      args.dit_steps, "--cache", 40000, "--preview_every", 0, "--overwrite")
 
 # %% Samples and evaluation: 10 guided images of each class
 stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108, "--out", out / "samples.png")
