@@ -19,6 +19,8 @@ from einops import rearrange, repeat
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+import runtime
+
 HERE = Path(__file__).resolve().parent
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -511,3 +513,19 @@ def unpack_rae(packed, encoder=True):
     decoder = load_release(build_decoder(packed, *packed["latent_mean"].shape[:2]), packed["decoder"])
     encoder = Encoder(packed["encoder"], packed["size"]) if encoder else packed["encoder"]
     return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()
+
+
+def load_dit(path, device="cpu", encoder=False, weights="ema"):
+    """The DiT and RAE of a stage-2 checkpoint, frozen, and the checkpoint's dict.
+
+    weights: "ema" or "model". encoder=False: the RAE decodes only, so the encoder need not be there.
+    """
+    state = runtime.load_checkpoint(path)
+    if "latent_shape" not in state:
+        raise ValueError(f"--ckpt {path} is no checkpoint of train_dit.py; give one of those")
+    if weights not in state:
+        raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
+    model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
+    load_release(model, {weights: state[weights]})
+    model.requires_grad_(False).eval().to(device)
+    return model, unpack_rae(state["rae"], encoder).to(device), state

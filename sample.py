@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import runtime
-from model import build_dit, load_release, time_shift, unpack_rae
+from model import load_dit, time_shift
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_dit.safetensors"
 
@@ -52,7 +52,21 @@ def heun(velocity, x, times):
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def ancestral(velocity, x, times, fresh):
+    """Stochastic, one evaluation a step: keeps of the noise what two times share, and draws the rest anew.
+
+    fresh: k -> N(0,1) like x, for step k. Errors of early steps are forgotten where euler carries them on.
+    Source: DDIM with eta = 1, arXiv 2010.02502 equations 12 and 16, for x_t = (1-t)*x0 + t*eps
+    """
+    for k, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+        v = velocity(x, x.new_full((len(x),), t))
+        x0, eps = x - t * v, x + (1 - t) * v
+        kept = (1 - t) * t_next / (t * (1 - t_next))                   # ratio of signal to noise, t : t_next
+        x = (1 - t_next) * x0 + t_next * (kept * eps + math.sqrt(1 - kept ** 2) * fresh(k))
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ancestral": ancestral}
 
 
 # ---------------------------------------------------------------------------------- guidance
@@ -87,22 +101,6 @@ def autoguidance(model, weak, y, scale, interval=(0, 1)):
 
 
 # ---------------------------------------------------------------------------------- models and images
-def load_dit(path, device="cpu", encoder=False, weights="ema"):
-    """The DiT and RAE of a stage-2 checkpoint, frozen, and the checkpoint's dict.
-
-    weights: "ema" or "model". encoder=False: the RAE decodes only, so the encoder need not be there.
-    """
-    state = runtime.load_checkpoint(path)
-    if "latent_shape" not in state:
-        raise ValueError(f"--ckpt {path} is no checkpoint of train_dit.py; give one of those")
-    if weights not in state:
-        raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
-    model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
-    load_release(model, {weights: state[weights]})
-    model.requires_grad_(False).eval().to(device)
-    return model, unpack_rae(state["rae"], encoder).to(device), state
-
-
 def load_weak(path, state, device):
     """The DiT of --weak_ckpt, or None without one; it must share the latents of the checkpoint `state`."""
     if not path:
@@ -115,9 +113,9 @@ def load_weak(path, state, device):
     return weak
 
 
-def noise(shape, seed, indices):
-    """Standard normal noise, (len(indices), *shape); the row of image i depends on (seed, i) alone."""
-    rows = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
+def noise(shape, seed, indices, *more):
+    """Standard normal noise, (len(indices), *shape); the row of image i depends on (seed, i, *more) alone."""
+    rows = [np.random.default_rng((seed, i, *more)).standard_normal(shape, np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -129,17 +127,19 @@ def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     args: the flags of add_sampling_flags, and seed. weak: the model of AutoGuidance, used when given.
     dtype: of the matmuls; fp32 by default also while bf16 trains, so that all scripts agree.
     """
-    device = model.pos_embed.device
-    x = noise((model.in_channels, model.grid, model.grid), args.seed,
-              range(len(labels)) if indices is None else indices).to(device)
+    device, shape = model.pos_embed.device, (model.in_channels, model.grid, model.grid)
+    indices = range(len(labels)) if indices is None else indices
+    x = noise(shape, args.seed, indices).to(device)
     y = torch.as_tensor(labels, device=device)
     if weak is not None:
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
     else:
         velocity = cfg(model, y, model.num_classes, args.guidance, args.interval)
     shift = math.sqrt(x[0].numel() / model.shift_base)
+    times = time_grid(args.sampling_steps, shift, args.release_grid)
+    fresh = [lambda k: noise(shape, args.seed, indices, k + 1).to(device)] * (args.solver == "ancestral")
     with runtime.autocast(device, dtype):
-        x = SOLVERS[args.solver](velocity, x, time_grid(args.sampling_steps, shift, args.release_grid))
+        x = SOLVERS[args.solver](velocity, x, times, *fresh)
         images = rae.decode(x)
     return rearrange((images.float() * 255).round().byte(), "b c h w -> b h w c").cpu()
 

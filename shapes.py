@@ -19,14 +19,14 @@ SIZES = {"small": 0.13, "large": 0.175}  # radius of the circle of equal area, t
 GAP = 0.04                               # least distance between objects, 2.5 px at 64 px; half to the border
 JITTER = 10                              # variation of an object's colour, per channel
 REPEATS = 0.3                            # share of scenes of several objects that repeat a class, to count
-STAR, HOLE = 0.48, 0.55                  # inner over outer radius, thick enough and wide enough for 64 px
+STAR, HOLE, BAR = 0.48, 0.55, 1 / 4      # inner over outer radius; width over length of the cross's bars
 CLEAR = 1.5                              # "left of" needs |dx| > 1.5 |dy|: within 34 degrees of the axis
 # Number of tips or corners; and that number times the angle of one of them. A cross points by its arms.
 FOLDS = {"square": (4, pi), "triangle": (3, pi / 2), "star": (5, -pi / 2), "cross": (4, 0.0)}
-# Circumradius of the shape of area pi, from its area at circumradius 1. The bars of the cross are 3 : 1.
-EXTENT = {"circle": 1.0, "square": sqrt(pi / 2), "triangle": sqrt(pi / sqrt(27 / 16)), "cross": sqrt(pi / 2),
+EXTENT = {"circle": 1.0, "square": sqrt(pi / 2), "triangle": sqrt(pi / sqrt(27 / 16)),  # circumradius of
+          "cross": sqrt(pi * (1 + BAR ** 2) / (8 * BAR - 4 * BAR ** 2)),                # the shape of area pi
           "star": sqrt(pi / (5 * STAR * sin(pi / 5))), "ring": 1 / sqrt(1 - HOLE ** 2)}
-ARM = EXTENT["cross"] * sqrt(0.9)        # half the length of a bar: the cross's corner is at (ARM, ARM / 3)
+ARM = EXTENT["cross"] / hypot(1, BAR)    # half the length of a bar: the cross's corner is at ARM * (1, BAR)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _coverage(shape, dx, dy, rotation, radius):
         distance = np.sqrt(x * x + y * y) * np.cos(angle - edge) - extent * cos(edge)
     else:
         far, near = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-        distance = far - extent / sqrt(2) if shape == "square" else np.maximum(far - ARM, near - ARM / 3)
+        distance = far - extent / sqrt(2) if shape == "square" else np.maximum(far - ARM, near - ARM * BAR)
     return np.clip(0.5 - radius * distance, 0, 1)
 
 
@@ -75,7 +75,7 @@ def _reach(shape, radius, rotation, direction):
     """How far the shape extends from its centre in a direction: the support function of its convex hull."""
     tips, phase = FOLDS.get(shape, (1e9, 0.0))                             # a circle is all tips
     aside = abs(remainder(direction - rotation - phase / tips, 2 * pi / tips))
-    return radius * EXTENT[shape] * cos(aside - atan(1 / 3) * (shape == "cross"))
+    return radius * EXTENT[shape] * cos(aside - atan(BAR) * (shape == "cross"))
 
 
 def _place(rng, outlines):

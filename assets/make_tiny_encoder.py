@@ -2,9 +2,9 @@
 
 Its tokens regress a descriptor that classical image analysis computes from the pixels (as MaskFeat, arXiv
 2112.09133, regresses HOG). Foreground is parted from a smooth ground; for each 16 px patch the descriptor is
-- of the object nearest to the patch: its centre, as waves of 128, 32 and 16 px, coarse to fine; its 3-, 4- and
-  5-fold angular moments (Hu, 1962), whose phases are its rotation and whose sizes tell shapes apart; its radial
-  moments, its radius, and the colour near each quarter of the patch;
+- of the object nearest to the patch: its centre, as waves of 128, 32 and 16 px, coarse to fine; its 3-, 4-
+  and 5-fold angular moments (Hu, 1962), whose phases are its rotation and whose sizes tell shapes apart; its
+  radial moments, its radius, and the colour near each quarter of the patch;
 - at 8 x 8 points, the distance to the nearest outline, signed and squashed; and the colour of the ground.
 Latents that are easy to generate: what an object is and where it lies stands in all tokens, in numbers that
 noise hides one after another; and easy to decode, from the distances. A fixed random rotation spreads the
@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 
@@ -41,7 +41,7 @@ PLANE = np.stack([np.ones((SIDE, SIDE), np.float32), *np.meshgrid(AXIS, AXIS), n
 WAVES = (2 * SIDE, SIDE / 2, SIDE / 4)      # px: the first tells every place apart, the last is one patch
 RANGE = 6                                   # px at which distances saturate: half of a small object
 # Columns of each part of the descriptor, and its share of the energy of a token, so of its squared error.
-PARTS = dict(centre=(12, 0.36), distance=(64, 0.20), rotation=(6, 0.18), colour=(12, 0.08), ground=(3, 0.07),
+PARTS = dict(centre=(12, 0.30), distance=(64, 0.26), rotation=(6, 0.18), colour=(12, 0.08), ground=(3, 0.07),
              radial=(2, 0.05), folds=(3, 0.03), radius=(1, 0.03))
 
 
@@ -56,9 +56,13 @@ def descriptor(image):
     share = np.where(full > 0.3, strength / np.maximum(full, 0.3), 0)       # 0.3: far below any object
     inside = share > 0.5
     inside[SIDE // 2, SIDE // 2] |= not inside.any()                        # distances need something
-    outside, near = ndimage.distance_transform_edt(~inside, return_indices=True)
-    distance = ndimage.gaussian_filter(outside - ndimage.distance_transform_edt(inside), 0.7)
-    own = (ndimage.label(inside)[0] - 1)[tuple(near)]                       # number of the nearest object
+    distance = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
+    distance = ndimage.gaussian_filter(distance, 0.7)                       # between whole pixels
+    numbers = ndimage.label(inside, np.ones((3, 3)))[0]
+    pixels = np.bincount(numbers.ravel())
+    whole = inside & (pixels[numbers] >= min(20, pixels[1:].max()))         # tips cut off are no objects
+    nearest = ndimage.distance_transform_edt(~whole, return_distances=False, return_indices=True)
+    own = np.unique(numbers[tuple(nearest)], return_inverse=True)[1].reshape(SIDE, SIDE)
     core = ndimage.distance_transform_edt(~ndimage.binary_erosion(inside), return_distances=False,
                                           return_indices=True)
     colour = x[tuple(core)]                                                 # away from soft edges
@@ -143,6 +147,7 @@ def main():
     p.add_argument("--batch", type=int, default=64, help="images per step")
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
+    p.add_argument("--init", type=Path, help="start from the weights of this encoder")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors")
     args = p.parse_args()
@@ -157,6 +162,8 @@ def main():
     descriptors = torch.from_numpy(np.stack(rows))
     print(f"{args.images} descriptors in {time.time() - start:.0f} s", flush=True)
     model = TokenRegressor(descriptors[:4000].flatten(0, 1))
+    if args.init:
+        model.encoder.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
     opts = make_optimizers(model, "muon", args.lr, weight_decay=0.0)
     device = torch.device("cpu")
     for step in range(args.steps):

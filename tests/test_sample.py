@@ -9,7 +9,7 @@ from PIL import Image
 
 import runtime
 import sample
-from sample import autoguidance, cfg, euler, generate, heun, load_dit, time_grid
+from sample import ancestral, autoguidance, cfg, euler, generate, heun, load_dit, time_grid
 
 from test_model import shake, small
 
@@ -50,6 +50,22 @@ def test_orders_and_number_of_evaluations(solver, order, evaluations):
     assert len(calls) == evaluations
 
 
+def test_ancestral_reaches_a_gaussian_and_forgets_its_start():
+    """Data N(3, 0.25): the velocity is known, and every solver must reach its mean and its variance."""
+    def velocity(x, t):
+        t = t.view(-1, 1)
+        gain = 0.25 * (1 - t) / (0.25 * (1 - t) ** 2 + t ** 2)         # of E[x0 | x]
+        x0 = 3 + gain * (x - 3 * (1 - t))
+        return (x - (1 - t) * x0) / t - x0
+
+    start = torch.randn(40_000, 1, dtype=torch.float64)
+    for solver, more in ((euler, ()), (ancestral, [lambda k: torch.randn_like(start)])):
+        out = solver(velocity, start, time_grid(1000, 1.0), *more)
+        assert abs(out.mean() - 3) < 0.02 and abs(out.var() / 0.25 - 1) < 0.02
+        again = torch.corrcoef(torch.cat([start, out], 1).T)[0, 1]
+        assert abs(again) < 0.05 if solver is ancestral else again > 0.99
+
+
 def test_guidance_of_scale_1_is_conditional_and_costs_one_forward():
     model, weak = shake(small(True)).eval(), shake(small(False)).eval()
     x, t, y = torch.randn(3, 8, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 1, 2])
@@ -78,14 +94,16 @@ FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), solver="euler"
                            sampling_steps=4, release_grid=False)
 
 
-def test_images_do_not_depend_on_the_batch():
+@pytest.mark.parametrize("solver", ["euler", "ancestral"])
+def test_images_do_not_depend_on_the_batch(solver):
     model, rae, _ = load_dit(sample.SHIPPED)
-    labels = [0, 7, 14, 21, 28]
-    together = generate(model, rae, labels, FLAGS)
-    apart = torch.cat([generate(model, rae, labels[i:i + 1], FLAGS, [i]) for i in range(5)])
+    labels, flags = [0, 7, 14, 21, 28], argparse.Namespace(**{**vars(FLAGS), "solver": solver})
+    together = generate(model, rae, labels, flags)
+    apart = torch.cat([generate(model, rae, labels[i:i + 1], flags, [i]) for i in range(5)])
     assert together.shape == (5, 64, 64, 3) and together.dtype == torch.uint8
     assert (together.int() - apart.int()).abs().max() <= 1             # a rounding at most
-    other = generate(model, rae, labels, argparse.Namespace(**{**vars(FLAGS), "seed": 4}))
+    flags.seed = 4
+    other = generate(model, rae, labels, flags)
     assert (together.int() - other.int()).abs().max() > 20
 
 

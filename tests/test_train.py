@@ -18,7 +18,8 @@ import sample
 import train_decoder
 import train_dit
 from conftest import ROOT
-from model import build_decoder
+from data import open_data
+from model import build_decoder, unpack_rae
 
 DECODER = ("--decoder_width 32 --decoder_depth 1 --decoder_heads 2 --decoder_mlp 64 --batch 8 --stats_n 16 "
            "--workers 0 --log_every 2 --save_every 2 --preview_every 0 --eval_every 0 --eval_n 4 --warmup 2 "
@@ -27,6 +28,7 @@ DIT = ("--width 32 --depth 1 --heads 2 --head_width 192 --head_depth 1 --head_he
        "--log_every 2 --save_every 2 --preview_every 0 --warmup 2 --decay_start 2 --sampling_steps 2 "
        "--eval_n 36").split()
 STAGES = [(train_decoder, DECODER), (train_dit, DIT)]
+CACHED = (train_dit, [*DIT, "--cache", "120"])
 
 
 def go(script, *argv):
@@ -50,7 +52,7 @@ def difference(a, b):
     return 0.0
 
 
-@pytest.mark.parametrize("script, flags", STAGES)
+@pytest.mark.parametrize("script, flags", [*STAGES, CACHED])
 def test_resume_is_exact_to_the_bit(script, flags, tmp_path):
     common = [*flags, "--decay_end", 6] if script is train_dit else flags
     go(script, *common, "--steps", 6, "--out", tmp_path / "straight")
@@ -117,7 +119,7 @@ def test_real_run_killed_with_9_resumes_to_the_same_weights(tmp_path):
     assert difference(load(tmp_path / "straight"), load(tmp_path / "killed")) == 0
 
 
-@pytest.mark.parametrize("script, flags", STAGES)
+@pytest.mark.parametrize("script, flags", [*STAGES, CACHED])
 def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path):
     common = [*flags, "--micro_batch", "4", "--steps", "3", "--dtype", "fp32"]
     go(script, *common, "--out", tmp_path / "one")
@@ -222,6 +224,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
     (train_dit, ["--label_std", "-1"], "--label_std -1.0 must be at least 0"),
+    (train_dit, ["--cache", "-1"], "--cache -1 must be at least 0"),
     (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be at least 1e-09"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
@@ -282,6 +285,22 @@ def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_x0(tmp_path, mo
         assert sample.load_dit(tmp_path / run / "last.pt")[0].prediction == kind
     with pytest.raises(ValueError, match="--prediction v differs from the checkpoint's x0"):
         go(train_dit, *DIT, "--steps", 4, "--prediction", "v", "--out", tmp_path / "x0", "--resume")
+
+
+def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
+    args = train_dit.parse_args([*DIT, "--cache", "120", "--steps", "20"])
+    packed = runtime.load_checkpoint(train_dit.SHIPPED_RAE)["rae"]
+    rae, data = unpack_rae(packed), open_data("shapes", 64, objects=1)
+    images = torch.stack([data[k]["image"] for k in range(120)]).float() / 255
+    with runtime.autocast(torch.device("cpu"), args.dtype):
+        wanted = torch.cat([rae.encode(x) for x in images.split(50)]).flatten(1).float()
+    seen = set()
+    for _, _, z, y, _ in train_dit.replay(data, rae, args, 0, 0, 1, torch.device("cpu")):
+        for row, label in zip(z.flatten(1).float(), y.tolist()):
+            k = int((wanted - row).square().mean(1).argmin())
+            assert (wanted[k] - row).abs().max() < 0.02 and label == data[k]["label"]
+            seen.add(k)
+    assert len(seen) > 80                              # 160 draws of 120 leave a quarter out, 88 of 120 are in
 
 
 @pytest.mark.parametrize("balance, gradient", [("on", 1.0), ("off", 0.5 * 7 + 0.5 * 0.01)])
