@@ -194,21 +194,36 @@ def test_tiny_encoder_is_frozen_and_normalised(tiny):
 
 
 def test_descriptor_that_the_tiny_encoder_learned_from():
-    geometry = importlib.import_module("assets.make_tiny_encoder").geometry
+    """Two objects on grey: a square at (24, 40), nearest to patch (2, 1), and a circle at (56, 8)."""
+    make = importlib.import_module("assets.make_tiny_encoder")
     grey = ((128, 128, 128),) * 2
-    scene = Scene([Object("circle", "red", "small", (0.375, 0.375))], (grey, grey))      # centre of patch 5
-    found = geometry(scene.render(64)).reshape(4, 4, 198)
-    share, near, far, colour, ground = np.split(found, [64, 128, 192, 195], 2)
-    inside = (share > 0).sum() * 4                                     # squares of 2 x 2 px
-    assert abs(inside - np.pi * (0.13 * 64) ** 2) < 0.1 * inside
-    assert ((near > 0) == (far > 0)).all() and abs((near > 0).sum() * 4 - inside) < 0.15 * inside
-    near = near.reshape(4, 4, 8, 8)                                    # patch row, column, then within it
-    np.testing.assert_allclose(near, near.transpose(1, 0, 3, 2), atol=0.05)      # on the diagonal, a mirror
-    distance = np.hypot(*np.meshgrid(*[np.arange(33, 48, 2) - 24] * 2)) - 0.13 * 64  # patch 2, 2
-    np.testing.assert_allclose(far.reshape(4, 4, 8, 8)[2, 2], np.tanh(-distance / 12), atol=0.05)
-    np.testing.assert_allclose(colour, np.broadcast_to(4 * (np.array([222, 38, 42]) / 127.5 - 1), (4, 4, 3)),
-                               atol=0.05)                              # everywhere the nearest thing's
-    np.testing.assert_allclose(ground, 6 * (128 / 127.5 - 1) - 3, atol=0.02)
+    square, turned = (Scene([Object("square", "red", "large", (0.375, 0.625), rotation=turn),
+                             Object("circle", "blue", "small", (0.875, 0.125))], (grey, grey)).render(64)
+                      for turn in (0.2, 0.5))
+    widths = [width for width, _ in make.PARTS.values()]
+    found = dict(zip(make.PARTS, np.split(make.descriptor(square), np.cumsum(widths)[:-1], axis=1)))
+    assert [v.shape for v in found.values()] == [(16, width) for width in widths]
+    near, far = 9, 3                                                   # patches (2, 1) and (0, 3)
+    for patch, x, y in ((near, 24, 40), (far, 56, 8)):
+        angle = 2 * np.pi * np.outer((x, y), 1 / np.array(make.WAVES)).ravel()
+        np.testing.assert_allclose(found["centre"][patch], [*np.cos(angle), *np.sin(angle)], atol=0.08)
+    points = np.arange(17, 32, 2) - 24, np.arange(33, 48, 2) - 40      # of patch (2, 1), from the centre
+    c, s, half = np.cos(0.2), np.sin(0.2), np.sqrt(np.pi) / 2 * 0.175 * 64
+    x, y = np.meshgrid(*points)
+    outside = np.maximum(abs(c * x + s * y), abs(c * y - s * x)) - half         # exact beside the edges
+    distance = found["distance"][near].reshape(8, 8)
+    np.testing.assert_allclose(distance, np.tanh(outside / make.RANGE), atol=0.12)
+    folds, rotation = found["folds"], found["rotation"].reshape(16, 2, 3)
+    assert folds[near, 1] > 0.4 and max(*folds[near, [0, 2]], *folds[far]) < 0.1     # a square; a circle
+    after = make.descriptor(turned)[:, 76:82].reshape(16, 2, 3)
+    turn = np.angle(complex(*after[near, :, 1]) / complex(*rotation[near, :, 1]))
+    assert abs(turn - 4 * 0.3) < 0.1
+    for patch, colour, radius in ((near, (222, 38, 42), 0.175), (far, (38, 78, 218), 0.13)):
+        wanted = np.tile(np.array(colour) / 127.5 - 1, 4)
+        np.testing.assert_allclose(found["colour"][patch], wanted, atol=0.05)
+        assert abs(found["radius"][patch, 0] - np.log(64 * radius)) < 0.05
+    np.testing.assert_allclose(found["ground"], 128 / 127.5 - 1, atol=0.02)
+    assert np.isfinite(make.descriptor(np.full((64, 64, 3), 128, np.uint8))).all()      # nothing there
 
 
 def test_tiny_encoder_takes_other_sizes():

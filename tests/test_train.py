@@ -142,7 +142,8 @@ def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags,
     else:
         monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
     flags = [*flags, "--steps", "3", "--dtype", "fp32", "--lr", "1e-3"]     # Adam makes rounding lr-sized
-    flags += ["--class_dropout", "0", "--guidance", "1"] if script is train_dit else []
+    flags += ["--class_dropout", "0", "--guidance", "1"] if script is train_dit else \
+        ["--optimizer", "adamw"]                                            # Muon orthogonalises in bf16
     go(script, *flags, "--out", tmp_path / "big")
     go(script, *flags, "--out", tmp_path / "small", "--micro_batch", 2)
     assert difference(load(tmp_path / "big")["model"], load(tmp_path / "small")["model"]) < 1e-5
@@ -300,12 +301,12 @@ def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
             k = int((wanted - row).square().mean(1).argmin())
             assert (wanted[k] - row).abs().max() < 0.02 and label == data[k]["label"]
             seen.add(k)
-    assert len(seen) > 80                              # 160 draws of 120 leave a quarter out, 88 of 120 are in
+    assert len(seen) > 80                              # 160 draws of 120 leave a quarter of them out
 
 
 @pytest.mark.parametrize("balance, gradient", [("on", 1.0), ("off", 0.5 * 7 + 0.5 * 0.01)])
 def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gradient):
-    """A loss of 7 at t = 0.3 and 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
+    """Losses of 7 at t = 0.3 and 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
     seen = []
     monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.tensor([0.3, 0.8]).repeat(n // 2))
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
@@ -327,11 +328,13 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
     sets = [{name[p] for group in opt.param_groups for p in group["params"]} for opt in (adamw, muon)]
     assert sets[1] == {f"decoder_layers.0.{k}.weight" for k in "query key value proj fc1 fc2".split()}
     assert sets[0] == {k for p, k in name.items() if p.requires_grad} - sets[1]
-    before = model.decoder_layers[0].query.weight.detach().clone()
-    model(torch.randn(2, 16, 4, 4)).square().mean().backward()
+    weight = model.decoder_layers[0].fc1.weight
+    before = weight.detach().clone()
+    model(torch.randn(64, 16, 4, 4)).square().mean().backward()
+    gradient = torch.linalg.svdvals(weight.grad)
     runtime.step_optimizers([adamw, muon], model, 0.0, torch.tensor(0.0), 0, 1e-2)
-    values = torch.linalg.svdvals(before - model.decoder_layers[0].query.weight.detach())
-    assert values.max() < 2 * values[:24].min()        # all directions alike, as AdamW's update never is
+    update = torch.linalg.svdvals(before - weight.detach())
+    assert gradient.max() > 5 * gradient.median() and update.max() < 2 * update.median()     # all ways alike
     assert len(train_decoder.make_optimizers(model, "adamw", 1e-3, 0.0)) == 1
 
 
