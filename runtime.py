@@ -130,9 +130,9 @@ def resume(args, shaping):
     if not args.resume:
         return None
     state = load_checkpoint(Path(args.out) / "last.pt")
-    vars(args).update({k: state["args"][k] for k in shaping if getattr(args, k) is None})
+    vars(args).update({k: state["args"].get(k) for k in shaping if getattr(args, k) is None})
     for key in shaping:
-        if (was := state["args"][key]) != (now := plain(args)[key]):
+        if (was := state["args"].get(key, "nothing")) != (now := plain(args)[key]):
             raise ValueError(f"--{key} {now} differs from the checkpoint's {was}; resume with --{key} {was}")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} to go on")

@@ -170,10 +170,10 @@ def draw_grid(images, captions=(), columns=12, scale=1):
 
 
 # ---------------------------------------------------------------------------------- command line
-def add_sampling_flags(p, guidance=2.0, steps=16):
+def add_sampling_flags(p, guidance=1.5, steps=32):
     """The flags that generate() reads, shared by every script that samples."""
     p.add_argument("--sampling_steps", type=int, default=steps, help="solver steps, at least 1")
-    p.add_argument("--solver", choices=SOLVERS, default="euler")
+    p.add_argument("--solver", choices=SOLVERS, default="ancestral", help="the papers use euler, 50 steps")
     p.add_argument("--guidance", type=float, default=guidance, help="scale of CFG or AutoGuidance; 1: none")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                    help="times in [0,1] within which guidance acts")

@@ -1,9 +1,10 @@
 """Stage 1: train a ViT decoder over a frozen encoder, and measure the statistics of its latents.
 
     python train_decoder.py                          the built-in world over the shipped encoder, laptop size
-    python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --batch 64 --micro_batch 8
+    python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --micro_batch 8 --lr 1e-3
     torchrun --nproc_per_node=8 train_decoder.py --data imagenet/ --encoder dinov2-b --decoder XL --batch 512
-        --micro_batch 16 --steps 40032 --lr 2e-4 --warmup 2502 --lr_end 0.1 --tau 0.8 --ema 0.9978
+        --micro_batch 16 --steps 40032 --optimizer adamw --lr 2e-4 --warmup 2502 --lr_end 0.1 --tau 0.8
+        --ema 0.9978
 Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log.jsonl and preview_*.png.
 """
 import argparse
@@ -50,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
     p.add_argument("--steps", type=int, default=2000, help="optimizer steps in all")
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
-                   "matrices, in a quarter of AdamW's steps; adamw: as in the paper")
+                   "matrices, in half of AdamW's steps; adamw: as in the paper")
     p.add_argument("--lr", type=float, default=7e-3, help="peak learning rate; the paper uses 2e-4")
     p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")

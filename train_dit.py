@@ -41,7 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--rae", default=str(SHIPPED_RAE), help="checkpoint of train_decoder.py")
     p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
     p.add_argument("--hold_out", type=int, default=0, help="images kept out of training, for evaluation")
-    p.add_argument("--cache", type=int, default=0, help="images encoded once, trained on repeatedly; 0: none")
+    p.add_argument("--cache", type=int, default=0, help="images encoded once and kept in RAM; 0: none")
     p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
@@ -65,9 +65,9 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
     p.add_argument("--ema", type=float, default=0.998, help="decay per step in [0,1); the paper uses 0.9995")
     p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform", help="of t")
-    p.add_argument("--shift_base", type=float, help="n of the time shift a = sqrt(tokens * channels / n)")
-    p.add_argument("--prediction", choices=("v", "x0"), help="of the final layer; what the loss measures")
-    p.add_argument("--balance", choices=("on", "off"), help="divide the loss at t by its running mean there")
+    p.add_argument("--shift_base", type=float, help="n of the shift sqrt(m/n); default 4096, tiny 340")
+    p.add_argument("--prediction", choices=("v", "x0"), help="of the model; default v, tiny encoder x0")
+    p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
     p.add_argument("--label_std", type=float, default=1.0, help="of the class table at first; papers 0.02")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
     for name, low, paper in (("shift_base", 1e-9, 4096), ("label_std", 0, 0.02), ("cache", 0, 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
             p.error(f"--{name} {getattr(args, name)} must be at least {low}; the papers' is {paper}")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
@@ -114,15 +114,16 @@ def parse_args(argv=None):
 
 def replay(data, rae, args, start, rank, world, device):
     """As batches(), latents for images: those of the first --cache images, encoded once, drawn at random."""
-    unit, parts = 50 * world, []
-    for _, _, images, labels, _ in batches(data, unit, 50, 0, rank, world, 0, stop=-(-args.cache // unit)):
+    parts, unit = [], args.micro_batch * world
+    turns = -(-args.cache // unit)
+    for *_, images, labels, _ in batches(data, unit, args.micro_batch, 0, rank, world, args.workers, turns):
         with runtime.autocast(device, args.dtype):
             parts.append((rae.encode(images.to(device).float() / 255).half().cpu(), labels))
-    z, y = (torch.cat(x) for x in zip(*(part for unit in zip(*eval_fid.gather(parts)) for part in unit)))
+    parts = [torch.cat(x) for x in zip(*(part for turn in zip(*eval_fid.gather(parts)) for part in turn))]
     for step in range(start, args.steps):
         for m in range(rank, args.batch // args.micro_batch, world):
             rows = np.random.default_rng((args.seed, step, m)).integers(args.cache, size=args.micro_batch)
-            yield step, m, z[rows], y[rows], None
+            yield step, m, parts[0][rows], parts[1][rows], None
 
 
 def main(args):
@@ -157,7 +158,6 @@ def main(args):
     if args.compile:
         step_model = torch.compile(step_model)
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
-    log.say(f"latents {channels} x {grid} x {grid}, {data.num_classes} classes")
 
     def save(step):
         if rank == 0:
@@ -183,7 +183,7 @@ def main(args):
             with runtime.autocast(device, args.dtype):
                 loss = flow_matching_loss(step_model, x0, labels, t, eps)  # b
             if model.prediction == "x0":
-                loss = loss * t.square()                                # the error of v is that of x0 over t
+                loss = loss * t.square()                                # the error of x0, from t = 0.05 on
             at = (t * BINS).long().clamp(max=BINS - 1)                  # b
             weight = 1 / level[at] if args.balance == "on" else 1.0     # each t has the same say
             ((weight * loss).mean() / accumulate).backward()

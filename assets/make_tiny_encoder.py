@@ -39,7 +39,7 @@ SIDE, PATCH = TINY["img_size"], TINY["patch_size"]
 AXIS = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
 PLANE = np.stack([np.ones((SIDE, SIDE), np.float32), *np.meshgrid(AXIS, AXIS), np.outer(AXIS, AXIS)], 2)
 WAVES = (2 * SIDE, SIDE / 2, SIDE / 4)      # px: the first tells every place apart, the last is one patch
-RANGE = 6                                   # px at which distances saturate: half of a small object
+RANGE = 6                                   # px at which distances are squashed
 # Columns of each part of the descriptor, and its share of the energy of a token, so of its squared error.
 PARTS = dict(centre=(12, 0.30), distance=(64, 0.26), rotation=(6, 0.18), colour=(12, 0.08), ground=(3, 0.07),
              radial=(2, 0.05), folds=(3, 0.03), radius=(1, 0.03))
@@ -167,7 +167,7 @@ def main():
     opts = make_optimizers(model, "muon", args.lr, weight_decay=0.0)
     device = torch.device("cpu")
     for step in range(args.steps):
-        rows = torch.randint(args.images, (args.batch,))
+        rows = torch.randint(len(images), (args.batch,))
         with runtime.autocast(device, args.dtype):
             z = model.encode(images[rows].float() / 127.5 - 1)
         loss = (z.float() - model.targets(descriptors[rows])).square().mean()

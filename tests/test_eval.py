@@ -87,7 +87,7 @@ def test_script_prints_the_table_and_one_json_line(tmp_path, capsys):
     metrics = eval_fid.main(flags("--n", 36, "--sampling_steps", 3, "--out", tmp_path / "m.json"))
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == metrics == json.loads((tmp_path / "m.json").read_text())
-    assert metrics["n"] == 36 and metrics["commit"] and metrics["guidance"] == 2.0
+    assert metrics["n"] == 36 and metrics["commit"] and metrics["guidance"] == 1.5
     metrics = eval_fid.main(flags("--reconstruct", sample.SHIPPED, "--n", 24))
     assert metrics["psnr"] > 20 and 0.5 < metrics["ssim"] <= 1
 

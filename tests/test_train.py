@@ -215,7 +215,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
 @pytest.mark.parametrize("script, argv, message", [
     (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
     (train_dit, ["--class_dropout", "1"], "--class_dropout 1.0 must lie in [0,1)"),
-    (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 2.0"),
+    (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 1.5"),
     (train_dit, ["--eval_n", "1"], "--eval_n 1 must be at least 2"),
     (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
     (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
@@ -263,7 +263,8 @@ def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path
     monkeypatch.setitem(sample.SOLVERS, "euler", lambda velocity, x, times: x)
     for run in ("tiny", "paper"):
         model, rae, _ = sample.load_dit(tmp_path / run / "last.pt")
-        sample.generate(model, rae, [0], train_dit.parse_args(["--out", str(tmp_path / "none")]))
+        args = train_dit.parse_args(["--out", str(tmp_path / "none"), "--solver", "euler"])
+        sample.generate(model, rae, [0], args)
     assert shifts == [(3072 / train_dit.TINY["shift_base"]) ** 0.5, (3072 / 4096) ** 0.5]
     with pytest.raises(ValueError, match="--shift_base 99.0 differs from the checkpoint's 340"):
         go(train_dit, *DIT, "--steps", 4, "--shift_base", 99, "--out", tmp_path / "tiny", "--resume")
@@ -306,7 +307,7 @@ def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
 
 @pytest.mark.parametrize("balance, gradient", [("on", 1.0), ("off", 0.5 * 7 + 0.5 * 0.01)])
 def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gradient):
-    """Losses of 7 at t = 0.3 and 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
+    """Losses of 7 at t = 0.3, 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
     seen = []
     monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.tensor([0.3, 0.8]).repeat(n // 2))
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
