@@ -124,8 +124,7 @@ class Scene:
         """Scene number `index` of the endless stream `seed`; classes are uniform, sizes while there is room.
 
         objects: the number of objects or a tuple of numbers to draw from, 1 to 4
-        label: class id of the first object, 0..35; drawn if None
-        Raises ValueError for a number or a label out of range.
+        label: class id of the first object, 0..35; drawn if None. Raises ValueError if one is out of range.
         """
         counts = (objects,) if isinstance(objects, (int, np.integer)) else tuple(objects)
         if not counts or not set(counts) <= {1, 2, 3, 4}:
@@ -230,7 +229,7 @@ _x = np.broadcast_to(np.linspace(-1, 1, READ, dtype=np.float32), (READ, READ))
 SURFACES = np.stack([np.ones_like(_x), _x, _x.T, _x * _x.T, _x * _x, _x.T * _x.T], 2)    # of degree 2
 
 
-def _read_object(background, offset, own, corner):
+def _read_object(background, offset, own, corner, colours):
     """The object in a window at (top, left), or None, from its background, offset from it and own pixels."""
     strength = np.linalg.norm(offset, axis=2)
     core = own & (strength >= np.median(strength[own]))
@@ -244,6 +243,10 @@ def _read_object(background, offset, own, corner):
         return None
     alpha = np.clip(0.5 + STEEP * (alpha - 0.5), 0, 1) * ndimage.binary_dilation(own, iterations=2)
     radius, centre = sqrt(alpha.sum() / pi), ndimage.center_of_mass(alpha)
+    small, large = (r * READ for r in SIZES.values())
+    fits = 0.75 * small < radius < 1.35 * large                            # a size of this world
+    if colours or not fits:
+        return colour if fits else None
     dy, dx = np.indices(alpha.shape, np.float32) - np.float32(centre)[:, None, None]
     # Tips and corners lie far out, so the m-fold angular moment points at them: the rotation in closed form.
     spot, far = dx + 1j * dy, np.maximum(np.hypot(dx, dy), 1)
@@ -254,20 +257,18 @@ def _read_object(background, offset, own, corner):
     seen, *drawn = ndimage.gaussian_filter(np.stack([alpha, *drawn]), (0, SMOOTH, SMOOTH))
     misfit = np.abs(seen - drawn).sum((1, 2))
     best, second = np.argsort(misfit)[:2]
-    small, large = (r * READ for r in SIZES.values())
-    if (misfit[best] > min(SLIP * outline[best], LEAD * misfit[second])
-            or not 0.75 * small < radius < 1.35 * large):                  # no size of this world
+    if misfit[best] > min(SLIP * outline[best], LEAD * misfit[second]):
         return None
     return Object(SHAPES[best], colour, "small" if radius < sqrt(small * large) else "large",
                   tuple(((np.add(corner, centre) + 0.5) / READ)[::-1].tolist()),
                   rotation.get(SHAPES[best], 0.0), (255 * (behind + full)).clip(0, 255).tolist())
 
 
-def read_scene(image):
+def read_scene(image, colours=False):
     """Reads the objects back from any picture: Scene(read_scene(image)) has its caption and relations.
 
-    image: (n, n, 3), n >= 32, uint8 in 0..255 or float in 0..1
-    Returns a list of Object, topmost first, or None if unsure: nothing there, or not one of the 36 classes.
+    image: (n, n, 3), n >= 32, uint8 in 0..255 or float in 0..1. colours: read only these, whatever the shape
+    Returns a list of Object or colours, topmost first, or None if unsure: nothing, or none of the 36 classes.
     Raises ValueError for another shape, type or range.
     """
     image = np.asarray(image)
@@ -289,12 +290,11 @@ def read_scene(image):
         fit = np.linalg.lstsq(some[keep].T @ some[keep], some[keep].T @ pixels[keep], rcond=None)[0]
         keep = np.abs(pixels - some @ fit).max(1) < FOREGROUND / 2
     offset = image - (background := SURFACES @ fit)
-    labels, _ = ndimage.label(np.linalg.norm(offset, axis=2) > FOREGROUND)
-    found = []
+    labels, found = ndimage.label(np.linalg.norm(offset, axis=2) > FOREGROUND)[0], []
     for k, box in enumerate(ndimage.find_objects(labels), 1):
         top, left = (max(s.start - 4, 0) for s in box)                     # 4 px of margin for the soft edge
         window = np.s_[top:box[0].stop + 4, left:box[1].stop + 4]
         own = labels[window] == k
         if own.sum() >= SPECK:
-            found.append(_read_object(background[window], offset[window], own, (top, left)))
+            found.append(_read_object(background[window], offset[window], own, (top, left), colours))
     return found if found and None not in found else None

@@ -32,6 +32,7 @@ if __name__ == "__main__":
     source, target = sys.argv[1:]
     state = runtime.load_checkpoint(source)
     duplicate = "ema" if "latent_shape" not in state else None         # stage 1: rae has the decoder already
-    tensors, plain = flatten({k: v for k, v in state.items() if k not in ("model", "opt", "level", duplicate)})
+    leave_out = ("model", "opt", "level", duplicate)
+    tensors, plain = flatten({k: v for k, v in state.items() if k not in leave_out})
     save_file(tensors, target, metadata={"plain": json.dumps(plain)})
     print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB")

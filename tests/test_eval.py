@@ -64,6 +64,11 @@ def test_verified_accuracy_counts_and_unsure_is_wrong():
     assert verify(images, range(36)).tolist() == [36, 36, 0]
     assert verify(images, [(i // 6) * 6 + (i + 1) % 6 for i in range(36)]).tolist() == [36, 0, 0]
     assert verify(torch.full((3, 64, 64, 3), 128, dtype=torch.uint8), [0, 1, 2])[:2].tolist() == [0, 0]
+    crescent = torch.full((1, 64, 64, 3), 210, dtype=torch.uint8)
+    y, x = np.mgrid[:64, :64] - 32.0
+    crescent[0, torch.from_numpy((np.hypot(x, y) < 12) & (np.hypot(x - 8, y) > 9))] = torch.tensor(
+        (222, 38, 42), dtype=torch.uint8)
+    assert verify(crescent, [0]).tolist() == [1, 0, 1]                 # red, but of which shape?
     two = torch.from_numpy(Scene.random(9, 0, objects=2).render(64))[None]
     assert verify(two, [Scene.random(9, 0, objects=2).objects[0].label])[:2].tolist() == [0, 0]
 

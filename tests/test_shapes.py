@@ -181,6 +181,24 @@ def test_the_verifier_is_unsure_of_foreign_shapes():
     assert read_scene(image) is None
 
 
+def test_colours_are_read_whatever_the_shape_but_not_from_mush():
+    for k in range(100):
+        scene = Scene.random(18, k)
+        assert sorted(read_scene(scene.render(), colours=True)) == sorted(o.colour for o in scene.objects)
+    y, x = np.mgrid[:64, :64] - 32.0
+    image = np.full((64, 64, 3), 210, np.uint8)
+    image[(np.hypot(x, y) < 12) & (np.hypot(x - 8, y) > 9)] = (222, 38, 42)       # a fat crescent
+    assert read_scene(image) is None and read_scene(image, colours=True) == ["red"]
+    rng = np.random.default_rng(0)
+    brown, speck, huge, two = (np.full((64, 64, 3), 210, np.uint8) for _ in range(4))
+    brown[np.hypot(x, y) < 12], speck[np.hypot(x, y) < 4] = (120, 70, 20), (222, 38, 42)
+    huge[np.hypot(x, y) < 20], two[np.hypot(x, y) < 12] = (222, 38, 42), (222, 38, 42)
+    two[(np.hypot(x, y) < 12) & (x > 0)] = (38, 160, 62)
+    noise, blank = rng.integers(0, 256, (64, 64, 3), np.uint8), np.full((64, 64, 3), 210, np.uint8)
+    for mush in (noise, blank, brown, speck, huge, two):
+        assert read_scene(mush, colours=True) is None
+
+
 def holds(text, scene):
     """Whether a caption is true and complete, by a small grammar: [number objects:] list, or a relation."""
     text = re.sub(r"^(a picture of|\w+ objects:) ", "", text)
