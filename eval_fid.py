@@ -117,7 +117,8 @@ def verify(images, labels):
     counts = torch.zeros(3, dtype=torch.float64)
     for image, label in zip(images.numpy(), labels):
         objects = read_scene(image)
-        counts[0] += read_scene(image, colours=True) == [CLASSES[label].split()[0]]
+        colours = read_scene(image, colours=True) if objects is None else [o.colour for o in objects]
+        counts[0] += colours == [CLASSES[label].split()[0]]
         counts[1] += objects is not None and [o.label for o in objects] == [label]
         counts[2] += objects is None
     return counts

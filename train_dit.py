@@ -101,9 +101,11 @@ def parse_args(argv=None):
         p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
     if not 0 <= args.class_dropout < 1:
         p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
-    for name, low, paper in (("shift_base", 1e-9, 4096), ("label_std", 0, 0.02), ("cache", 0, 0)):
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            p.error(f"--{name} {getattr(args, name)} must be at least {low}; the papers' is {paper}")
+    if args.shift_base is not None and not args.shift_base > 0:
+        p.error(f"--shift_base {args.shift_base} must be positive; the papers' is 4096")
+    for name, usual in (("label_std", "the papers' is 0.02"), ("cache", "0 keeps none")):
+        if not getattr(args, name) >= 0:
+            p.error(f"--{name} {getattr(args, name)} must be at least 0; {usual}")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
@@ -168,7 +170,7 @@ def main(args):
 
     stream = replay(data, rae, args, start, rank, world, device) if args.cache else batches(
         data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
-    total, sums, by_t = 0.0, torch.zeros(2, BINS, device=device), torch.zeros(2, BINS, device=device)
+    sums, by_t = torch.zeros(2, 2, BINS, device=device)    # losses and counts: of a step, of a log interval
     for step, m, x0, labels, _ in stream:
         last = m // world == accumulate - 1
         x0, labels = x0.to(device).float(), labels.to(device)
@@ -187,23 +189,21 @@ def main(args):
             at = (t * BINS).long().clamp(max=BINS - 1)                  # b
             weight = 1 / level[at] if args.balance == "on" else 1.0     # each t has the same say
             ((weight * loss).mean() / accumulate).backward()
-        loss = loss.detach()
-        sums.index_add_(1, at, torch.stack([loss, torch.ones_like(loss)]))  # this step's losses and counts
+        sums = sums.index_add(1, at, torch.stack([loss.detach(), torch.ones_like(loss)]))
         if not last:
             continue
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end, args.lr_end)
-        norm = runtime.step_optimizers([opt], model, args.clip, loss.mean(), step, lr)
+        norm = runtime.step_optimizers([opt], model, args.clip, loss.detach().mean(), step, lr)
         runtime.update_ema(ema, model, args.ema, step)
         sums = runtime.all_mean(sums)
-        mean, total, by_t = sums[0] / sums[1], total + sums[0].sum() / sums[1].sum(), by_t + sums
+        mean, by_t, sums = sums[0] / sums[1], by_t + sums, torch.zeros_like(sums)
         level = torch.where(mean.isfinite(), level.lerp(mean, 0.05), level)  # nan: no t fell into the bin
-        sums = torch.zeros_like(sums)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             tenths = by_t.view(2, 10, -1).sum(2)
-            log.step(done, float(total) / (done - log.last_step), norm, lr,
+            log.step(done, float(by_t[0].sum() / by_t[1].sum()), norm, lr,
                      loss_by_t=[x if x == x else None for x in (tenths[0] / tenths[1]).tolist()])
-            total, by_t = 0.0, torch.zeros_like(by_t)
+            by_t = torch.zeros_like(by_t)
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:

@@ -229,7 +229,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
     (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
     (train_dit, ["--label_std", "-1"], "--label_std -1.0 must be at least 0"),
     (train_dit, ["--cache", "-1"], "--cache -1 must be at least 0"),
-    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be at least 1e-09"),
+    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
     (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
     (train_decoder, ["--decoder_heads", "5"], "--decoder_width 192 must be a multiple of --decoder_heads 5"),
