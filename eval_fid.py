@@ -21,6 +21,7 @@ import runtime
 import sample
 from data import open_data
 from model import unpack_rae
+from runtime import at_least
 from shapes import CLASSES, read_scene
 
 
@@ -157,7 +158,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
     """
     real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
-    chunks = sample.share(n, rank, world, batch)
+    chunks = sample.share(range(n), rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
         images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
@@ -179,7 +180,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict."""
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
     sums = torch.zeros(2, dtype=torch.float64)
-    chunks = sample.share(n, rank, world, batch)
+    chunks = sample.share(range(n), rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         images = real_images(val, chunk)
         x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
@@ -211,31 +212,26 @@ def one_line(metrics):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--ckpt", default=str(sample.SHIPPED), help="checkpoint of train_dit.py to sample from")
-    p.add_argument("--weak_ckpt", help="checkpoint of a weaker model: AutoGuidance replaces CFG")
-    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
     p.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2) instead")
     p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
-    p.add_argument("--hold_out", type=int, help="held-out images; default: as trained; 0 with --data: all")
-    p.add_argument("--n", type=int, help="images; few bias the Fréchet distance; default: up to 720")
-    sample.add_sampling_flags(p)
-    p.add_argument("--batch", type=int, default=72, help="images per forward; does not change the numbers")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
+    p.add_argument("--n", type=at_least(2), help="images; few bias the distance; default: up to 720")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
-    args = p.parse_args(argv)
-    sample.check_sampling_flags(p, args)
-    if args.n is not None and args.n < 2 or args.batch < 1:
-        p.error(f"--n {args.n} must be at least 2 and --batch {args.batch} at least 1")
-    return args
+    return sample.parse_model_args(p, argv)
 
 
 def main(args):
     rank, world, device = runtime.setup()
     start, path = time.time(), args.reconstruct or args.ckpt
-    state = runtime.load_checkpoint(path)
-    if "rae" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one of those")
+    if args.reconstruct:
+        state = runtime.load_checkpoint(path)
+        if "rae" not in state:
+            raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one")
+        rae = unpack_rae(state["rae"]).to(device)
+    else:
+        model, rae, state, weak = sample.load_models(args, device, encoder=True)
+    if "data" not in state["args"] and not args.data:
+        raise ValueError(f"--release {path} needs --data: a folder or tars of ImageNet, its reference images")
     single = (1,) if "num_classes" in state else (1, 2, 3, 4)          # stage 1 sees scenes of 1 to 4 objects
     trained_on = 0 if args.data else state["args"]["hold_out"]
     hold_out = trained_on if args.hold_out is None else args.hold_out
@@ -245,12 +241,8 @@ def main(args):
     if args.n > len(val):
         raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")
     if args.reconstruct:
-        rae = unpack_rae(state["rae"]).to(device)
         metrics = evaluate_reconstruction(rae, val, args.n, rank, world, args.batch, args.dtype)
     else:
-        model, rae, state = sample.load_dit(args.ckpt, device, encoder=True, weights=args.weights)
-        sample.check_guidance(args, state, args.ckpt)
-        weak = sample.load_weak(args.weak_ckpt, state, device)
         metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak,
                                       args.dtype)
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())

@@ -11,13 +11,16 @@ import math
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed, apply_rot_embed, build_rotary_pos_embed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms.functional import normalize
 
 import runtime
 
@@ -44,10 +47,16 @@ HEADS = {"DiT": dict(head_width=0), "DiTDH": dict(head_width=2048, head_depth=2,
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DIT_SIZES = {f"{family}-{size}": dict(width=width, depth=depth, heads=heads, **head)
              for family, head in HEADS.items() for size, (width, depth, heads) in DIT_SIZES.items()}
-DECODER_SIZES = {"tiny": (192, 2, 4, 768), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
-                 "XL": (1152, 28, 16, 4096)}         # XL keeps MLP 4096 (3.56 x): so are the released weights
-DECODER_SIZES = {size: dict(decoder_width=width, decoder_depth=depth, decoder_heads=heads, decoder_mlp=mlp)
-                 for size, (width, depth, heads, mlp) in DECODER_SIZES.items()}
+DECODER_SIZES = {                                       # XL keeps MLP 4096 (3.56 x), as its released weights
+    size: dict(zip(("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp"), numbers))
+    for size, numbers in {"tiny": (192, 2, 4, 768), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
+                          "XL": (1152, 28, 16, 4096)}.items()}
+
+# Official weights over DINOv2-B with decoder XL: image side, hub folders of decoder, statistics, DiTDH-XL and
+# its weak guide, a DiTDH-S, scale of AutoGuidance.        Source: configs/stage2/sampling of bytetriper/RAE
+HUB = "nyu-visionx/RAE-collections"
+RELEASES = {"imagenet256": (256, "ViTXL_n08", "imagenet1k", "DiTDH-XL", "DiTDH-S_ep14", 1.42),
+            "imagenet512": (512, "ViTXL_n08_i512", "imagenet1k_512", "DiTDH-XL_ep400", "DiTDH-S_ep20", 1.5)}
 
 
 # ------------------------------------------------------------------------------ encoder
@@ -68,8 +77,8 @@ class Encoder(nn.Module):
         256); patch-14 models see 14/16 of it, so that 256 px give the same 16 x 16 grid as patch 16.
     Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone (the timm model).
     Raises: ValueError (unknown name, size no multiple of patch), FileNotFoundError (no weights, no network).
-    Source: [RAE] section 3.1: no CLS and register tokens, final LayerNorm without affine, so that each token
-        has mean 0 and variance 1 over its channels. Resizing is bicubic without antialias, as in the release.
+    Source: [RAE] section 3.1: no CLS and registers, final LayerNorm without affine: each token has mean 0 and
+        variance 1 over its channels. Images are resized bicubically without antialias, as in the release.
     """
 
     def __init__(self, name, image_size=None):
@@ -80,11 +89,10 @@ class Encoder(nn.Module):
         if name != "tiny":
             patch = timm.create_model(timm_name, pretrained=False, depth=0).patch_embed.patch_size[0]
         stride = 16 if patch == 14 else patch
-        self.input_size = self.image_size * patch // stride
+        self.grid, self.input_size = self.image_size // stride, self.image_size * patch // stride
         if self.image_size % stride:
             raise ValueError(f"--size {self.image_size} must be a multiple of {stride} for --encoder {name}; "
                              f"try --size {max(stride, self.image_size // stride * stride)}")
-        self.grid = self.image_size // stride
         if name == "tiny":
             self.backbone = VisionTransformer(**{**TINY, "img_size": self.input_size})
             self.backbone.norm = nn.Identity()                               # its file has no affine at all
@@ -104,43 +112,42 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode(self, images):                                           # b 3 H W in [0,1] -> b c h w
         """Latents before dataset normalisation: b c h w, each token of mean 0 and variance 1 over c."""
-        mean, std = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in (self.mean, self.std))
-        if images.shape[-1] != self.input_size or images.shape[-2] != self.input_size:
+        if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bicubic")
-        x = self.backbone.forward_features((images - mean) / std)       # b prefix+n c
+        x = self.backbone.forward_features(normalize(images, self.mean, self.std))  # b prefix+n c
         x = x[:, self.backbone.num_prefix_tokens:]                      # b n c
         return rearrange(x, "b (h w) c -> b c h w", h=self.grid)
 
 
-def load_timm(name, input_size):
-    """The timm ViT `name` with its pretrained weights, its position table resampled to input_size pixels."""
+def load_timm(name, size):
+    """The timm ViT `name` with its pretrained weights, its position table resampled to `size` pixels."""
     local = HERE / "weights" / f"{name}.safetensors"            # a file placed by hand wins over the download
+    how = {"act_layer": "gelu_tanh"} if "siglip" in name else {} if ".mae" in name else {"img_size": size}
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, img_size=input_size,
-                                 pretrained_cfg_overlay=dict(file=str(local)) if local.exists() else None)
+        vit = timm.create_model(name, pretrained=True, num_classes=0, **how,    # SigLIP trained with tanh
+                                pretrained_cfg_overlay=dict(file=str(local)) if local.exists() else None)
     except Exception as error:                          # the hub client raises a different one for each cause
-        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise FileNotFoundError(f"no weights for {name}: the download failed ({why}). Put model.safetensors "
-                                f"of huggingface.co/timm/{name} at weights/{name}.safetensors") from error
+        raise FileNotFoundError(f"no weights for {name}: no download ({type(error).__name__}). Put the file "
+                                f"model.safetensors of huggingface.co/timm/{name} at "
+                                f"weights/{name}.safetensors") from error
+    if "img_size" not in how:           # in the release DINOv2's table is antialiased, SigLIP's and MAE's not
+        vit.patch_embed.set_input_size(img_size=size)
+        vit.pos_embed.data = timm.layers.resample_abs_pos_embed(
+            vit.pos_embed, vit.patch_embed.grid_size, None, vit.num_prefix_tokens, antialias=False)
+    return vit
 
 
 # ------------------------------------------------------------------------------ decoder and RAE
 def sincos_2d(d, grid):
     """Fixed sin-cos positions, (grid*grid, d): first half of d for the column, second for the row. [MAE]"""
-    if d % 4:
-        raise ValueError(f"width {d} must be a multiple of 4 for 2-D sin-cos positions; try {d // 4 * 4 + 4}")
-    omega = 10000.0 ** -(torch.arange(d // 4, dtype=torch.float64) / (d / 4))
-    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.reshape(-1, 1).double() * omega for axis in (column, row)]  # n d/4
-    return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], 1).float()
+    rows_first = build_sincos2d_pos_embed((grid, grid), d, interleave_sin_cos=True)
+    return rows_first.unflatten(1, (2, -1)).flip(1).flatten(1)
 
 
 def require_heads(width, heads, width_flag, heads_flag, multiple=1):
-    """Raise ValueError unless width splits into heads whose dimension is a multiple of `multiple`."""
-    if heads < 1 or width < 1 or width % (heads * multiple):
-        step = max(heads, 1) * multiple
-        per = f" (head dimension a multiple of {multiple}: rotary, on two axes)" if multiple > 1 else ""
-        raise ValueError(f"{width_flag} {width} must be a multiple of {heads_flag} {heads}{per}; "
+    """Raise ValueError unless heads divide width / multiple; 4 for rotary positions, pairs on two axes."""
+    if width < 1 or width % (step := heads * multiple):
+        raise ValueError(f"{width_flag} {width} must be a multiple of {heads_flag} {heads} x {multiple}; "
                          f"try {width_flag} {max(round(width / step), 1) * step}")
 
 
@@ -178,11 +185,13 @@ class Decoder(nn.Module):
         self.grid, self.patch = grid, patch
         self.decoder_embed = nn.Linear(latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        pos = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])[None]
-        self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(self.positions(), requires_grad=False)
         self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, mlp) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, 3 * patch * patch)
+
+    def positions(self):                                                # 1 1+n d, zero for the CLS token
+        return F.pad(sincos_2d(self.decoder_embed.out_features, self.grid), (0, 0, 1, 0))[None]
 
     def forward(self, z):                                               # b c h w
         x = self.decoder_embed(rearrange(z, "b c h w -> b h w c"))      # b h w d
@@ -207,19 +216,25 @@ class RAE(nn.Module):
 
     def __init__(self, encoder, decoder, latent_mean=None, latent_var=None):
         super().__init__()
-        self.encoder = encoder if isinstance(encoder, nn.Module) else None
-        self.decoder = decoder
+        self.encoder, self.decoder = encoder if isinstance(encoder, nn.Module) else None, decoder
         mean, std = pixel_statistics(encoder) if self.encoder is None else (encoder.mean, encoder.std)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
-        self.register_buffer("latent_mean", torch.zeros(1) if latent_mean is None else latent_mean.float())
-        latent_std = torch.ones(1) if latent_var is None else (latent_var.float() + 1e-5).sqrt()
-        self.register_buffer("latent_std", latent_std)
+        self.normalise_by(latent_mean, latent_var)
+
+    def normalise_by(self, mean, var):                                  # c h w each, or None -> self
+        shape = (self.decoder.decoder_embed.in_features, self.decoder.grid, self.decoder.grid)
+        if wrong := [tuple(x.shape) for x in (mean, var) if x is not None and x.shape != shape]:
+            raise ValueError(f"latent statistics of shape {wrong[0]} are not of this decoder's latents, "
+                             f"{shape}; give those of the same encoder and image size")
+        self.register_buffer("latent_mean", torch.zeros(1) if mean is None else mean.float())
+        self.register_buffer("latent_std", torch.ones(1) if var is None else (var.float() + 1e-5).sqrt())
+        return self
 
     @torch.no_grad()
     def encode(self, images):                                           # b 3 H W -> b c h w
         if self.encoder is None:
-            raise ValueError("this RAE has only its encoder's name, to decode; pass Encoder(name) to encode")
+            raise ValueError("this RAE only decodes: its encoder is a name; pass Encoder(name) to encode")
         return (self.encoder.encode(images) - self.latent_mean) / self.latent_std
 
     def decode(self, latents):                                          # b c h w -> b 3 H W
@@ -228,30 +243,16 @@ class RAE(nn.Module):
 
 
 # ------------------------------------------------------------------------------ diffusion transformers
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32."""
-    def __init__(self, d, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps)
-
-
 class RoPE(nn.Module):
     """Rotary positions: adjacent pairs turn by row (first half of head) or column. [LightningDiT], EVA-02"""
     def __init__(self, head_dim, grid):
         super().__init__()
-        frequencies = 10000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # quarter: pairs per axis
-        angle = torch.arange(grid)[:, None] * frequencies               # grid dh/4
-        angle = torch.cat([repeat(angle, "h f -> (h w) (f two)", w=grid, two=2),
-                           repeat(angle, "w f -> (h w) (f two)", h=grid, two=2)], 1)  # n dh
-        self.register_buffer("freqs_cos", angle.cos())                  # in the state dict, as in the release
-        self.register_buffer("freqs_sin", angle.sin())
+        sin, cos = build_rotary_pos_embed((grid, grid), dim=head_dim, in_pixels=False)  # n dh each
+        self.register_buffer("freqs_cos", cos)                          # in the state dict, as in the release
+        self.register_buffer("freqs_sin", sin)
 
     def forward(self, x):                                               # b k n dh
-        turned = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)  # (x1, x2) -> (-x2, x1)
-        return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
+        return apply_rot_embed(x, self.freqs_sin, self.freqs_cos).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -280,8 +281,8 @@ class Block(nn.Module):
     """Transformer block with adaLN: shift, scale, gate from c, one per image (b 1 d) or per token (b n d)."""
     def __init__(self, d, heads):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(d), Attention(d, heads)
-        self.norm2, self.mlp = RMSNorm(d), SwiGLU(d)
+        self.norm1, self.attn = nn.RMSNorm(d, eps=1e-6), Attention(d, heads)
+        self.norm2, self.mlp = nn.RMSNorm(d, eps=1e-6), SwiGLU(d)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def forward(self, x, c, rope):                                      # x: b n d, c: b 1|n d
@@ -295,10 +296,10 @@ class FinalLayer(nn.Module):
     def __init__(self, d, channels, flag):
         super().__init__()
         if d < channels:
-            warnings.warn(f"{flag} {d} is below the {channels} latent channels: by Theorem 1 of RAE (arXiv "
-                          f"2510.11690) the loss cannot go below the sum of the eigenvalues of Cov(eps - x0) "
-                          f"beyond the {d}th; try {flag} {channels} or more", stacklevel=4)
-        self.norm_final, self.linear = RMSNorm(d), nn.Linear(d, channels)
+            warnings.warn(f"{flag} {d} is below the {channels} latent channels: by Theorem 1 of arXiv "
+                          f"2510.11690 the loss stays above the sum of the eigenvalues of Cov(eps - x0) from "
+                          f"the {d + 1}th on; try {flag} {channels} or more", stacklevel=4)
+        self.norm_final, self.linear = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
     def forward(self, x, c):                                            # x: b n d, c: b 1|n d
@@ -332,17 +333,6 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(y)                                  # b d
 
 
-class TokenEmbedding(nn.Module):
-    """A linear map of each token, held as the 1x1 convolution that the release has: b c h w -> b n d."""
-    def __init__(self, channels, d):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, d, 1)
-
-    def forward(self, x):                                               # b c h w
-        x = rearrange(x, "b c h w -> b (h w) c")                        # b n c
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # b n d
-
-
 class DiT(nn.Module):
     """LightningDiT on one token per latent position.
 
@@ -350,9 +340,9 @@ class DiT(nn.Module):
     class_dropout: probability in [0,1] that training replaces a label by the null class, number num_classes.
     forward: noisy b c h w (latents x_t), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
     shift_base: the n of the time shift sqrt(m/n) that it is trained and sampled with, 4096 unless set.
-    prediction: what the final layer gives: "v" as in the papers, or "x0", of which forward makes the velocity
+    prediction: of the final layer: "v" as in the papers, or "x0", of which forward makes the velocity
         (x - x0) / t (arXiv 2511.13720: data of few dimensions are easier to predict than noise of many).
-    Raises: ValueError if width does not split into heads. Warns if width is below c: Theorem 1 of [RAE].
+    Raises ValueError if width does not split into heads; warns if it is below c: Theorem 1 of [RAE].
     Source: [RAE] section 4, [LightningDiT]: RMSNorm, SwiGLU, RoPE, adaLN-zero, fixed absolute positions.
     """
     shift_base, prediction = 4096, "v"
@@ -365,9 +355,9 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedding(num_classes, width, class_dropout)
         self.pos_embed = nn.Parameter(sincos_2d(width, grid)[None], requires_grad=False)
         self.build(width, heads)
-        for embedder in (m for m in self.modules() if isinstance(m, TokenEmbedding)):
-            nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
-            nn.init.zeros_(embedder.proj.bias)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.xavier_uniform_(conv.weight.flatten(1))
+            nn.init.zeros_(conv.bias)
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
         modulated = (*self.blocks, self.final_layer)  # adaLN-zero: blocks start as the identity, output as 0
@@ -376,7 +366,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def build(self, width, heads):
-        self.x_embedder = TokenEmbedding(self.in_channels, width)
+        self.x_embedder = PatchEmbed(None, 1, self.in_channels, width)
         self.feat_rope = RoPE(width // heads, self.grid)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(self.depth))
         self.final_layer = FinalLayer(width, self.in_channels, "--width")
@@ -393,9 +383,7 @@ class DiT(nn.Module):
 
     def velocity(self, out, x, t):                                      # out: b n c, x: b c h w, t: b
         out = rearrange(out.float(), "b (h w) c -> b c h w", h=self.grid)
-        if self.prediction == "v":
-            return out                                                  # b c h w
-        return (x - out) / t.clamp(min=0.05).view(-1, 1, 1, 1)          # b c h w; never near 0 / 0
+        return out if self.prediction == "v" else (x - out) / t.clamp(min=0.05).view(-1, 1, 1, 1)  # no 0 / 0
 
 
 class DiTDH(DiT):
@@ -404,7 +392,6 @@ class DiTDH(DiT):
     Arguments and forward as DiT, with head_width (at least in_channels: Theorem 1), head_depth, head_heads.
     Source: [RAE] section 5, [DDT]; as released: SiLU twice on the condition, no fixed positions in the head.
     """
-
     def __init__(self, in_channels, grid, width, depth, heads, head_width, head_depth, head_heads,
                  num_classes, class_dropout=0.1):
         self.head = (head_width, head_depth, head_heads)
@@ -413,8 +400,8 @@ class DiTDH(DiT):
     def build(self, width, heads):              # Linears keep PyTorch's own initialisation, as in the release
         head_width, head_depth, head_heads = self.head
         require_heads(head_width, head_heads, "--head_width", "--head_heads", multiple=4)
-        self.s_embedder = TokenEmbedding(self.in_channels, width)
-        self.x_embedder = TokenEmbedding(self.in_channels, head_width)
+        self.s_embedder = PatchEmbed(None, 1, self.in_channels, width)
+        self.x_embedder = PatchEmbed(None, 1, self.in_channels, head_width)
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.enc_feat_rope = RoPE(width // heads, self.grid)
         self.dec_feat_rope = RoPE(head_width // head_heads, self.grid)
@@ -429,7 +416,7 @@ class DiTDH(DiT):
         for block in self.blocks[:self.depth]:
             s = block(s, c, self.enc_feat_rope)                         # b n d
         s = self.s_projector(F.silu(time + s))                          # b n e
-        x = self.x_embedder(noisy)                                      # b n e
+        x = self.x_embedder(noisy).float()                              # b n e: sums stay in fp32
         for block in self.blocks[self.depth:]:
             x = block(x, s, self.dec_feat_rope)                         # b n e
         return self.velocity(self.final_layer(x, s), noisy, t)          # b c h w
@@ -440,12 +427,6 @@ def time_shift(t, dim, base=4096):
     """t' = a*t / (1 + (a-1)*t), a = sqrt(dim/base), dim = tokens x channels, t in [0,1]. [RAE] eq 5, [SD3]"""
     a = math.sqrt(dim / base)
     return a * t / (1 + (a - 1) * t)
-
-
-def sample_time(n, law, dim, device=None, base=4096):
-    """n times in (0,1) for training, shifted for `dim`. law: logit_normal (sigmoid of N(0,1)) or uniform."""
-    t = torch.randn(n, device=device).sigmoid() if law == "logit_normal" else torch.rand(n, device=device)
-    return time_shift(t, dim, base)
 
 
 def flow_matching_loss(model, x0, y, t, eps):
@@ -475,57 +456,95 @@ def build_dit(args, channels, grid, num_classes):
 
 def load_strict(module, state, source):
     """load_state_dict that takes all or nothing, and lists what is missing, unexpected or misshapen."""
-    own = module.state_dict()
-    bad = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    bad += [f"{k}: shape {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}"
-            for k in own if k in state and state[k].shape != own[k].shape]
+    own, given = ({k: tuple(v.shape) for k, v in weights.items()} for weights in (module.state_dict(), state))
+    bad = [f"missing {k}" for k in own if k not in given] + [f"unexpected {k}" for k in given if k not in own]
+    bad += [f"{k}: shape {given[k]}, the model has {own[k]}" for k in own if given.get(k, own[k]) != own[k]]
     if bad:
-        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise ValueError(f"{source} does not fit {type(module).__name__}; build it with the flags it was "
-                         "trained with:\n  " + "\n  ".join(bad[:20]) + more)
+                         f"trained with. {len(bad)} differences:\n  " + "\n  ".join(bad[:20]))
     module.load_state_dict(state)
     return module
 
 
 def load_release(module, path_or_state):
-    """Load weights strictly into a DiT, DiTDH or Decoder: ours, or those of the official release, by layout.
+    """Load weights strictly, ours or those of the official releases, told apart by their layout.
 
-    path_or_state: a file of torch.save or safetensors, or its dict; takes its `ema`, else `model`, else all.
-    Raises: ValueError listing missing, unexpected and misshapen keys. Files are read with weights_only=True.
+    module: DiT, DiTDH or Decoder; an RAE takes the latent statistics of a stat.pt. path_or_state: a file of
+    torch.save or safetensors, or its dict, with the weights in it or in its ema, model, module or state_dict.
+    Raises: ValueError listing missing, unexpected and misshapen keys; or if the file can't be read safely.
     """
-    source = "the given state" if isinstance(path_or_state, dict) else str(path_or_state)
-    if not isinstance(path_or_state, dict):
-        path_or_state = load_file(source) if source.endswith(".safetensors") else \
-            torch.load(source, map_location="cpu", weights_only=True)
-    state = next((path_or_state[k] for k in ("ema", "model") if k in path_or_state), path_or_state)
-    state = {k.removeprefix("module.").removeprefix("decoder."): v for k, v in state.items()}
+    source, state = "the given state", path_or_state
+    if not isinstance(state, dict):
+        source, state = path_or_state, runtime.load_checkpoint(path_or_state)
+    if isinstance(module, RAE):
+        if "var" not in state:
+            raise ValueError(f"{source} has no latent statistics (mean, var); give a stat.pt")
+        return module.normalise_by(state.get("mean"), state["var"])
+    wrappers = ("rae", "decoder") * isinstance(module, Decoder) + ("ema", "model", "module", "state_dict")
+    while inner := [state[k] for k in wrappers if isinstance(state.get(k), dict)]:
+        state = inner[0]
+    state = {k.removeprefix("module."): v for k, v in state.items()}
     if isinstance(module, Decoder):                     # names of HF ViT-MAE and of diffusers' AutoencoderRAE
+        mine = [k for k in state if k.startswith("decoder.")] or state  # without encoder.* and the like
+        state = {k.removeprefix("decoder."): state[k] for k in mine}
+        if any("attention.to_q" in k for k in state):   # diffusers doesn't store its table
+            state["decoder_pos_embed"] = module.positions()
         for old, new in (("attention.attention.", ""), ("attention.output.dense", "proj"),
-                         ("intermediate.dense", "fc1"), ("output.dense", "fc2"),
-                         ("attention.to_q", "query"), ("attention.to_k", "key"),
-                         ("attention.to_v", "value"), ("attention.to_out.0", "proj")):
+                         ("attention.to_q", "query"), ("attention.to_k", "key"), ("output.dense", "fc2"),
+                         ("attention.to_v", "value"), ("attention.to_out.0", "proj"),
+                         ("intermediate.dense", "fc1")):
             state = {k.replace(old, new): v for k, v in state.items()}
     return load_strict(module, state, source)
 
 
+def load_official(name, folder=None):
+    """A release as the dict of a checkpoint of train_dit.py; the encoder's weights are not needed.
+
+    name: a key of RELEASES; with "/guide" after it, its AutoGuidance model. folder: a copy of the hub
+    repository; None: what is needed is downloaded, once.           Raises: FileNotFoundError, ValueError
+    """
+    release, guide = name.removesuffix("/guide"), name.endswith("/guide")
+    side, decoder, stats, *dits, _ = RELEASES[release]
+    files = [f"decoders/dinov2/wReg_base/{decoder}/model.pt", f"stats/dinov2/wReg_base/{stats}/stat.pt",
+             f"DiTs/Dinov2/wReg_base/ImageNet{side}/{dits[guide]}/stage2_model.pt"]
+    try:
+        folder = folder or huggingface_hub.snapshot_download(HUB, allow_patterns=files)
+    except Exception as error:                          # the hub client raises a different one for each cause
+        raise FileNotFoundError(f"--release {release}: no download ({type(error).__name__}); connect or copy "
+                                f"huggingface.co/{HUB} to a folder and give --release_dir FOLDER") from error
+    decoder, stats, dit = (runtime.load_checkpoint(Path(folder) / file) for file in files)
+    mean, var, shape = stats.get("mean"), stats["var"], (768, side // 16, side // 16)
+    if var.shape != shape:
+        raise ValueError(f"{files[1]} has statistics of shape {tuple(var.shape)}, {release} needs {shape}; "
+                         f"copy the right one of huggingface.co/{HUB}")
+    rae = dict(encoder="dinov2-b", size=side, **DECODER_SIZES["XL"], decoder_patch=16, decoder=decoder,
+               latent_mean=torch.zeros_like(var) if mean is None else mean, latent_var=var)
+    names = [name.split(",")[0] for name in map(timm.data.ImageNetInfo().index_to_description, range(1000))]
+    args = dict(DIT_SIZES["DiTDH-S" if guide else "DiTDH-XL"], class_dropout=0.1)
+    return dict(ema=dit, args=args, rae=rae, num_classes=1000, class_names=names, latent_shape=list(shape))
+
+
 def unpack_rae(packed, encoder=True):
     """The RAE of a checkpoint's `rae`, in eval mode; encoder=False: it only decodes, no encoder is loaded."""
-    decoder = load_release(build_decoder(packed, *packed["latent_mean"].shape[:2]), packed["decoder"])
+    with torch.device("meta"):                          # without memory: load_release needs every key anyway
+        decoder = build_decoder(packed, *packed["latent_var"].shape[:2])
+    load_release(decoder.to_empty(device="cpu"), packed["decoder"])
     encoder = Encoder(packed["encoder"], packed["size"]) if encoder else packed["encoder"]
     return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()
 
 
-def load_dit(path, device="cpu", encoder=False, weights="ema"):
-    """The DiT and RAE of a stage-2 checkpoint, frozen, and the checkpoint's dict.
+def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
+    """The DiT and RAE of a stage-2 checkpoint or of a release (in folder), frozen, and the checkpoint's dict.
 
-    weights: "ema" or "model". encoder=False: the RAE decodes only, so the encoder need not be there.
+    weights: "ema" or "model". encoder=False: the RAE only decodes; None: no RAE at all.
     """
-    state = runtime.load_checkpoint(path)
+    official = str(path).removesuffix("/guide") in RELEASES
+    state = load_official(path, folder) if official else runtime.load_checkpoint(path)
     if "latent_shape" not in state:
         raise ValueError(f"--ckpt {path} is no checkpoint of train_dit.py; give one of those")
     if weights not in state:
         raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
-    model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
-    load_release(model, {weights: state[weights]})
-    model.requires_grad_(False).eval().to(device)
-    return model, unpack_rae(state["rae"], encoder).to(device), state
+    with torch.device("meta"):
+        model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
+    model = load_release(model.to_empty(device="cpu"), {weights: state[weights]}).requires_grad_(False).eval()
+    return model.to(device), encoder is not None and unpack_rae(state["rae"], encoder).to(device), state

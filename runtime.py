@@ -1,8 +1,9 @@
 """What every script needs around its loop: processes, precision, seeds, EMA, schedules, checkpoints, logs.
-
 Randomness depends on (seed, step, micro-batch) alone and the data on the step: a resume is bit-exact on CPU.
 """
+import argparse
 import ctypes
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,8 +34,7 @@ def setup():
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: keep freed memory at hand
             ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))
+        dist.init_process_group(timeout=timedelta(hours=1))            # gloo on CPU, nccl on GPU
     return rank, world, device
 
 
@@ -56,13 +57,11 @@ def all_mean(x):
     return x
 
 
-def autocast(device, dtype):
-    """bf16 for matmuls, fp32 for the rest; --dtype fp32 leaves all as it is."""
+def autocast(device, dtype):                               # bf16: of the matmuls; fp32: as it is
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def seed_step(seed, step, micro):
-    """Seed torch for one micro-batch of one step: the same numbers on whatever process computes it."""
+def seed_step(seed, step, micro):                          # for a micro-batch, whatever process computes it
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + micro)        # primes keep near triples apart
 
 
@@ -94,14 +93,18 @@ def step_optimizers(opts, model, clip, loss, step, lr):
     return norm
 
 
-def save_checkpoint(path, **state):
-    """Write tensors and plain types to one file, whole or not at all: temporary file, flushed, renamed."""
+def whole_file(path, write):
+    """write(f) to a file that is there whole or not at all: temporary name, flushed, renamed."""
     temporary = Path(path).with_suffix(".tmp")
     with open(temporary, "wb") as f:
-        torch.save(state, f)
+        write(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def save_checkpoint(path, **state):                        # tensors and plain types in one file
+    whole_file(path, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(path):
@@ -110,19 +113,17 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"checkpoint {path} does not exist; train one, or leave the flag out")
     try:
         if Path(path).suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
         with safe_open(path, "pt") as f:
-            state = json.loads(f.metadata()["plain"])
+            state = json.loads((f.metadata() or {}).get("plain", "{}"))    # plain: of our own files
             for key in f.keys():                                       # "rae/decoder/x.weight": nested dicts
                 *parents, leaf = key.split("/")
-                node = state
-                for parent in parents:
-                    node = node.setdefault(parent, {})
+                node = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, state)
                 node[leaf] = f.get_tensor(key).float()                 # stored in half precision
         return state
     except Exception as error:                             # pickle, zip and safetensors each raise their own
-        raise ValueError(f"{path} is no checkpoint that can be read safely (cut short, or with code in it: "
-                         f"{str(error).splitlines()[0]}); copy or train it again") from error
+        raise ValueError(f"{path} is no checkpoint that can be read safely: cut short, or with code in it "
+                         f"({type(error).__name__}); copy or train it again") from error
 
 
 def resume(args, shaping):
@@ -139,26 +140,26 @@ def resume(args, shaping):
     return state
 
 
-def plain(args):
-    """The flags as a dict of plain types, for checkpoints and logs: tuples as lists, paths as strings."""
+def plain(args):                                           # the flags as a dict that JSON can hold
     return json.loads(json.dumps(vars(args), default=str))
+
+
+def at_least(low, below=math.inf):
+    """A type for argparse: a number of the type of `low`, in [low, below)."""
+    def number(text):
+        if not low <= type(low)(text) < below:
+            top = f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{top}")
+        return type(low)(text)
+    return number
 
 
 def check_common(p, args):
     """The checks that all training scripts share: through parser.error, before anything is built."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    least = dict(batch=1, steps=1, log_every=1, save_every=1, eval_n=2, workers=0, preview_every=0,
-                 eval_every=0, hold_out=0, warmup=0, clip=0, seed=0, weight_decay=0)
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            p.error(f"--{name} {getattr(args, name)} must be at least {low}")
-    if not args.lr > 0 or not 0 <= args.lr_end <= 1:
-        p.error(f"--lr {args.lr} must be positive and --lr_end {args.lr_end} in [0,1], a share of it")
-    if not 0 <= args.ema < 1:
-        p.error(f"--ema {args.ema} must lie in [0,1); 0 follows the weights, 0.9995 averages 2,000 steps")
     args.micro_batch = max(1, args.batch // world) if args.micro_batch is None else args.micro_batch
-    unit = max(1, args.micro_batch) * world
-    if args.micro_batch < 1 or args.batch % unit:
+    unit = args.micro_batch * world
+    if args.batch % unit:
         p.error(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch} x {world} "
                 f"processes; try --batch {max(1, round(args.batch / unit)) * unit}")
     last = Path(args.out) / "last.pt"
@@ -209,10 +210,9 @@ class Log:
         """Report after `step` steps; loss, grad: means over processes already; more: only to the file."""
         rate = (step - self.last_step) * self.batch / max(time.time() - self.last_time, 1e-9)
         eta = (self.steps - step) * self.batch / rate / 3600
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30              # the largest so far; 0 without a GPU
-        if not gib:
-            import resource                                            # not on every platform
-            gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        import resource                                                # not on every platform
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30 or used      # the most so far; 0 without a GPU
         self.bar.update(step - self.bar.n)
         self.write(dict(step=step, loss=loss, grad=grad, lr=lr, img_per_s=rate, gib=gib, eta_h=eta, **more))
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad:.2f} | lr {lr:.1e} | "

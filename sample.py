@@ -2,12 +2,17 @@
 
     python sample.py                                    the class grid of the shipped model
     python sample.py --ckpt runs/dit/last.pt --n 1000 --guidance 1 --out samples.npz
-    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples/
+    torchrun --nproc_per_node=8 -- sample.py --release imagenet256 --n 50000 --labels balanced --out all.npz
 Time runs from 1 (noise) to 0 (data). Image i is a function of (seed, i), not of the batch or the processes.
+A killed run goes on where it was when the same command is given again.
 """
 import argparse
+import hashlib
+import json
 import math
+import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +23,18 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import runtime
-from model import load_dit, time_shift
+from model import RELEASES, load_dit, time_shift
+from runtime import at_least
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny_dit.safetensors"
+SHIPPED = str(Path(__file__).resolve().parent / "assets" / "tiny_dit.safetensors")
 
 
 # ---------------------------------------------------------------------------------- time grids and solvers
 def time_grid(steps, shift, release_grid=False):
     """Times from 1 to 0 for `steps` steps, shifted by a = `shift` (1: even): float64, steps + 1 of them.
 
-    release_grid: the official one, `steps` points, so one step fewer, the last time short of 0 (0.0069 for 50
-        points and a = 6.93): the published numbers were made with it.         Source: RAE, integrators.py
+    release_grid: the official one: `steps` points, so one step fewer, short of 0 (at 0.0069 for 50 points and
+        a = 6.93); the published numbers were made with it.                    Source: RAE, integrators.py
     """
     points, end = (steps, 0.999) if release_grid else (steps + 1, 1.0)
     return time_shift(1 - torch.linspace(0, end, points, dtype=torch.float64), shift ** 2, base=1)
@@ -36,54 +42,58 @@ def time_grid(steps, shift, release_grid=False):
 
 def euler(velocity, x, times):
     """First-order solver, one evaluation a step.  velocity: (x, t: b) -> dx/dt. Returns x at times[-1]."""
-    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+    for t, t_next in pairwise(times.tolist()):
         x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))
     return x
 
 
 def heun(velocity, x, times):
     """Second-order solver; two evaluations a step but one in the last: 2N - 1 in all. As euler."""
-    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+    for t, t_next in pairwise(times.tolist()):
         v = velocity(x, x.new_full((len(x),), t))
-        ahead = x + (t_next - t) * v
         if t_next != times[-1]:
-            ahead = x + (t_next - t) / 2 * (v + velocity(ahead, x.new_full((len(x),), t_next)))
-        x = ahead
+            v = (v + velocity(x + (t_next - t) * v, x.new_full((len(x),), t_next))) / 2
+        x = x + (t_next - t) * v
     return x
 
 
-def ancestral(velocity, x, times, fresh):
-    """Stochastic, one evaluation a step: keeps of the noise what two times share, and draws the rest anew.
+def euler_maruyama(velocity, x, times, fresh=None):
+    """Stochastic, one evaluation a step: the reverse SDE dx = (v - g^2/2 score) dt + g dw, same marginals.
 
-    fresh: k -> N(0,1) like x, for step k. Errors of early steps are forgotten where euler carries them on.
-    Source: DDIM with eta = 1, arXiv 2010.02502 equations 12 and 16, for x_t = (1-t)*x0 + t*eps
+    score = -eps/t, eps = x + (1-t)*v; g^2 = 2*t_next within a step: finite, and no noise in the last. Errors
+    of early steps fade. fresh: k -> N(0,1) like x, for step k.               Source: SiT, arXiv 2401.08740
     """
-    for k, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+    for k, (t, t_next) in enumerate(pairwise(times.tolist())):
         v = velocity(x, x.new_full((len(x),), t))
-        x0, eps = x - t * v, x + (1 - t) * v
-        kept = (1 - t) * t_next / (t * (1 - t_next))                   # ratio of signal to noise, t : t_next
-        x = (1 - t_next) * x0 + t_next * (kept * eps + math.sqrt(1 - kept ** 2) * fresh(k))
+        drift = v + t_next / t * (x + (1 - t) * v)
+        new = torch.randn_like(x) if fresh is None else fresh(k)
+        x = x - (t - t_next) * drift + math.sqrt(2 * t_next * (t - t_next)) * new
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "ancestral": ancestral}
+SOLVERS = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}
 
 
 # ---------------------------------------------------------------------------------- guidance
-def cfg(model, y, null, scale, interval=(0, 1)):
-    """Classifier-free guidance: velocity(x, t) = v_null + scale * (v_y - v_null) in the interval, else v_y.
-
-    y: b class ids. null: the null class id. scale: 1 is conditional sampling. Both halves run as one batch.
-    Source: arXiv 2207.12598; the interval: arXiv 2404.07724
-    """
+def guided(both, plain, scale, interval):
+    """velocity(x, t): base + scale * (v - base) of both(x, t) in the interval, else plain(x, t)."""
     def velocity(x, t):
         inside = (interval[0] <= t) & (t <= interval[1])
         if scale == 1 or not inside.any():
-            return model(x, t, y)
-        labels = torch.cat([y, torch.full_like(y, null)])
-        v, v_null = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        return torch.where(inside.view(-1, 1, 1, 1), v_null + scale * (v - v_null), v)
+            return plain(x, t)
+        v, base = both(x, t)
+        return torch.where(inside.view(-1, 1, 1, 1), base + scale * (v - base), v)
     return velocity
+
+
+def cfg(model, y, null, scale, interval=(0, 1)):
+    """Classifier-free guidance: velocity(x, t) = v_null + scale * (v_y - v_null) in the interval, else v_y.
+
+    y: b class ids. null: the null class id. Both run as one batch. Source: arXiv 2207.12598, 2404.07724
+    """
+    labels = torch.cat([y, torch.full_like(y, null)])
+    return guided(lambda x, t: model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2),
+                  lambda x, t: model(x, t, y), scale, interval)
 
 
 def autoguidance(model, weak, y, scale, interval=(0, 1)):
@@ -91,26 +101,26 @@ def autoguidance(model, weak, y, scale, interval=(0, 1)):
 
     weak: a smaller or earlier model on the same latents, given the same x, t, y.    Source: arXiv 2406.02507
     """
-    def velocity(x, t):
-        v, inside = model(x, t, y), (interval[0] <= t) & (t <= interval[1])
-        if scale == 1 or not inside.any():
-            return v
-        v_weak = weak(x, t, y)
-        return torch.where(inside.view(-1, 1, 1, 1), v_weak + scale * (v - v_weak), v)
-    return velocity
+    return guided(lambda x, t: (model(x, t, y), weak(x, t, y)), lambda x, t: model(x, t, y), scale, interval)
 
 
 # ---------------------------------------------------------------------------------- models and images
-def load_weak(path, state, device):
-    """The DiT of --weak_ckpt, or None without one; it must share the latents of the checkpoint `state`."""
-    if not path:
-        return None
-    weak, _, other = load_dit(path, device)
-    same = all(torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
-    if not same or other["class_names"] != state["class_names"]:
-        raise ValueError(f"--weak_ckpt {path} has other classes or latents than --ckpt; give a model "
-                         f"trained on the same data and --rae")
-    return weak
+def load_models(args, device, encoder=False):
+    """DiT, RAE, checkpoint dict and weak DiT (None without AutoGuidance) of the flags of parse_model_args."""
+    model, rae, state = load_dit(args.ckpt, device, encoder, args.weights, args.release_dir)
+    weak, dropout = None, state["args"]["class_dropout"]
+    if args.guidance != 1 and args.weak_ckpt:
+        weak, _, other = load_dit(args.weak_ckpt, device, None, folder=args.release_dir)
+        same = all(torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
+        if not same or other["class_names"] != state["class_names"]:
+            raise ValueError(f"--weak_ckpt {args.weak_ckpt} has other classes or latents than --ckpt; give a "
+                             f"model trained on the same data and --rae")
+    elif args.guidance != 1 and dropout == 0:
+        raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, and "
+                         f"{args.ckpt} had --class_dropout 0; use --guidance 1 or --weak_ckpt")
+    for module in (model, rae.decoder, weak) if args.compile else ():
+        module and module.compile()
+    return model, rae, state, weak
 
 
 def noise(shape, seed, indices, *more):
@@ -129,151 +139,141 @@ def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     """
     device, shape = model.pos_embed.device, (model.in_channels, model.grid, model.grid)
     indices = range(len(labels)) if indices is None else indices
-    x = noise(shape, args.seed, indices).to(device)
-    y = torch.as_tensor(labels, device=device)
-    if weak is not None:
-        velocity = autoguidance(model, weak, y, args.guidance, args.interval)
-    else:
-        velocity = cfg(model, y, model.num_classes, args.guidance, args.interval)
-    shift = math.sqrt(x[0].numel() / model.shift_base)
-    times = time_grid(args.sampling_steps, shift, args.release_grid)
-    fresh = [lambda k: noise(shape, args.seed, indices, k + 1).to(device)] * (args.solver == "ancestral")
+    x, y = noise(shape, args.seed, indices).to(device), torch.as_tensor(labels, device=device)
+    scale = args.guidance if weak is not None or (y != model.num_classes).any() else 1  # CFG needs a label
+    velocity = cfg(model, y, model.num_classes, scale, args.interval) if weak is None else \
+        autoguidance(model, weak, y, scale, args.interval)
+    times = time_grid(args.sampling_steps, math.sqrt(x[0].numel() / model.shift_base), args.release_grid)
+    fresh = [lambda k: noise(shape, args.seed, indices, k + 1).to(device)] * ("maruyama" in args.solver)
     with runtime.autocast(device, dtype):
-        x = SOLVERS[args.solver](velocity, x, times, *fresh)
-        images = rae.decode(x)
+        images = rae.decode(SOLVERS[args.solver](velocity, x, times, *fresh))
     return rearrange((images.float() * 255).round().byte(), "b c h w -> b h w c").cpu()
 
 
-def draw_grid(images, captions=(), columns=12, scale=1):
-    """A PIL picture of uint8 images n H W 3. With captions: a column per class, `columns` in a band.
-
-    captions: one per class; image i is of class i % classes.
-    """
-    classes = len(captions) or min(columns, len(images))
-    side, gap, head = images.shape[1] * scale, 2, 28 if len(captions) else 0
-    rows, bands, columns = -(-len(images) // classes), -(-classes // columns), min(columns, classes)
-    band = head + rows * (side + gap) + gap
+def draw_grid(images, captions, columns=12):
+    """A PIL picture of uint8 images n H W 3; image i stands under the caption of its class, i % classes."""
+    classes = min(len(captions), len(images))
+    side, gap, head, rows = images.shape[1], 2, 28, -(-len(images) // classes)
+    columns, bands, band = min(columns, classes), -(-classes // columns), head + rows * (side + gap) + gap
     sheet = Image.new("RGB", (columns * (side + gap) + gap, bands * band), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for j, caption in enumerate(captions):
-        x, y = gap + j % columns * (side + gap) + side / 2, j // columns * band + head / 2
-        text = caption.replace(" ", "\n")
-        while draw.textlength(max(text.split("\n"), key=len), font) > side and len(text) > 3:
+    for j in range(classes):
+        left, top = gap + j % columns * (side + gap), j // columns * band
+        text = captions[j].replace(" ", "\n")
+        while len(text) > 3 and draw.textlength(max(text.split("\n"), key=len), font) > side:
             text = text[:-1]
-        draw.multiline_text((x, y), text, fill="black", font=font, anchor="mm", align="center", spacing=1)
-    for i, image in enumerate(np.asarray(images)):
-        row, j = divmod(i, classes)
-        tile = Image.fromarray(image).resize((side, side), Image.NEAREST)
-        top = j // columns * band + head + gap
-        sheet.paste(tile, (gap + j % columns * (side + gap), top + row * (side + gap)))
+        draw.multiline_text((left + side / 2, top + head / 2), text, "black", font, "mm", 1, "center")
+        for row, image in enumerate(np.asarray(images)[j::classes]):
+            sheet.paste(Image.fromarray(image), (left, top + head + gap + row * (side + gap)))
     return sheet
 
 
 # ---------------------------------------------------------------------------------- command line
-def add_sampling_flags(p, guidance=1.5, steps=32):
+def add_sampling_flags(p):
     """The flags that generate() reads, shared by every script that samples."""
-    p.add_argument("--sampling_steps", type=int, default=steps, help="solver steps, at least 1")
-    p.add_argument("--solver", choices=SOLVERS, default="ancestral", help="the papers use euler, 50 steps")
-    p.add_argument("--guidance", type=float, default=guidance, help="scale of CFG or AutoGuidance; 1: none")
-    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                   help="times in [0,1] within which guidance acts")
+    p.add_argument("--sampling_steps", type=at_least(1), default=32, help="of the solver")
+    p.add_argument("--solver", choices=SOLVERS, default="euler_maruyama", help="papers: euler, 50 steps")
+    p.add_argument("--guidance", type=at_least(1.0), default=1.5, help="of CFG or AutoGuidance; 1: none")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times where guidance acts")
     p.add_argument("--release_grid", action="store_true", help="the official time grid, ends short of 0")
+    p.add_argument("--seed", type=at_least(0), default=0)
 
 
 def check_sampling_flags(p, args):
-    if args.sampling_steps < 1 + args.release_grid:
-        p.error(f"--sampling_steps {args.sampling_steps} must be at least {1 + args.release_grid}; try 50")
-    if args.guidance < 1:
-        p.error(f"--guidance {args.guidance} must be at least 1 (1 is none); try 1.5")
-    if args.seed < 0:
-        p.error(f"--seed {args.seed} must be at least 0")
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         p.error(f"--interval {args.interval[0]} {args.interval[1]} must be two times 0 <= LOW < HIGH <= 1")
+    if args.release_grid and args.sampling_steps < 2:
+        p.error("--release_grid needs --sampling_steps 2 or more; try 50")
+
+
+def parse_model_args(p, argv):
+    """Add the flags of the model to draw from, and parse: what was given wins over what --release sets."""
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--ckpt", default=SHIPPED, help="checkpoint of train_dit.py, .pt or .safetensors")
+    which.add_argument("--release", choices=RELEASES, help="official weights and guide; euler, 50 steps")
+    p.add_argument("--release_dir", help="a copy of the release's hub repository; default: download, once")
+    p.add_argument("--weak_ckpt", help="a weaker model on the same latents: AutoGuidance replaces CFG")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
+    add_sampling_flags(p)
+    p.add_argument("--batch", type=at_least(1), default=72, help="images per forward; does not change them")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
+    p.add_argument("--compile", action="store_true", help="torch.compile the models")
+    args = p.parse_args(argv)
+    if args.release:
+        p.set_defaults(ckpt=args.release, weak_ckpt=f"{args.release}/guide", solver="euler",
+                       sampling_steps=50, guidance=RELEASES[args.release][-1])
+        args = p.parse_args(argv)
+    elif args.release_dir:
+        p.error("--release_dir needs --release imagenet256 or imagenet512")
+    check_sampling_flags(p, args)
+    return args
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--ckpt", default=SHIPPED, help="checkpoint of train_dit.py, .pt or .safetensors")
-    p.add_argument("--weak_ckpt", help="a weaker model on the same latents: AutoGuidance replaces CFG")
-    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
-    p.add_argument("--labels", nargs="+", default=["all"],
-                   help="class ids or names (spaces as _), `all` in turn, or `none`: unconditional")
-    p.add_argument("--n", type=int, help="number of images (default: 3 for each label)")
-    add_sampling_flags(p)
-    p.add_argument("--batch", type=int, default=72, help="images per forward; does not change them")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the matmuls")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--labels", nargs="+", help="class ids or names (spaces as _), balanced (all in turn), "
+                   "random or none (unconditional); default: balanced, of ImageNet eight")
+    p.add_argument("--n", type=at_least(1), help="number of images (default: 3 for each label)")
     p.add_argument("--out", default="samples.png", help="X.png: grid; X.npz: arr_0, labels; else PNG folder")
-    args = p.parse_args(argv)
-    check_sampling_flags(p, args)
-    if args.batch < 1 or (args.n is not None and args.n < 1):
-        p.error(f"--n {args.n} and --batch {args.batch} must be at least 1")
-    return args
+    return parse_model_args(p, argv)
 
 
-def share(n, rank, world, batch):
-    """The image numbers below n of this process, in batches: image i belongs to process i % world."""
-    mine = range(rank, n, world)
+def share(numbers, rank, world, batch):
+    mine = numbers[rank::world]                            # this process's part, in batches
     return [mine[k:k + batch] for k in range(0, len(mine), batch)]
 
 
-def parse_labels(labels, class_names):
-    """Class ids of --labels; the null class id for `none`."""
-    known = {name.replace(" ", "_"): i for i, name in enumerate(class_names)}
-    known |= {str(i): i for i in range(len(class_names))} | {"none": len(class_names)}
-    if labels == ["all"]:
-        return list(range(len(class_names)))
-    wrong = [label for label in labels if label.replace(" ", "_") not in known]
-    if wrong:
-        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {len(class_names)} classes, "
-                         f"0 to {len(class_names) - 1} or {', '.join(list(known)[:2])} ...; or none")
+def parse_labels(labels, class_names, dropout):
+    """Class ids of --labels; the null class, number len(class_names), for `none`, if trained with dropout."""
+    null = len(class_names)
+    if labels in (None, ["balanced"], ["random"]):
+        return [207, 360, 387, 974, 88, 979, 417, 279] if null == 1000 and not labels else [*range(null)]
+    known = {name.replace(" ", "_"): i for i, name in enumerate(class_names) if class_names.count(name) == 1}
+    known |= {str(i): i for i in range(null)} | ({"none": null} if dropout else {})
+    if wrong := [label for label in labels if label.replace(" ", "_") not in known]:
+        raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {null} classes, 0 to {null - 1} "
+                         f"or {', '.join([*known][:2])} ...; `none`, the null class, needs label dropout")
     return [known[label.replace(" ", "_")] for label in labels]
-
-
-def check_guidance(args, state, path, labels=()):
-    null = state["num_classes"]
-    if args.guidance != 1 and state["args"]["class_dropout"] == 0 and args.weak_ckpt is None:
-        raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, and {path} "
-                         f"had --class_dropout 0; use --guidance 1 or --weak_ckpt")
-    if null in labels and state["args"]["class_dropout"] == 0:
-        raise ValueError(f"--labels none needs a model trained with label dropout, but {path} had none")
 
 
 def main(args):
     rank, world, device = runtime.setup()
-    model, rae, state = load_dit(args.ckpt, device, weights=args.weights)
-    weak = load_weak(args.weak_ckpt, state, device)
-    labels = parse_labels(args.labels, state["class_names"])
-    check_guidance(args, state, args.ckpt, labels)
-    n, start = args.n or 3 * len(labels), time.time()
-    chunks = share(n, rank, world, args.batch)
-    out, images = Path(args.out), []
-    folder = out.suffix not in (".png", ".npz")
-    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    model, rae, state, weak = load_models(args, device)
+    ids = parse_labels(args.labels, state["class_names"], state["args"]["class_dropout"])
+    n, start, out = args.n or 3 * len(ids), time.time(), Path(args.out)
+    if args.labels == ["random"]:
+        ids = np.random.default_rng((args.seed, 0, 0, 1)).integers(len(ids), size=n)
+    labels = np.resize(ids, n)                             # in turn
+    # An image is a file of a folder named after all that it depends on: a killed run finds its own again.
+    own = {k: v for k, v in runtime.plain(args).items() if k not in ("batch", "compile", "out")}
+    own = hashlib.sha1(json.dumps([own, state.get("step")]).encode()).hexdigest()[:8]
+    folder, png = out.with_name(f"{out.name}.{own}.parts"), out.suffix not in (".png", ".npz")
+    if png and out.exists():
+        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {int(file.stem) for file in folder.glob("*.png")}
+    world > 1 and dist.barrier()                           # all have looked before the first one writes
+    chunks = share([i for i in range(n) if i not in done], rank, world, args.batch)
     for chunk in tqdm(chunks, unit="batch", disable=rank > 0 or None):
-        batch = generate(model, rae, [labels[i % len(labels)] for i in chunk], args, chunk, weak, args.dtype)
-        if folder:
-            for i, image in zip(chunk, batch.numpy()):
-                Image.fromarray(image).save(out / f"{i:06d}.png")
+        images = generate(model, rae, labels[chunk], args, chunk, weak, args.dtype).numpy()
+        for i, image in zip(chunk, images):
+            runtime.whole_file(folder / f"{i:06d}.png", lambda f: Image.fromarray(image).save(f, "png"))
+    world > 1 and dist.barrier()
+    if rank == 0 and png:
+        folder.rename(out)
+    elif rank == 0:
+        side = rae.decoder.grid * rae.decoder.patch
+        images = np.memmap(folder / "all", np.uint8, "w+", shape=(n, side, side, 3))    # not in memory
+        for i in range(n):
+            images[i] = Image.open(folder / f"{i:06d}.png")
+        if out.suffix == ".npz":
+            runtime.whole_file(out, lambda f: np.savez(f, arr_0=images, labels=labels))
         else:
-            images.append(batch)
-    if not folder:
-        pairs = list(zip((i for chunk in chunks for i in chunk), torch.cat(images).numpy() if images else ()))
-        if world > 1:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, pairs)
-            pairs = sorted((p for pairs in everyone for p in pairs), key=lambda p: p[0])
-        images = np.stack([image for _, image in pairs])
-        if rank == 0 and out.suffix == ".npz":
-            np.savez(out, arr_0=images, labels=np.array([labels[i % len(labels)] for i in range(n)]))
-        elif rank == 0:
-            names = [*state["class_names"], "none"]
-            draw_grid(images, [names[label] for label in labels]).save(out)
+            draw_grid(images, [[*state["class_names"], "none"][label] for label in ids]).save(out)
+        shutil.rmtree(folder)
     if rank == 0:
-        seconds = time.time() - start
-        print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps, guidance "
-              f"{args.guidance}: {out}")
+        print(f"{n} images in {time.time() - start:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
 
 
 if __name__ == "__main__":

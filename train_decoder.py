@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import eval_fid
 import runtime
 from data import batches, check, open_data
+from runtime import at_least
 from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
@@ -32,43 +33,43 @@ def parse_args(argv=None):
                                 allow_abbrev=False)
     # data
     p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
-    p.add_argument("--size", type=int, help="side of the images, pixels (default: 64 for tiny, else 256)")
-    p.add_argument("--hold_out", type=int, help="images of each source kept for evaluation; default: eval_n")
-    p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
+    p.add_argument("--size", type=at_least(1), help="side of the images, pixels; default: tiny 64, else 256")
+    p.add_argument("--hold_out", type=at_least(0), help="kept of each source to evaluate; default: eval_n")
+    p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
     p.add_argument("--encoder", default="tiny", help="tiny, dinov2-s|b|l, siglip2-b|so400m, mae-b, timm ViT")
     p.add_argument("--decoder", choices=DECODER_SIZES, default="tiny", help="sets decoder_* to a named size")
-    p.add_argument("--decoder_width", type=int, help="a multiple of 4 and of decoder_heads")
-    p.add_argument("--decoder_depth", type=int)
-    p.add_argument("--decoder_heads", type=int)
-    p.add_argument("--decoder_mlp", type=int, help="hidden width of the MLPs")
-    p.add_argument("--decoder_patch", type=int, help="output pixels per token; default: the encoder's")
+    p.add_argument("--decoder_width", type=at_least(1), help="a multiple of 4 and of decoder_heads")
+    p.add_argument("--decoder_depth", type=at_least(1))
+    p.add_argument("--decoder_heads", type=at_least(1))
+    p.add_argument("--decoder_mlp", type=at_least(1), help="hidden width of the MLPs")
+    p.add_argument("--decoder_patch", type=at_least(1), help="pixels per token; default: as encoder")
     # optimisation
-    p.add_argument("--tau", type=float, default=0.2, help="strength of the latent noise (paper 0.8)")
+    p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
-    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
-    p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=2000, help="optimizer steps in all")
+    p.add_argument("--batch", type=at_least(1), default=64, help="images per optimizer step, all processes")
+    p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
+    p.add_argument("--steps", type=at_least(1), default=2000, help="optimizer steps in all")
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
                    "matrices, in half of AdamW's steps; adamw: as in the paper")
-    p.add_argument("--lr", type=float, default=7e-3, help="peak learning rate; the paper uses 2e-4")
-    p.add_argument("--lr_end", type=float, default=0.02, help="last rate, share of --lr (release 0.1)")
-    p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    p.add_argument("--weight_decay", type=float, default=0.0)
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none, as released")
-    p.add_argument("--ema", type=float, default=0.99, help="decay per step in [0,1); the release uses 0.9978")
+    p.add_argument("--lr", type=at_least(0.0), default=7e-3, help="peak learning rate; the paper uses 2e-4")
+    p.add_argument("--lr_end", type=at_least(0.0), default=0.02, help="last, as share of --lr (release 0.1)")
+    p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
+    p.add_argument("--weight_decay", type=at_least(0.0), default=0.0)
+    p.add_argument("--clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: none (release)")
+    p.add_argument("--ema", type=at_least(0.0, 1), default=0.99, help="decay per step, <1; release 0.9978")
     # run
     p.add_argument("--out", default="runs/decoder", help="folder of the run")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--stats_n", type=int, default=5000, help="images for latent statistics; 0: all")
+    p.add_argument("--seed", type=at_least(0), default=0)
+    p.add_argument("--stats_n", type=at_least(0), default=5000, help="images for latent statistics; 0: all")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
-    p.add_argument("--log_every", type=int, default=100, help="steps")
-    p.add_argument("--save_every", type=int, default=1000, help="steps; the last step is always saved")
-    p.add_argument("--preview_every", type=int, default=1000, help="steps between EMA pictures; 0: none")
-    p.add_argument("--eval_every", type=int, default=1000, help="steps between held-out evaluations; 0: none")
-    p.add_argument("--eval_n", type=int, default=200, help="images per evaluation")
+    p.add_argument("--log_every", type=at_least(1), default=100, help="steps")
+    p.add_argument("--save_every", type=at_least(1), default=1000, help="steps; the last is always saved")
+    p.add_argument("--preview_every", type=at_least(0), default=1000, help="steps between pictures; 0: none")
+    p.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between evaluations; 0: none")
+    p.add_argument("--eval_n", type=at_least(2), default=200, help="images per evaluation")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
@@ -84,12 +85,8 @@ def parse_args(argv=None):
         pixel_statistics(args.encoder)
     except ValueError as error:
         p.error(str(error))
-    if args.decoder_width % 4 or min(args.decoder_mlp, args.decoder_depth, args.decoder_patch or 1) < 1:
-        p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4, and --decoder_mlp "
-                f"{args.decoder_mlp}, --decoder_depth {args.decoder_depth} and --decoder_patch "
-                f"{args.decoder_patch} at least 1")
-    if args.tau < 0 or args.stats_n < 0 or args.size < 1:
-        p.error(f"--tau {args.tau} and --stats_n {args.stats_n} must be at least 0, --size {args.size} 1")
+    if args.decoder_width % 4:
+        p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4")
     return args
 
 

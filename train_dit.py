@@ -4,7 +4,7 @@
     python train_dit.py --data photos/ --rae runs/decoder/last.pt   your own images
     torchrun --nproc_per_node=8 train_dit.py --model DiTDH-XL --data imagenet/ --rae decoder.pt --batch 1024
         --micro_batch 32 --steps 1000800 --lr 2e-4 --lr_end 0.1 --decay_start 50040 --ema 0.9995 --dtype fp32
-        --time_law logit_normal --label_std 0.02
+        --time_law logit_normal --label_std 0.02 --solver euler --sampling_steps 50
 (the paper's recipe). Writes OUT/last.pt (all that sampling and an exact resume need), log.jsonl, previews.
 """
 import argparse
@@ -20,13 +20,13 @@ import eval_fid
 import runtime
 import sample
 from data import batches, check, open_data
-from model import (DIT_SIZES, build_dit, flow_matching_loss, load_release, require_heads, sample_time,
-                   unpack_rae)
+from model import (DIT_SIZES, RELEASES, build_dit, flow_matching_loss, load_official, load_release,
+                   require_heads, time_shift, unpack_rae)
+from runtime import at_least
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
 BINS = 20                    # of t, for the balance of the loss
-# Left open, these are the papers', but for the tiny encoder: its tokens repeat each other, so that it takes
-# more noise to hide an image, and most of the noise lies in directions that its latents never take.
+# Left open, these are the papers'; but the tiny encoder repeats itself in all tokens and varies in few ways.
 PAPERS = dict(shift_base=4096, prediction="v", balance="off")
 TINY = dict(shift_base=340, prediction="x0", balance="on")
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
@@ -38,54 +38,55 @@ def parse_args(argv=None):
                                 allow_abbrev=False)
     # data
     p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
-    p.add_argument("--rae", default=str(SHIPPED_RAE), help="checkpoint of train_decoder.py")
+    p.add_argument("--rae", help="checkpoint of train_decoder.py; default: of --init, else the shipped one")
     p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
-    p.add_argument("--hold_out", type=int, default=0, help="images kept out of training, for evaluation")
-    p.add_argument("--cache", type=int, default=0, help="images encoded once and kept in RAM; 0: none")
-    p.add_argument("--workers", type=int, default=1, help="loader processes of each training process")
+    p.add_argument("--hold_out", type=at_least(0), default=0, help="images kept for evaluation")
+    p.add_argument("--cache", type=at_least(0), default=0, help="images encoded once, kept in RAM")
+    p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
     p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
-    p.add_argument("--width", type=int, default=128, help="of the backbone; a multiple of 4 * heads")
-    p.add_argument("--depth", type=int, default=4, help="blocks of the backbone")
-    p.add_argument("--heads", type=int, default=4, help="attention heads of the backbone")
-    p.add_argument("--head_width", type=int, default=192, help="of the wide head; 0: the plain DiT, no head")
-    p.add_argument("--head_depth", type=int, default=1, help="blocks of the wide head")
-    p.add_argument("--head_heads", type=int, default=4, help="attention heads of the wide head")
-    p.add_argument("--class_dropout", type=float, default=0.1, help="probability in [0,1) of the null label")
+    p.add_argument("--width", type=at_least(1), default=128, help="of the backbone; a multiple of 4 * heads")
+    p.add_argument("--depth", type=at_least(1), default=4, help="blocks of the backbone")
+    p.add_argument("--heads", type=at_least(1), default=4, help="attention heads of the backbone")
+    p.add_argument("--head_width", type=at_least(0), default=192, help="of the head; 0: none, the plain DiT")
+    p.add_argument("--head_depth", type=at_least(1), default=1, help="blocks of the wide head")
+    p.add_argument("--head_heads", type=at_least(1), default=4, help="attention heads of the wide head")
+    p.add_argument("--class_dropout", type=at_least(0.0, 1), default=0.1, help="share of null labels, <1")
+    p.add_argument("--init", help="start from a checkpoint's EMA; imagenet256, imagenet512: official")
+    p.add_argument("--release_dir", help="a copy of the official hub repository; default: download, once")
     # optimisation
-    p.add_argument("--batch", type=int, default=64, help="images per optimizer step over all processes")
-    p.add_argument("--micro_batch", type=int, help="images per process and forward; default: all of them")
-    p.add_argument("--steps", type=int, default=2400, help="optimizer steps in all")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW; the papers use 2e-4")
-    p.add_argument("--lr_end", type=float, default=0.02, help="last learning rate, share of --lr (paper 0.1)")
-    p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    p.add_argument("--decay_start", type=int, help="step where linear decay begins; default: steps / 2")
-    p.add_argument("--decay_end", type=int, help="step at which it ends (default: steps)")
-    p.add_argument("--weight_decay", type=float, default=0.0)
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: none")
-    p.add_argument("--ema", type=float, default=0.998, help="decay per step in [0,1); the paper uses 0.9995")
+    p.add_argument("--batch", type=at_least(1), default=64, help="images per optimizer step, all processes")
+    p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
+    p.add_argument("--steps", type=at_least(1), default=2400, help="optimizer steps in all")
+    p.add_argument("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate; the papers use 2e-4")
+    p.add_argument("--lr_end", type=at_least(0.0), default=0.02, help="last, as share of --lr (paper 0.1)")
+    p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
+    p.add_argument("--decay_start", type=at_least(0), help="step where decay begins; default: steps / 2")
+    p.add_argument("--decay_end", type=at_least(0), help="step at which it ends (default: steps)")
+    p.add_argument("--weight_decay", type=at_least(0.0), default=0.0)
+    p.add_argument("--clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: none")
+    p.add_argument("--ema", type=at_least(0.0, 1), default=0.998, help="decay per step, <1; papers 0.9995")
     p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform", help="of t")
-    p.add_argument("--shift_base", type=float, help="n of the shift sqrt(m/n); default 4096, tiny 340")
+    p.add_argument("--shift_base", type=at_least(1.0), help="n of the shift sqrt(m/n); else 4096, tiny 340")
     p.add_argument("--prediction", choices=("v", "x0"), help="of the model; default v, tiny encoder x0")
     p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
-    p.add_argument("--label_std", type=float, default=1.0, help="of the class table at first; papers 0.02")
+    p.add_argument("--label_std", type=at_least(0.0), default=1.0, help="class table at first; papers 0.02")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--log_every", type=int, default=50, help="steps")
-    p.add_argument("--save_every", type=int, default=500, help="steps; the last step is always saved")
-    p.add_argument("--preview_every", type=int, default=500, help="steps between EMA sample grids; 0: none")
-    p.add_argument("--eval_every", type=int, default=0, help="steps between EMA evaluations; 0: none")
-    p.add_argument("--eval_n", type=int, default=360, help="images per evaluation")
+    p.add_argument("--log_every", type=at_least(1), default=50, help="steps")
+    p.add_argument("--save_every", type=at_least(1), default=500, help="steps; the last step is always saved")
+    p.add_argument("--preview_every", type=at_least(0), default=500, help="steps between grids; 0: none")
+    p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between EMA evaluations; 0: none")
+    p.add_argument("--eval_n", type=at_least(2), default=360, help="images per evaluation")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     sample.add_sampling_flags(p)
     args = p.parse_args(argv)
-    if args.model:                                             # the size first, then what was given beside it
-        p.set_defaults(**DIT_SIZES[args.model])
+    if size := args.model or args.init in RELEASES and "DiTDH-XL":          # then what was given beside it
+        p.set_defaults(**DIT_SIZES[size])
         args = p.parse_args(argv)
     args.decay_start = max(args.warmup, args.steps // 2) if args.decay_start is None else args.decay_start
     args.decay_end = max(args.decay_start, args.steps) if args.decay_end is None else args.decay_end
@@ -99,18 +100,9 @@ def parse_args(argv=None):
         p.error(str(error))
     if args.class_dropout == 0 and args.guidance != 1:
         p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
-    if not 0 <= args.class_dropout < 1:
-        p.error(f"--class_dropout {args.class_dropout} must lie in [0,1); try 0.1")
-    if args.shift_base is not None and not args.shift_base > 0:
-        p.error(f"--shift_base {args.shift_base} must be positive; the papers' is 4096")
-    for name, usual in (("label_std", "the papers' is 0.02"), ("cache", "0 keeps none")):
-        if not getattr(args, name) >= 0:
-            p.error(f"--{name} {getattr(args, name)} must be at least 0; {usual}")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
-    if not Path(args.rae).exists():
-        p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
     return args
 
 
@@ -132,7 +124,10 @@ def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
     resumed = runtime.resume(args, SHAPING)
-    packed = (resumed or runtime.load_checkpoint(args.rae)).get("rae")
+    init = {} if resumed or not args.init else load_official(args.init, args.release_dir) \
+        if args.init in RELEASES else runtime.load_checkpoint(args.init)
+    whose = resumed or ("rae" in init and not args.rae and init)
+    packed = (whose or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
     if packed is None:
         raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
     split = dict(hold_out=args.hold_out, objects=1)
@@ -140,16 +135,20 @@ def main(args):
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
     eval_fid.check_n(args, val)
-    usual = TINY if packed["encoder"] == "tiny" else PAPERS
-    vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
+    usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
+    vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
     rae = unpack_rae(packed).to(device)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)
     model = build_dit(vars(args), channels, grid, data.num_classes).to(device).train()
     torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=args.label_std)
+    if init:                                                            # other classes: a table of their own
+        table, weights = "y_embedder.embedding_table.weight", dict(init.get("ema", init))
+        if len(weights.get(table, ())) != data.num_classes + 1:
+            weights[table] = model.state_dict()[table]
+        load_release(model, weights)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, args.weight_decay, fused=True)
     level, start = torch.ones(BINS, device=device), 0                   # running mean of the loss by t
     if resumed:
         load_release(model, {"model": resumed["model"]})
@@ -178,7 +177,9 @@ def main(args):
             with runtime.autocast(device, args.dtype):
                 x0 = rae.encode(x0 / 255).float()                       # b c h w, unit variance
         runtime.seed_step(args.seed, step, m)
-        t = sample_time(len(x0), args.time_law, x0[0].numel(), device, model.shift_base)  # b
+        t = torch.randn(len(x0), device=device).sigmoid()               # b
+        t = t if args.time_law == "logit_normal" else torch.rand_like(t)
+        t = time_shift(t, x0[0].numel(), model.shift_base)
         eps = torch.randn_like(x0)
         quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
         with quiet:                                                     # DDP averages gradients once a step
@@ -207,9 +208,8 @@ def main(args):
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
-            names = data.class_names[:36]
-            images = sample.generate(ema, rae, [*range(len(names))] * 2, args)
-            sample.draw_grid(images, names).save(f"{args.out}/preview_{done:07d}.png")
+            images = sample.generate(ema, rae, [*range(min(36, data.num_classes))] * 2, args)
+            sample.draw_grid(images, data.class_names[:36]).save(f"{args.out}/preview_{done:07d}.png")
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             metrics = eval_fid.evaluate_generation(ema, rae, val, args, args.eval_n, rank, world)
             log.write(dict(step=done, **metrics))

@@ -100,7 +100,7 @@ def test_script_prints_the_table_and_one_json_line(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         flags("--n", 1)
-    assert "--n 1 must be at least 2" in capsys.readouterr().err
+    assert "--n: 1 must be at least 2" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         eval_fid.main(flags("--ckpt", tmp_path / "nothing.pt"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import runtime
 import sample
-from sample import ancestral, autoguidance, cfg, euler, generate, heun, load_dit, time_grid
+from sample import autoguidance, cfg, euler, euler_maruyama, generate, heun, load_dit, time_grid
 
 from test_model import shake, small
 
@@ -50,20 +50,42 @@ def test_orders_and_number_of_evaluations(solver, order, evaluations):
     assert len(calls) == evaluations
 
 
-def test_ancestral_reaches_a_gaussian_and_forgets_its_start():
-    """Data N(3, 0.25): the velocity is known, and every solver must reach its mean and its variance."""
-    def velocity(x, t):
-        t = t.view(-1, 1)
-        gain = 0.25 * (1 - t) / (0.25 * (1 - t) ** 2 + t ** 2)         # of E[x0 | x]
-        x0 = 3 + gain * (x - 3 * (1 - t))
-        return (x - (1 - t) * x0) / t - x0
+@pytest.mark.parametrize("solver, steps", [(euler, 1000), (heun, 200), (euler_maruyama, 1000)])
+@pytest.mark.parametrize("shift", [1.0, 6.93])
+def test_every_solver_reaches_the_mean_and_covariance_of_a_gaussian(solver, steps, shift):
+    """Data N(mean, cov): the velocity is known, E[eps - x0 | x]; so is the marginal where the grid ends."""
+    mean = torch.tensor([3.0, -1.0], dtype=torch.float64)
+    cov = torch.tensor([[0.5, 0.3], [0.3, 0.8]], dtype=torch.float64)
 
-    start = torch.randn(40_000, 1, dtype=torch.float64)
-    for solver, more in ((euler, ()), (ancestral, [lambda k: torch.randn_like(start)])):
-        out = solver(velocity, start, time_grid(1000, 1.0), *more)
-        assert abs(out.mean() - 3) < 0.02 and abs(out.var() / 0.25 - 1) < 0.02
-        again = torch.corrcoef(torch.cat([start, out], 1).T)[0, 1]
-        assert abs(again) < 0.05 if solver is ancestral else again > 0.99
+    def marginal(t):
+        return (1 - t) * mean, (1 - t) ** 2 * cov + t ** 2 * torch.eye(2)
+
+    def velocity(x, t):
+        centre, spread = marginal(t[0].item())
+        whitened = torch.linalg.solve(spread, (x - centre).T).T
+        return t[0] * whitened - (mean + (1 - t[0]) * whitened @ cov)
+
+    start = torch.randn(40_000, 2, dtype=torch.float64)
+    start = start - start.mean(0)                                      # with the moments of N(0,1), exactly
+    start = start @ torch.linalg.inv(torch.linalg.cholesky(start.T.cov())).T
+    out = solver(velocity, start, time_grid(steps, shift))
+    assert ((out.mean(0) - mean) / mean).abs().max() < 0.02
+    assert (out.T.cov() - cov).abs().max() < 0.02 * cov.abs().max()
+    again = torch.corrcoef(torch.cat([start, out], 1).T)[0, 2]         # of the start with the end
+    assert again < 0.5 if solver is euler_maruyama else again > 0.9
+
+
+def test_reverse_ode_returns_to_the_image():
+    """A drawn image -> noise -> image, along the same ODE: the noise and the image both come back."""
+    model, rae, _ = load_dit(sample.SHIPPED)
+    eps, y = sample.noise((192, 4, 4), 0, range(2)), torch.tensor([8, 35])
+    times = time_grid(200, math.sqrt(eps[0].numel() / model.shift_base))
+    with torch.no_grad():
+        z = heun(cfg(model, y, 36, 1.0), eps, times)
+        again = heun(cfg(model, y, 36, 1.0), z, times.flip(0))
+        back = heun(cfg(model, y, 36, 1.0), again, times)
+        assert (again - eps).square().mean() < 0.02 and (z - eps).square().mean() > 1
+        assert (rae.decode(back) - rae.decode(z)).square().mean() < 1e-4       # 40 dB
 
 
 def test_guidance_of_scale_1_is_conditional_and_costs_one_forward():
@@ -94,7 +116,7 @@ FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), solver="euler"
                            sampling_steps=4, release_grid=False)
 
 
-@pytest.mark.parametrize("solver", ["euler", "ancestral"])
+@pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
 def test_images_do_not_depend_on_the_batch(solver):
     model, rae, _ = load_dit(sample.SHIPPED)
     labels, flags = [0, 7, 14, 21, 28], argparse.Namespace(**{**vars(FLAGS), "solver": solver})
@@ -132,11 +154,11 @@ def test_script_writes_grid_folder_and_npz(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--sampling_steps", "-3"], "--sampling_steps -3 must be at least 1"),
-    (["--guidance", "0.5"], "--guidance 0.5 must be at least 1"),
+    (["--sampling_steps", "-3"], "--sampling_steps: -3 must be at least 1"),
+    (["--guidance", "0.5"], "--guidance: 0.5 must be at least 1"),
     (["--interval", "0.7", "0.2"], "--interval 0.7 0.2 must be two times"),
-    (["--n", "0"], "must be at least 1"),
-    (["--seed", "-1"], "--seed -1 must be at least 0"),
+    (["--n", "0"], "--n: 0 must be at least 1"),
+    (["--seed", "-1"], "--seed: -1 must be at least 0"),
     (["--guid", "2"], "unrecognized arguments: --guid"),
 ])
 def test_bad_flags_are_refused(argv, message, capsys):
@@ -171,4 +193,4 @@ def test_bad_labels_and_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="with code in it"):
         run("--ckpt", tmp_path / "code.pt")
     with pytest.raises(ValueError, match="tiny_encoder.safetensors is no checkpoint"):
-        run("--ckpt", sample.SHIPPED.parent / "tiny_encoder.safetensors")
+        run("--ckpt", "assets/tiny_encoder.safetensors")

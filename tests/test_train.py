@@ -140,7 +140,7 @@ def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path)
 def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags, tmp_path, monkeypatch):
     """With noise drawn per image, not per micro-batch, 1 x 8 and 4 x 2 images must give the same weights."""
     if script is train_dit:
-        monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.linspace(0.3, 0.3, n))
+        monkeypatch.setattr(train_dit, "time_shift", lambda t, *_: torch.full_like(t, 0.3))
         monkeypatch.setattr(torch, "randn_like", lambda x, **_: x.flip(1))
     else:
         monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
@@ -217,23 +217,22 @@ def test_plain_dit_and_named_sizes(tmp_path):
 
 @pytest.mark.parametrize("script, argv, message", [
     (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
-    (train_dit, ["--class_dropout", "1"], "--class_dropout 1.0 must lie in [0,1)"),
+    (train_dit, ["--class_dropout", "1"], "--class_dropout: 1 must be at least 0.0 and below 1"),
     (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 1.5"),
-    (train_dit, ["--eval_n", "1"], "--eval_n 1 must be at least 2"),
-    (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
+    (train_dit, ["--eval_n", "1"], "--eval_n: 1 must be at least 2"),
     (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
-    (train_dit, ["--steps", "0"], "--steps 0 must be at least 1"),
+    (train_dit, ["--steps", "0"], "--steps: 0 must be at least 1"),
     (train_dit, ["--batch", "10", "--micro_batch", "4"],
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
-    (train_dit, ["--lr", "0"], "--lr 0.0 must be positive"),
-    (train_dit, ["--label_std", "-1"], "--label_std -1.0 must be at least 0"),
-    (train_dit, ["--cache", "-1"], "--cache -1 must be at least 0"),
-    (train_dit, ["--shift_base", "0"], "--shift_base 0.0 must be positive"),
-    (train_dit, ["--ema", "1"], "--ema 1.0 must lie in [0,1)"),
+    (train_dit, ["--lr", "-1"], "--lr: -1 must be at least 0"),
+    (train_dit, ["--label_std", "-1"], "--label_std: -1 must be at least 0"),
+    (train_dit, ["--cache", "-1"], "--cache: -1 must be at least 0"),
+    (train_dit, ["--shift_base", "0"], "--shift_base: 0 must be at least 1"),
+    (train_dit, ["--ema", "1"], "--ema: 1 must be at least 0.0 and below 1"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
     (train_decoder, ["--decoder_heads", "5"], "--decoder_width 192 must be a multiple of --decoder_heads 5"),
-    (train_decoder, ["--tau", "-1"], "--tau -1.0"),
+    (train_decoder, ["--tau", "-1"], "--tau: -1 must be at least 0"),
     (train_decoder, ["--encoder", "vgg99"], "--encoder vgg99 is neither"),
 ])
 def test_bad_flags_are_refused_before_anything_is_built(script, argv, message, tmp_path, capsys):
@@ -256,8 +255,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
 
 def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_dit, "sample_time", lambda n, law, dim, device, base:
-                        seen.append((dim, base)) or torch.full((n,), 0.5))
+    monkeypatch.setattr(train_dit, "time_shift", lambda t, dim, base:
+                        seen.append((dim, base)) or torch.full_like(t, 0.5))
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path / "tiny")     # left open: that of the tiny encoder
     go(train_dit, *DIT, "--steps", 1, "--shift_base", 4096, "--out", tmp_path / "paper")
     assert seen == [(3072, train_dit.TINY["shift_base"])] * 2 + [(3072, 4096)]
@@ -277,7 +276,7 @@ def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path
 
 def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_x0(tmp_path, monkeypatch):
     seen, flow_matching_loss = [], train_dit.flow_matching_loss
-    monkeypatch.setattr(train_dit, "sample_time", lambda n, *rest: torch.full((n,), 0.5))
+    monkeypatch.setattr(train_dit, "time_shift", lambda t, *_: torch.full_like(t, 0.5))
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
                         seen.append(x0) or flow_matching_loss(model, x0, y, t, eps))
     go(train_dit, *DIT, "--steps", 2, "--log_every", 1, "--out", tmp_path / "x0")
@@ -312,7 +311,7 @@ def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
 def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gradient):
     """Losses of 7 at t = 0.3, 0.01 at 0.8, times a weight that stays 1: its gradient is their mean, or 1."""
     seen = []
-    monkeypatch.setattr(train_dit, "sample_time", lambda n, *_: torch.tensor([0.3, 0.8]).repeat(n // 2))
+    monkeypatch.setattr(train_dit, "time_shift", lambda t, *_: torch.tensor([0.3, 0.8]).repeat(len(t) // 2))
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
                         model.final_layer.norm_final.weight.mean() * torch.where(t < 0.5, 7.0, 0.01) / t ** 2)
     monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: seen.append(
@@ -384,3 +383,14 @@ def test_bad_data_stops_before_any_model_is_built(tmp_path, monkeypatch):
         go(train_dit, *DIT, "--rae", tmp_path / "x.pt", "--out", tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         go(train_dit, *DIT, "--data", "nowhere", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("law, quartiles", [
+    ("uniform", [0.25, 0.5, 0.75]), ("logit_normal", [0.337, 0.5, 0.663])])
+def test_times_follow_their_law(tmp_path, monkeypatch, law, quartiles):
+    seen, flow_matching_loss = [], train_dit.flow_matching_loss
+    monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
+                        seen.append(t) or flow_matching_loss(model, x0, y, t, eps))
+    go(train_dit, *DIT, "--steps", 250, "--time_law", law, "--shift_base", 3072, "--out", tmp_path)    # a = 1
+    found = torch.cat(seen).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    assert (found - torch.tensor(quartiles)).abs().max() < 0.04
