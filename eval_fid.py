@@ -183,12 +183,11 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     chunks = sample.share(range(n), rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         images = real_images(val, chunk)
-        x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
+        x = rearrange(resize(images, rae.encoder.image_size), "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):
             back = rae.decode(rae.encode(x)).float()
         back = rearrange((back * 255).round().byte(), "b c h w -> b h w c").cpu()
-        if back.shape != images.shape:              # an upsampling decoder is judged at the size of its input
-            back = shrink(back, images.shape[1])
+        images = resize(images, back.shape[1])      # judged at the decoder's size, also if that is another
         sums += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
         real.add(features(rae.encoder, images))
         fake.add(features(rae.encoder, back))
@@ -198,9 +197,12 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
                 frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
 
 
-def shrink(images, size):
+def resize(images, side):
+    """uint8 images b H W 3 at another side, antialiased; unchanged if they have it already."""
+    if images.shape[1] == side:
+        return images
     x = rearrange(images, "b h w c -> b c h w").float()
-    x = torch.nn.functional.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
+    x = torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
     return rearrange(x.round().clamp(0, 255).byte(), "b c h w -> b h w c")
 
 
@@ -217,7 +219,12 @@ def parse_args(argv=None):
     p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
     p.add_argument("--n", type=at_least(2), help="images; few bias the distance; default: up to 720")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
-    return sample.parse_model_args(p, argv)
+    args = sample.parse_model_args(p, argv)
+    if args.release and args.reconstruct:
+        p.error("--release and --reconstruct exclude each other; leave one out")
+    if args.release and not args.data:
+        p.error(f"--release {args.release} needs --data: a folder or tars of ImageNet, its reference images")
+    return args
 
 
 def main(args):
@@ -230,13 +237,11 @@ def main(args):
         rae = unpack_rae(state["rae"]).to(device)
     else:
         model, rae, state, weak = sample.load_models(args, device, encoder=True)
-    if "data" not in state["args"] and not args.data:
-        raise ValueError(f"--release {path} needs --data: a folder or tars of ImageNet, its reference images")
     single = (1,) if "num_classes" in state else (1, 2, 3, 4)          # stage 1 sees scenes of 1 to 4 objects
     trained_on = 0 if args.data else state["args"]["hold_out"]
     hold_out = trained_on if args.hold_out is None else args.hold_out
-    val = open_data(args.data or state["args"]["data"], state["rae"]["size"], split="val",
-                    hold_out=hold_out, objects=single)
+    side = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
+    val = open_data(args.data or state["args"]["data"], side, split="val", hold_out=hold_out, objects=single)
     args.n = args.n or min(720, len(val))
     if args.n > len(val):
         raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")

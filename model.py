@@ -178,7 +178,6 @@ class Decoder(nn.Module):
         -> b 3 grid*patch grid*patch in the encoder's pixel normalisation; RAE.decode turns that into [0,1].
     Source: [RAE] section 3.2; layout of [MAE] with a learned CLS token in front and fixed sin-cos positions.
     """
-
     def __init__(self, latent_channels, grid, patch, width, depth, heads, mlp):
         super().__init__()
         require_heads(width, heads, "--decoder_width", "--decoder_heads")
@@ -213,7 +212,6 @@ class RAE(nn.Module):
     encode: images b 3 H W in [0,1] -> latents b c h w, (z - mean) / sqrt(var + 1e-5): each of unit variance.
     decode: latents b c h w -> images b 3 H W in [0,1], clamped.         Source: [RAE] section 3.1 and release
     """
-
     def __init__(self, encoder, decoder, latent_mean=None, latent_var=None):
         super().__init__()
         self.encoder, self.decoder = encoder if isinstance(encoder, nn.Module) else None, decoder
@@ -229,7 +227,7 @@ class RAE(nn.Module):
                              f"{shape}; give those of the same encoder and image size")
         self.register_buffer("latent_mean", torch.zeros(1) if mean is None else mean.float())
         self.register_buffer("latent_std", torch.ones(1) if var is None else (var.float() + 1e-5).sqrt())
-        return self
+        return self.to(self.pixel_mean.device)
 
     @torch.no_grad()
     def encode(self, images):                                           # b 3 H W -> b c h w
@@ -456,7 +454,8 @@ def build_dit(args, channels, grid, num_classes):
 
 def load_strict(module, state, source):
     """load_state_dict that takes all or nothing, and lists what is missing, unexpected or misshapen."""
-    own, given = ({k: tuple(v.shape) for k, v in weights.items()} for weights in (module.state_dict(), state))
+    own, given = ({k: tuple(getattr(v, "shape", "none")) for k, v in weights.items()}
+                  for weights in (module.state_dict(), state))
     bad = [f"missing {k}" for k in own if k not in given] + [f"unexpected {k}" for k in given if k not in own]
     bad += [f"{k}: shape {given[k]}, the model has {own[k]}" for k in own if given.get(k, own[k]) != own[k]]
     if bad:
@@ -466,24 +465,25 @@ def load_strict(module, state, source):
     return module
 
 
-def load_release(module, path_or_state):
+def load_release(module, path_or_state, source="the given state"):
     """Load weights strictly, ours or those of the official releases, told apart by their layout.
 
-    module: DiT, DiTDH or Decoder; an RAE takes the latent statistics of a stat.pt. path_or_state: a file of
-    torch.save or safetensors, or its dict, with the weights in it or in its ema, model, module or state_dict.
+    module: DiT, DiTDH or Decoder; an RAE takes the latent statistics of a stat.pt or checkpoint.
+    path_or_state: a file of torch.save or safetensors or its dict, bare or in ema, model, module, state_dict.
     Raises: ValueError listing missing, unexpected and misshapen keys; or if the file can't be read safely.
     """
-    source, state = "the given state", path_or_state
+    state = path_or_state
     if not isinstance(state, dict):
         source, state = path_or_state, runtime.load_checkpoint(path_or_state)
     if isinstance(module, RAE):
-        if "var" not in state:
+        mean, var = (state.get("rae", state).get(k, state.get(k[7:])) for k in ("latent_mean", "latent_var"))
+        if var is None:
             raise ValueError(f"{source} has no latent statistics (mean, var); give a stat.pt")
-        return module.normalise_by(state.get("mean"), state["var"])
+        return module.normalise_by(mean, var)
     wrappers = ("rae", "decoder") * isinstance(module, Decoder) + ("ema", "model", "module", "state_dict")
     while inner := [state[k] for k in wrappers if isinstance(state.get(k), dict)]:
         state = inner[0]
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
     if isinstance(module, Decoder):                     # names of HF ViT-MAE and of diffusers' AutoencoderRAE
         mine = [k for k in state if k.startswith("decoder.")] or state  # without encoder.* and the like
         state = {k.removeprefix("decoder."): state[k] for k in mine}
@@ -513,7 +513,7 @@ def load_official(name, folder=None):
         raise FileNotFoundError(f"--release {release}: no download ({type(error).__name__}); connect or copy "
                                 f"huggingface.co/{HUB} to a folder and give --release_dir FOLDER") from error
     decoder, stats, dit = (runtime.load_checkpoint(Path(folder) / file) for file in files)
-    mean, var, shape = stats.get("mean"), stats["var"], (768, side // 16, side // 16)
+    mean, var, shape = stats.get("mean"), stats.get("var", torch.empty(0)), (768, side // 16, side // 16)
     if var.shape != shape:
         raise ValueError(f"{files[1]} has statistics of shape {tuple(var.shape)}, {release} needs {shape}; "
                          f"copy the right one of huggingface.co/{HUB}")
@@ -528,7 +528,7 @@ def unpack_rae(packed, encoder=True):
     """The RAE of a checkpoint's `rae`, in eval mode; encoder=False: it only decodes, no encoder is loaded."""
     with torch.device("meta"):                          # without memory: load_release needs every key anyway
         decoder = build_decoder(packed, *packed["latent_var"].shape[:2])
-    load_release(decoder.to_empty(device="cpu"), packed["decoder"])
+    load_release(decoder.to_empty(device="cpu"), packed["decoder"], "the RAE's decoder")
     encoder = Encoder(packed["encoder"], packed["size"]) if encoder else packed["encoder"]
     return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()
 
@@ -541,10 +541,10 @@ def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
     official = str(path).removesuffix("/guide") in RELEASES
     state = load_official(path, folder) if official else runtime.load_checkpoint(path)
     if "latent_shape" not in state:
-        raise ValueError(f"--ckpt {path} is no checkpoint of train_dit.py; give one of those")
+        raise ValueError(f"{path} is no checkpoint of train_dit.py; give one of those")
     if weights not in state:
         raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
     with torch.device("meta"):
         model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
-    model = load_release(model.to_empty(device="cpu"), {weights: state[weights]}).requires_grad_(False).eval()
-    return model.to(device), encoder is not None and unpack_rae(state["rae"], encoder).to(device), state
+    model = load_release(model.to_empty(device="cpu"), state[weights], path).requires_grad_(False).eval()
+    return model.to(device), None if encoder is None else unpack_rae(state["rae"], encoder).to(device), state

@@ -34,7 +34,8 @@ def setup():
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: keep freed memory at hand
             ctypes.CDLL("libc.so.6").mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(hours=1))            # gloo on CPU, nccl on GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))
     return rank, world, device
 
 
@@ -110,7 +111,7 @@ def save_checkpoint(path, **state):                        # tensors and plain t
 def load_checkpoint(path):
     """The dict of a checkpoint, on CPU. Raises FileNotFoundError, ValueError if it can't be read safely."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; train one, or leave the flag out")
+        raise FileNotFoundError(f"checkpoint {path} does not exist; check the path, or train one")
     try:
         if Path(path).suffix != ".safetensors":
             return dict(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
@@ -211,8 +212,7 @@ class Log:
         rate = (step - self.last_step) * self.batch / max(time.time() - self.last_time, 1e-9)
         eta = (self.steps - step) * self.batch / rate / 3600
         import resource                                                # not on every platform
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30 or used      # the most so far; 0 without a GPU
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30 or resource.getrusage(0).ru_maxrss / 2 ** 20
         self.bar.update(step - self.bar.n)
         self.write(dict(step=step, loss=loss, grad=grad, lr=lr, img_per_s=rate, gib=gib, eta_h=eta, **more))
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad:.2f} | lr {lr:.1e} | "

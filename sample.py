@@ -3,12 +3,10 @@
     python sample.py                                    the class grid of the shipped model
     python sample.py --ckpt runs/dit/last.pt --n 1000 --guidance 1 --out samples.npz
     torchrun --nproc_per_node=8 -- sample.py --release imagenet256 --n 50000 --labels balanced --out all.npz
-Time runs from 1 (noise) to 0 (data). Image i is a function of (seed, i), not of the batch or the processes.
-A killed run goes on where it was when the same command is given again.
+Image i is a function of (seed, i), not of the batch or the processes; a killed run, given again, goes on.
 """
 import argparse
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -60,8 +58,8 @@ def heun(velocity, x, times):
 def euler_maruyama(velocity, x, times, fresh=None):
     """Stochastic, one evaluation a step: the reverse SDE dx = (v - g^2/2 score) dt + g dw, same marginals.
 
-    score = -eps/t, eps = x + (1-t)*v; g^2 = 6*t_next within a step: finite, and no noise in the last. Errors
-    of early steps fade. fresh: k -> N(0,1) like x, for step k.               Source: SiT, arXiv 2401.08740
+    score = -eps/t, eps = x + (1-t)*v; g^2 = 6*t_next within a step: finite, 0 in a step to t = 0; the 6 was
+    tuned: errors of early steps fade. fresh: k -> N(0,1) like x, for step k.      Source: arXiv 2401.08740
     """
     for k, (t, t_next) in enumerate(pairwise(times.tolist())):
         v = velocity(x, x.new_full((len(x),), t))
@@ -213,10 +211,12 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("--labels", nargs="+", help="class ids or names (spaces as _), balanced (all in turn), "
-                   "random or none (unconditional); default: balanced, of ImageNet eight")
+                   "random or none (unconditional); default: balanced, of a release eight")
     p.add_argument("--n", type=at_least(1), help="number of images (default: 3 for each label)")
     p.add_argument("--out", default="samples.png", help="X.png: grid; X.npz: arr_0, labels; else PNG folder")
-    return parse_model_args(p, argv)
+    args = parse_model_args(p, argv)
+    args.labels = args.labels or ("207 360 387 974 88 979 417 279".split() if args.release else ["balanced"])
+    return args
 
 
 def share(numbers, rank, world, batch):
@@ -227,30 +227,31 @@ def share(numbers, rank, world, batch):
 def parse_labels(labels, class_names, dropout):
     """Class ids of --labels; the null class, number len(class_names), for `none`, if trained with dropout."""
     null = len(class_names)
-    if labels in (None, ["balanced"], ["random"]):
-        return [207, 360, 387, 974, 88, 979, 417, 279] if null == 1000 and not labels else [*range(null)]
-    known = {name.replace(" ", "_"): i for i, name in enumerate(class_names) if class_names.count(name) == 1}
-    known |= {str(i): i for i in range(null)} | ({"none": null} if dropout else {})
+    if labels in (["balanced"], ["random"]):
+        return [*range(null)]
+    known = {str(i): i for i in range(null)} | ({"none": null} if dropout else {})
+    known |= {name.replace(" ", "_"): i for i, name in enumerate(class_names) if class_names.count(name) == 1}
     if wrong := [label for label in labels if label.replace(" ", "_") not in known]:
         raise ValueError(f"--labels {' '.join(wrong)}: not among the model's {null} classes, 0 to {null - 1} "
-                         f"or {', '.join([*known][:2])} ...; `none`, the null class, needs label dropout")
+                         f"or {class_names[0]} ...; `none`, the null class, needs label dropout")
     return [known[label.replace(" ", "_")] for label in labels]
 
 
 def main(args):
     rank, world, device = runtime.setup()
+    out, png = Path(args.out), Path(args.out).suffix not in (".png", ".npz")
+    if png and out.exists():
+        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
     model, rae, state, weak = load_models(args, device)
     ids = parse_labels(args.labels, state["class_names"], state["args"]["class_dropout"])
-    n, start, out = args.n or 3 * len(ids), time.time(), Path(args.out)
+    n, start = args.n or 3 * len(ids), time.time()
     if args.labels == ["random"]:
         ids = np.random.default_rng((args.seed, 0, 0, 1)).integers(len(ids), size=n)
     labels = np.resize(ids, n)                             # in turn
     # An image is a file of a folder named after all that it depends on: a killed run finds its own again.
-    own = {k: v for k, v in runtime.plain(args).items() if k not in ("batch", "compile", "out")}
-    own = hashlib.sha1(json.dumps([own, state.get("step")]).encode()).hexdigest()[:8]
-    folder, png = out.with_name(f"{out.name}.{own}.parts"), out.suffix not in (".png", ".npz")
-    if png and out.exists():
-        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+    own = {k: v for k, v in vars(args).items() if k not in ("batch", "compile", "out")}
+    own = [own, *(m.final_layer.linear.bias.tolist() for m in (model, weak) if m), rae.latent_std.mean()]
+    folder = out.with_name(f"{out.name}.{hashlib.sha1(repr(own).encode()).hexdigest()[:8]}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     done = {int(file.stem) for file in folder.glob("*.png")}
     world > 1 and dist.barrier()                           # all have looked before the first one writes
@@ -263,10 +264,9 @@ def main(args):
     if rank == 0 and png:
         folder.rename(out)
     elif rank == 0:
-        side = rae.decoder.grid * rae.decoder.patch
-        images = np.memmap(folder / "all", np.uint8, "w+", shape=(n, side, side, 3))    # not in memory
-        for i in range(n):
-            images[i] = Image.open(folder / f"{i:06d}.png")
+        with open(folder / "all", "wb") as f:              # on disk, not in memory
+            f.writelines(np.asarray(Image.open(folder / f"{i:06d}.png")).tobytes() for i in range(n))
+        images = np.memmap(f.name, np.uint8, "r").reshape(n, rae.decoder.grid * rae.decoder.patch, -1, 3)
         if out.suffix == ".npz":
             runtime.whole_file(out, lambda f: np.savez(f, arr_0=images, labels=labels))
         else:

@@ -20,15 +20,14 @@ import eval_fid
 import runtime
 import sample
 from data import batches, check, open_data
-from model import (DIT_SIZES, RELEASES, build_dit, flow_matching_loss, load_official, load_release,
-                   require_heads, time_shift, unpack_rae)
+from model import (DIT_SIZES, RELEASES, build_dit, flow_matching_loss, load_dit, load_release, require_heads,
+                   time_shift, unpack_rae)
 from runtime import at_least
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
 BINS = 20                    # of t, for the balance of the loss
-# Left open, these are the papers'; but the tiny encoder repeats itself in all tokens and varies in few ways.
-PAPERS = dict(shift_base=4096, prediction="v", balance="off")
-TINY = dict(shift_base=340, prediction="x0", balance="on")
+PAPERS = dict(shift_base=4096, prediction="v", balance="off")          # if left open; the tiny
+TINY = dict(shift_base=340, prediction="x0", balance="on")            # encoder repeats itself in its tokens
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
            "shift_base prediction balance flip cache hold_out weight_decay").split()  # fixed in a resumed run
 
@@ -59,7 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
     p.add_argument("--steps", type=at_least(1), default=2400, help="optimizer steps in all")
     p.add_argument("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate; the papers use 2e-4")
-    p.add_argument("--lr_end", type=at_least(0.0), default=0.02, help="last, as share of --lr (paper 0.1)")
+    p.add_argument("--lr_end", type=at_least(0.0, 1.01), default=0.02, help="last, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=at_least(0), help="step where decay begins; default: steps / 2")
     p.add_argument("--decay_end", type=at_least(0), help="step at which it ends (default: steps)")
@@ -85,9 +84,12 @@ def parse_args(argv=None):
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     sample.add_sampling_flags(p)
     args = p.parse_args(argv)
-    if size := args.model or args.init in RELEASES and "DiTDH-XL":          # then what was given beside it
-        p.set_defaults(**DIT_SIZES[size])
-        args = p.parse_args(argv)
+    if args.init in RELEASES:                                  # goes on as it was trained
+        p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])
+    elif args.release_dir:
+        p.error("--release_dir needs --init imagenet256 or imagenet512")
+    p.set_defaults(**DIT_SIZES.get(args.model, {}))            # the size, then what was given beside it
+    args = p.parse_args(argv)
     args.decay_start = max(args.warmup, args.steps // 2) if args.decay_start is None else args.decay_start
     args.decay_end = max(args.decay_start, args.steps) if args.decay_end is None else args.decay_end
     runtime.check_common(p, args)
@@ -124,10 +126,8 @@ def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
     resumed = runtime.resume(args, SHAPING)
-    init = {} if resumed or not args.init else load_official(args.init, args.release_dir) \
-        if args.init in RELEASES else runtime.load_checkpoint(args.init)
-    whose = resumed or ("rae" in init and not args.rae and init)
-    packed = (whose or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
+    init = {} if resumed or not args.init else load_dit(args.init, encoder=None, folder=args.release_dir)[2]
+    packed = (resumed or not args.rae and init or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
     if packed is None:
         raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
     split = dict(hold_out=args.hold_out, objects=1)
@@ -142,11 +142,11 @@ def main(args):
     torch.manual_seed(args.seed)
     model = build_dit(vars(args), channels, grid, data.num_classes).to(device).train()
     torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=args.label_std)
-    if init:                                                            # other classes: a table of their own
-        table, weights = "y_embedder.embedding_table.weight", dict(init.get("ema", init))
-        if len(weights.get(table, ())) != data.num_classes + 1:
-            weights[table] = model.state_dict()[table]
-        load_release(model, weights)
+    if init:
+        weights, table = dict(init["ema"]), "y_embedder.embedding_table.weight"
+        if init["num_classes"] != data.num_classes:                     # only the null class is known
+            weights[table] = torch.cat([model.state_dict()[table][:-1].cpu(), weights[table][-1:]])
+        load_release(model, weights, f"--init {args.init}")
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, args.weight_decay, fused=True)
     level, start = torch.ones(BINS, device=device), 0                   # running mean of the loss by t

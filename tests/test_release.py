@@ -149,8 +149,12 @@ def test_statistics_of_a_release_go_into_an_rae(release):
     assert torch.equal(rae.latent_mean, var * 2)
     with pytest.raises(ValueError, match=r"shape \(768, 32, 32\) are not of this decoder's latents"):
         load_release(rae, next(release.glob("stats/*/*/imagenet1k_512/stat.pt")))
-    with pytest.raises(ValueError, match="the given state has no latent statistics"):
-        load_release(rae, {"variance": var})
+    for wrong in ({"variance": var}, {"mean": None, "var": None}):
+        with pytest.raises(ValueError, match="the given state has no latent statistics"):
+            load_release(rae, wrong)
+    tiny = RAE("tiny", build_decoder(runtime.load_checkpoint(sample.SHIPPED)["rae"], 192, 4))
+    load_release(tiny, sample.SHIPPED)                                 # those in a checkpoint of ours
+    assert torch.equal(tiny.latent_std, load_dit(sample.SHIPPED)[1].latent_std)
 
 
 def test_our_checkpoints_go_through_the_same_function():
@@ -185,13 +189,13 @@ def test_train_dit_starts_from_a_checkpoint_or_a_release(tmp_path, release, monk
     table = "y_embedder.embedding_table.weight"
     assert fresh.pop(table).shape == (3, 192)
     assert all(torch.equal(was["ema"][k], v) for k, v in fresh.items())
-    with pytest.raises(ValueError, match="(?s)does not fit DiTDH; build it with the flags.*differences"):
+    with pytest.raises(ValueError, match="(?s)--init .*tiny_dit.* does not fit DiTDH; build it with"):
         train_dit.main(train_dit.parse_args(["--init", sample.SHIPPED, *quick, "--out", str(tmp_path / "n")]))
     args = train_dit.parse_args(["--init", "imagenet256", "--out", str(tmp_path / "official")])
     assert (args.width, args.depth, args.head_width) == (1152, 28, 2048)      # the sizes come with the name
 
 
-def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch):
+def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch, capsys):
     class Flat(torch.nn.Module):                                       # for DINOv2-B: as many channels
         def __init__(self, name, size):
             super().__init__()
@@ -214,9 +218,18 @@ def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch):
     assert now["args"]["shift_base"] == 4096 and now["args"]["prediction"] == "v" and now["num_classes"] == 1
     official = load_official("imagenet256", release)["ema"]
     assert all(torch.equal(now["model"][k], v) for k, v in official.items() if "y_embedder" not in k)
+    table = "y_embedder.embedding_table.weight"
+    assert torch.equal(now["model"][table][-1], official[table][-1])   # the null class is one for all
+    assert [now["args"][k] for k in ("ema", "label_std", "time_law")] == [0.9995, 0.02, "logit_normal"]
+    with pytest.raises(SystemExit):
+        train_dit.parse_args(["--release_dir", str(release)])
+    assert "--release_dir needs --init imagenet256" in capsys.readouterr().err
     run("--ckpt", tmp_path / "run/last.pt", "--n", 1, "--sampling_steps", 1, "--out", tmp_path / "one.png")
-    with pytest.raises(ValueError, match="imagenet256 needs --data: a folder or tars of ImageNet"):
-        eval_fid.main(eval_fid.parse_args(["--release", "imagenet256", "--release_dir", str(release)]))
+    for argv, message in (([], "needs --data: a folder or tars of ImageNet"),
+                          (["--reconstruct", "a.pt"], "--release and --reconstruct exclude each other")):
+        with pytest.raises(SystemExit):
+            eval_fid.parse_args(["--release", "imagenet256", *argv])
+        assert message in capsys.readouterr().err
     metrics = eval_fid.main(eval_fid.parse_args(["--release", "imagenet256", *flags, "--n", "4",
                                                  "--sampling_steps", "1"]))
     assert metrics["n"] == 4 and metrics["guidance"] == 1.42 and np.isfinite(metrics["frechet_distance"])
@@ -288,6 +301,26 @@ def test_a_killed_process_leaves_only_whole_images_and_others_settings_are_not_m
     assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 4 and len(list(parts[0].glob("*.png"))) == len(files)
 
 
+def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
+    """Killed, retrained under the same name and to the same step: the images drawn before are not reused."""
+    state, drawn, generate = runtime.load_checkpoint(sample.SHIPPED), [], sample.generate
+
+    def dies(model, rae, labels, args, chunk, *rest):
+        drawn.extend(chunk)
+        if len(drawn) > 4:
+            raise KeyboardInterrupt
+        return generate(model, rae, labels, args, chunk, *rest)
+
+    monkeypatch.setattr(sample, "generate", dies)
+    for bias, first in ((0.0, 0), (0.0, 4), (0.1, 0)):
+        state["ema"]["final_layer.linear.bias"] += bias
+        runtime.save_checkpoint(tmp_path / "last.pt", **state)
+        drawn.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run("--ckpt", tmp_path / "last.pt", *QUICK, "--n", 12, "--batch", 4, "--out", tmp_path / "x.npz")
+        assert drawn[0] == first
+
+
 def test_two_processes_draw_what_one_does(tmp_path):
     flags = [*QUICK, "--labels", "random", "--n", "21", "--seed", "5"]
     run(*flags, "--out", tmp_path / "one.npz")
@@ -330,7 +363,7 @@ def test_damaged_files_are_told(release):
     with pytest.raises(ValueError, match="stage2_model.pt is no checkpoint"):
         run(*argv)
     dry_run.write(release, "imagenet256", **{**SMALL, "dit": (32, 3, 2)})
-    with pytest.raises(ValueError, match=r"(?s)does not fit DiTDH.* differences:.*unexpected blocks.3.norm1"):
+    with pytest.raises(ValueError, match=r"(?s)imagenet256 does not fit DiTDH.*unexpected blocks.3.norm1"):
         run(*argv)
     dry_run.write(release, "imagenet256", **{**SMALL, "decoder": (36, 1, 48)})
     with pytest.raises(ValueError, match=r"(?s)does not fit Decoder.*embed.weight: shape \(36, 768\)"):
@@ -354,5 +387,6 @@ def test_bad_flags_and_labels_are_told(release, capsys):
         with pytest.raises(SystemExit):
             sample.parse_args(argv)
         assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="(?s)the given state does not fit DiT;.*missing pos_embed"):
-        load_release(DiT(4, 2, 16, 1, 2, 3), {})
+    for wrong in ({}, {"epoch": 3, "pos_embed": 4}, {"mean": None, "var": torch.ones(3)}, {0: torch.ones(1)}):
+        with pytest.raises(ValueError, match="(?s)the given state does not fit DiT;.*missing t_embedder.W"):
+            load_release(DiT(4, 2, 16, 1, 2, 3), wrong)

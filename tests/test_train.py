@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval_fid
 import runtime
 import sample
 import train_decoder
@@ -128,7 +129,7 @@ def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path)
     torch.set_num_threads(threads)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     f"{script.__name__}.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
-                   stdout=subprocess.DEVNULL)
+                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert difference(one["model"], two["model"]) < 1e-5 and difference(one["ema"], two["ema"]) < 1e-5
     assert difference(one["rae"], two["rae"]) < 1e-5                   # statistics merge over processes
@@ -204,6 +205,22 @@ def test_preview_evaluation_and_upsampling(tmp_path):
     assert Image.open(tmp_path / "dit" / "preview_0000002.png").size[0] == 12 * 130 + 2
     record = [json.loads(r) for r in (tmp_path / "dit" / "log.jsonl").read_text().splitlines()][-1]
     assert {"frechet_distance", "right_colour_and_shape", "unsure"} <= record.keys()
+
+
+def test_upsampling_decoder_learns_from_images_of_its_own_side(tmp_path, monkeypatch):
+    """Twice the patch: the encoder sees 64 px, the target is the image at 128 px and not 64 px blown up."""
+    seen, encode = [], train_decoder.Encoder.encode
+    monkeypatch.setattr(train_decoder, "losses", lambda images, target:
+                        seen.append(target) or dict(l1=(images - target).abs().mean()))
+    monkeypatch.setattr(train_decoder.Encoder, "encode", lambda self, x: seen.append(x) or encode(self, x))
+    go(train_decoder, *DECODER, "--steps", 1, "--decoder_patch", 32, "--out", tmp_path)
+    small, target = seen[-2], seen[-1]
+    assert small.shape[-1] == 64 and target.shape[-1] == 128
+    assert torch.allclose(train_decoder.resize(target, 64), small)
+    assert (train_decoder.resize(small, 128) - target).abs().max() > 0.2       # edges that 64 px cannot hold
+    flags = ["--reconstruct", tmp_path / "last.pt", "--n", "4", "--out", tmp_path / "eval.json"]
+    metrics = eval_fid.main(eval_fid.parse_args([str(a) for a in flags]))
+    assert 5 < metrics["psnr"] < 40
 
 
 def test_plain_dit_and_named_sizes(tmp_path):
