@@ -258,8 +258,8 @@ def main(args):
     chunks = share([i for i in range(n) if i not in done], rank, world, args.batch)
     for chunk in tqdm(chunks, unit="batch", disable=rank > 0 or None):
         images = generate(model, rae, labels[chunk], args, chunk, weak, args.dtype).numpy()
-        for i, image in zip(chunk, images):
-            runtime.whole_file(folder / f"{i:06d}.png", lambda f: Image.fromarray(image).save(f, "png"))
+        for i, image in zip(chunk, map(Image.fromarray, images)):
+            runtime.whole_file(folder / f"{i:06d}.png", lambda f: image.save(f, "png", compress_level=1))
     world > 1 and dist.barrier()
     if rank == 0 and png:
         folder.rename(out)
