@@ -488,7 +488,7 @@ def load_release(module, path_or_state, source="the given state"):
         mine = [k for k in state if k.startswith("decoder.")] or state  # without encoder.* and the like
         state = {k.removeprefix("decoder."): state[k] for k in mine}
         if any("attention.to_q" in k for k in state):   # diffusers doesn't store its table
-            state["decoder_pos_embed"] = module.positions()
+            state.setdefault("decoder_pos_embed", module.positions())
         for old, new in (("attention.attention.", ""), ("attention.output.dense", "proj"),
                          ("attention.to_q", "query"), ("attention.to_k", "key"), ("output.dense", "fc2"),
                          ("attention.to_v", "value"), ("attention.to_out.0", "proj"),

@@ -254,19 +254,24 @@ def test_labels_balanced_and_random(tmp_path):
     assert np.load(tmp_path / "t.npz")["labels"].tolist() != few["labels"].tolist()
 
 
-@pytest.mark.parametrize("suffix", [".npz", ""])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, suffix):
-    flags = [*QUICK, "--n", 20, "--batch", 4, "--labels", "balanced"]
-    run(*flags, "--out", tmp_path / f"whole{suffix}")
+def killed_after(n, monkeypatch):
+    """The list of image numbers that are drawn from now on; beyond n of them the run is interrupted."""
     drawn, generate = [], sample.generate
 
     def dies(model, rae, labels, args, chunk, *rest):
         drawn.extend(chunk)
-        if len(drawn) > 12:
+        if len(drawn) > n:
             raise KeyboardInterrupt
         return generate(model, rae, labels, args, chunk, *rest)
-
     monkeypatch.setattr(sample, "generate", dies)
+    return drawn
+
+
+@pytest.mark.parametrize("suffix", [".npz", ""])
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, suffix):
+    flags = [*QUICK, "--n", 20, "--batch", 4, "--labels", "balanced"]
+    run(*flags, "--out", tmp_path / f"whole{suffix}")
+    drawn = killed_after(12, monkeypatch)
     out = tmp_path / f"cut{suffix}"
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--out", out)
@@ -303,15 +308,7 @@ def test_a_killed_process_leaves_only_whole_images_and_others_settings_are_not_m
 
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
     """Killed, retrained under the same name and to the same step: the images drawn before are not reused."""
-    state, drawn, generate = runtime.load_checkpoint(sample.SHIPPED), [], sample.generate
-
-    def dies(model, rae, labels, args, chunk, *rest):
-        drawn.extend(chunk)
-        if len(drawn) > 4:
-            raise KeyboardInterrupt
-        return generate(model, rae, labels, args, chunk, *rest)
-
-    monkeypatch.setattr(sample, "generate", dies)
+    state, drawn = runtime.load_checkpoint(sample.SHIPPED), killed_after(4, monkeypatch)
     for bias, first in ((0.0, 0), (0.0, 4), (0.1, 0)):
         state["ema"]["final_layer.linear.bias"] += bias
         runtime.save_checkpoint(tmp_path / "last.pt", **state)

@@ -24,7 +24,7 @@ def test_release_grid_is_that_of_the_facts():
     shift = math.sqrt(196_608 / 4096)
     grid = time_grid(50, shift, release_grid=True)
     assert len(grid) == 50 and grid[0] == 1                            # 49 evaluations
-    u = 1 - np.arange(50) * 0.999 / 49                                 # linspace(0, 0.999), from 1 down, shifted
+    u = 1 - np.arange(50) * 0.999 / 49                                 # linspace(1, 0.001, 50), shifted
     np.testing.assert_allclose(grid, 48 ** 0.5 * u / (1 + (48 ** 0.5 - 1) * u), atol=1e-6)
     assert abs(grid[-2] - 0.1315) < 1e-4 and abs(grid[-1] - 0.00689) < 1e-5
     assert abs(time_grid(50, math.sqrt(786_432 / 4096), True)[-1] - 0.01368) < 1e-5
