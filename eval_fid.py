@@ -230,6 +230,8 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = runtime.setup()
     start, path = time.time(), args.reconstruct or args.ckpt
+    if args.data:
+        open_data(args.data, 64)                           # a wrong path is told before any model is loaded
     if args.reconstruct:
         state = runtime.load_checkpoint(path)
         if "rae" not in state:

@@ -460,7 +460,7 @@ def load_strict(module, state, source):
     bad += [f"{k}: shape {given[k]}, the model has {own[k]}" for k in own if given.get(k, own[k]) != own[k]]
     if bad:
         raise ValueError(f"{source} does not fit {type(module).__name__}; build it with the flags it was "
-                         f"trained with. {len(bad)} differences:\n  " + "\n  ".join(bad[:20]))
+                         f"trained with, or mend the file. {len(bad)} keys:\n  " + "\n  ".join(bad[:20]))
     module.load_state_dict(state)
     return module
 
@@ -514,14 +514,14 @@ def load_official(name, folder=None):
                                 f"huggingface.co/{HUB} to a folder and give --release_dir FOLDER") from error
     decoder, stats, dit = (runtime.load_checkpoint(Path(folder) / file) for file in files)
     mean, var, shape = stats.get("mean"), stats.get("var", torch.empty(0)), (768, side // 16, side // 16)
-    if var.shape != shape:
-        raise ValueError(f"{files[1]} has statistics of shape {tuple(var.shape)}, {release} needs {shape}; "
-                         f"copy the right one of huggingface.co/{HUB}")
+    if var.shape != shape or not (var > 0).all():
+        raise ValueError(f"{files[1]} has statistics of shape {tuple(var.shape)}, {release} needs {shape}, "
+                         f"all positive; copy the right one of huggingface.co/{HUB}")
     rae = dict(encoder="dinov2-b", size=side, **DECODER_SIZES["XL"], decoder_patch=16, decoder=decoder,
                latent_mean=torch.zeros_like(var) if mean is None else mean, latent_var=var)
     names = [name.split(",")[0] for name in map(timm.data.ImageNetInfo().index_to_description, range(1000))]
     args = dict(DIT_SIZES["DiTDH-S" if guide else "DiTDH-XL"], class_dropout=0.1)
-    return dict(ema=dit, args=args, rae=rae, num_classes=1000, class_names=names, latent_shape=list(shape))
+    return dict(ema=dit, args=args, rae=rae, num_classes=1000, class_names=names, latent_shape=[*shape])
 
 
 def unpack_rae(packed, encoder=True):

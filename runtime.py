@@ -43,8 +43,9 @@ def run(main, parse_args):
     """Run a script: what the user can mend ends in one line, without a traceback."""
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except (ValueError, OSError, KeyboardInterrupt) as error:          # the last comes without a text
+        stopped = "stopped; it goes on when the command is given again, a training with --resume"
+        raise SystemExit(f"error: {error}" if f"{error}" else stopped) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -96,12 +97,11 @@ def step_optimizers(opts, model, clip, loss, step, lr):
 
 def whole_file(path, write):
     """write(f) to a file that is there whole or not at all: temporary name, flushed, renamed."""
-    temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as f:
+    with open(f"{path}.tmp", "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
+    os.replace(f.name, path)
 
 
 def save_checkpoint(path, **state):                        # tensors and plain types in one file
@@ -110,8 +110,8 @@ def save_checkpoint(path, **state):                        # tensors and plain t
 
 def load_checkpoint(path):
     """The dict of a checkpoint, on CPU. Raises FileNotFoundError, ValueError if it can't be read safely."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; check the path, or train one")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"file {path} does not exist; check the path, or copy or train it first")
     try:
         if Path(path).suffix != ".safetensors":
             return dict(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))

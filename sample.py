@@ -31,8 +31,7 @@ SHIPPED = str(Path(__file__).resolve().parent / "assets" / "tiny_dit.safetensors
 def time_grid(steps, shift, release_grid=False):
     """Times from 1 to 0 for `steps` steps, shifted by a = `shift` (1: even): float64, steps + 1 of them.
 
-    release_grid: the official one: `steps` points, so one step fewer, short of 0 (at 0.0069 for 50 points and
-        a = 6.93); the published numbers were made with it.                    Source: RAE, integrators.py
+    release_grid: the official one of `steps` points, one step fewer, that ends short of 0.    Source: its code
     """
     points, end = (steps, 0.999) if release_grid else (steps + 1, 1.0)
     return time_shift(1 - torch.linspace(0, end, points, dtype=torch.float64), shift ** 2, base=1)
@@ -240,7 +239,7 @@ def parse_labels(labels, class_names, dropout):
 def main(args):
     rank, world, device = runtime.setup()
     out, png = Path(args.out), Path(args.out).suffix not in (".png", ".npz")
-    if png and out.exists():
+    if out.is_dir() or png and out.exists():
         raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
     model, rae, state, weak = load_models(args, device)
     ids = parse_labels(args.labels, state["class_names"], state["args"]["class_dropout"])
@@ -250,7 +249,8 @@ def main(args):
     labels = np.resize(ids, n)                             # in turn
     # An image is a file of a folder named after all that it depends on: a killed run finds its own again.
     own = {k: v for k, v in vars(args).items() if k not in ("batch", "compile", "out")}
-    own = [own, *(m.final_layer.linear.bias.tolist() for m in (model, weak) if m), rae.latent_std.mean()]
+    last = [m.final_layer.linear for m in (model, weak) if m] + [rae.decoder.decoder_pred]
+    own = [own, rae.latent_std.mean(), *(layer.bias.tolist() for layer in last)]
     folder = out.with_name(f"{out.name}.{hashlib.sha1(repr(own).encode()).hexdigest()[:8]}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     done = {int(file.stem) for file in folder.glob("*.png")}

@@ -4,7 +4,7 @@
     python sample.py --release imagenet256 --release_dir DIR --labels 207 --n 1 --out noise.png
 DIR takes 5.8 GB. The keys are written out here from the published files, not taken from model.py.
 """
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -79,5 +79,8 @@ def write(folder, release, decoder, dit, guide, head, c=768, save=torch.save):
 
 
 if __name__ == "__main__":
-    for path in write(*sys.argv[1:], **XL):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("release", choices=LAYOUT)
+    for path in write(**vars(parser.parse_args()), **XL):
         print(f"{path.stat().st_size / 1e6:8.1f} MB  {path}")

@@ -366,6 +366,9 @@ def test_damaged_files_are_told(release):
     with pytest.raises(ValueError, match=r"(?s)does not fit Decoder.*embed.weight: shape \(36, 768\)"):
         run(*argv)
     dry_run.write(release, "imagenet256", **SMALL)
+    torch.save({"mean": None, "var": torch.full((768, 16, 16), float("nan"))}, stat)
+    with pytest.raises(ValueError, match="imagenet256 needs .* all positive"):
+        run(*argv)
     shutil.copy(next(release.glob("stats/*/*/imagenet1k_512/stat.pt")), stat)
     with pytest.raises(ValueError, match=r"imagenet1k/stat.pt has statistics of shape \(768, 32, 32\)"):
         run(*argv)
@@ -374,6 +377,9 @@ def test_damaged_files_are_told(release):
 def test_bad_flags_and_labels_are_told(release, capsys):
     with pytest.raises(ValueError, match="--labels 1000: not among the model's 1000 classes, .*`none`"):
         run("--release", "imagenet256", "--release_dir", release, "--labels", 1000)
+    for out in ("assets", "README.md", "assets/../assets"):
+        with pytest.raises(ValueError, match=f"--out {out} exists; delete it, or name another"):
+            run("--out", out)
     with pytest.raises(ValueError, match="--labels crane: not among"):    # two classes have that name
         run("--release", "imagenet256", "--release_dir", release, "--labels", "crane")
     for argv, message in ((["--release", "imagenet1k"], "invalid choice: 'imagenet1k'"),
@@ -387,3 +393,24 @@ def test_bad_flags_and_labels_are_told(release, capsys):
     for wrong in ({}, {"epoch": 3, "pos_embed": 4}, {"mean": None, "var": torch.ones(3)}, {0: torch.ones(1)}):
         with pytest.raises(ValueError, match="(?s)the given state does not fit DiT;.*missing t_embedder.W"):
             load_release(DiT(4, 2, 16, 1, 2, 3), wrong)
+
+
+@pytest.mark.parametrize("out", ["README.md/x.png", "/proc/nothing/x.npz"])
+def test_an_impossible_out_ends_in_one_line(out):
+    result = subprocess.run([sys.executable, "sample.py", "--n", "1", "--out", out], cwd=ROOT, text=True,
+                            capture_output=True)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and out.split("/x")[0] in result.stderr
+
+
+def test_ctrl_c_ends_in_one_line_and_neighbours_are_left_alone(tmp_path):
+    (tmp_path / "x.tmp").write_text("precious")
+    process = subprocess.Popen([sys.executable, "sample.py", "--n", "5000", "--out", str(tmp_path / "x.npz")],
+                               cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("*.parts/*.png")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].splitlines()[-1].startswith("stopped; it goes on when")
+    run("--n", 2, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
+    assert (tmp_path / "x.tmp").read_text() == "precious"
