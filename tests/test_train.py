@@ -408,6 +408,6 @@ def test_times_follow_their_law(tmp_path, monkeypatch, law, quartiles):
     seen, flow_matching_loss = [], train_dit.flow_matching_loss
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
                         seen.append(t) or flow_matching_loss(model, x0, y, t, eps))
-    go(train_dit, *DIT, "--steps", 250, "--time_law", law, "--shift_base", 3072, "--out", tmp_path)    # a = 1
+    go(train_dit, *DIT, "--steps", 100, "--time_law", law, "--shift_base", 3072, "--out", tmp_path)    # a = 1
     found = torch.cat(seen).quantile(torch.tensor([0.25, 0.5, 0.75]))
-    assert (found - torch.tensor(quartiles)).abs().max() < 0.04
+    assert (found - torch.tensor(quartiles)).abs().max() < 0.06
