@@ -31,7 +31,7 @@ SHIPPED = str(Path(__file__).resolve().parent / "assets" / "tiny_dit.safetensors
 def time_grid(steps, shift, release_grid=False):
     """Times from 1 to 0 for `steps` steps, shifted by a = `shift` (1: even): float64, steps + 1 of them.
 
-    release_grid: the official one of `steps` points, one step fewer, that ends short of 0.     Source: release
+    release_grid: the official one of `steps` points, one step fewer, that ends short of 0. Source: release
     """
     points, end = (steps, 0.999) if release_grid else (steps + 1, 1.0)
     return time_shift(1 - torch.linspace(0, end, points, dtype=torch.float64), shift ** 2, base=1)
