@@ -32,9 +32,9 @@ def seconds(run, device, repeats=6):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=DIT_SIZES)
-    parser.add_argument("--batch", type=runtime.at_least(1), default=4, help="images of 768 x 16 x 16 latents")
+    parser.add_argument("--batch", type=runtime.at_least(1), default=4, help="of 768 x 16 x 16 latents")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = runtime.setup()[2]
