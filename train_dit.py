@@ -26,8 +26,8 @@ from runtime import at_least
 
 SHIPPED_RAE = Path(__file__).resolve().parent / "assets" / "tiny_rae.safetensors"
 BINS = 20                    # of t, for the balance of the loss
-PAPERS = dict(shift_base=4096, prediction="v", balance="off")          # if left open; the tiny
-TINY = dict(shift_base=340, prediction="x0", balance="on")            # encoder repeats itself in its tokens
+PAPERS = dict(shift_base=4096, prediction="v", balance="off")          # where left open; TINY for the
+TINY = dict(shift_base=340, prediction="x0", balance="on")             # tiny encoder, whose tokens repeat
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
            "shift_base prediction balance flip cache hold_out weight_decay").split()  # fixed in a resumed run
 
