@@ -546,5 +546,5 @@ def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
         raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
     with torch.device("meta"):
         model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
-    model = load_release(model.to_empty(device="cpu"), state[weights], path).requires_grad_(False).eval()
-    return model.to(device), None if encoder is None else unpack_rae(state["rae"], encoder).to(device), state
+    model = load_release(model.to_empty(device=device), state[weights], path).requires_grad_(False).eval()
+    return model, None if encoder is None else unpack_rae(state["rae"], encoder).to(device), state
