@@ -539,7 +539,7 @@ def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
     weights: "ema" or "model". encoder=False: the RAE only decodes; None: no RAE at all.
     """
     official = str(path).removesuffix("/guide") in RELEASES
-    state = load_official(path, folder) if official else runtime.load_checkpoint(path)
+    state = load_official(str(path), folder) if official else runtime.load_checkpoint(path)
     if "latent_shape" not in state:
         raise ValueError(f"{path} is no checkpoint of train_dit.py; give one of those")
     if weights not in state:
