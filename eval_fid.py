@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from scipy import ndimage
 from tqdm import tqdm
@@ -182,12 +183,11 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     sums = torch.zeros(2, dtype=torch.float64)
     chunks = sample.share(range(n), rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
-        images = real_images(val, chunk)
-        x = rearrange(resize(images, rae.encoder.image_size), "b h w c -> b c h w").to(device).float() / 255
+        x = rearrange(real_images(val, chunk), "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):
-            back = rae.decode(rae.encode(x)).float()
-        back = rearrange((back * 255).round().byte(), "b c h w -> b h w c").cpu()
-        images = resize(images, back.shape[1])      # judged at the decoder's size, also if that is another
+            back = rae.decode(rae.encode(resize(x, rae.encoder.image_size))).float()
+        images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu()
+                        for y in (resize(x, back.shape[-1]), back))    # judged at the decoder's size
         sums += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
         real.add(features(rae.encoder, images))
         fake.add(features(rae.encoder, back))
@@ -198,12 +198,10 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
 
 def resize(images, side):
-    """uint8 images b H W 3 at another side, antialiased; unchanged if they have it already."""
-    if images.shape[1] == side:
+    """Images b 3 H W in [0,1] at another side, antialiased; unchanged if they have it already."""
+    if images.shape[-1] == side:
         return images
-    x = rearrange(images, "b h w c -> b c h w").float()
-    x = torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
-    return rearrange(x.round().clamp(0, 255).byte(), "b c h w -> b h w c")
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def one_line(metrics):
@@ -230,20 +228,21 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = runtime.setup()
     start, path = time.time(), args.reconstruct or args.ckpt
-    if args.data:
-        open_data(args.data, 64)                           # a wrong path is told before any model is loaded
+    state, val = runtime.load_checkpoint(path) if args.reconstruct else {}, None
+    if args.reconstruct and "rae" not in state:
+        raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one")
+    stage1 = args.reconstruct and "num_classes" not in state           # it sees scenes of 1 to 4 objects
+    split = dict(split="val", objects=(1, 2, 3, 4) if stage1 else 1)
+    if args.data:                                                      # told before any model is loaded
+        val = open_data(args.data, 64, hold_out=args.hold_out or 0, **split)
     if args.reconstruct:
-        state = runtime.load_checkpoint(path)
-        if "rae" not in state:
-            raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one")
         rae = unpack_rae(state["rae"]).to(device)
     else:
         model, rae, state, weak = sample.load_models(args, device, encoder=True)
-    single = (1,) if "num_classes" in state else (1, 2, 3, 4)          # stage 1 sees scenes of 1 to 4 objects
-    trained_on = 0 if args.data else state["args"]["hold_out"]
-    hold_out = trained_on if args.hold_out is None else args.hold_out
-    side = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
-    val = open_data(args.data or state["args"]["data"], side, split="val", hold_out=hold_out, objects=single)
+    if val is None:
+        hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
+        val = open_data(state["args"]["data"], 64, hold_out=hold_out, **split)
+    val.size = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
     args.n = args.n or min(720, len(val))
     if args.n > len(val):
         raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")

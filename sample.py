@@ -105,14 +105,14 @@ def autoguidance(model, weak, y, scale, interval=(0, 1)):
 def load_models(args, device, encoder=False):
     """DiT, RAE, checkpoint dict and weak DiT (None without AutoGuidance) of the flags of parse_model_args."""
     model, rae, state = load_dit(args.ckpt, device, encoder, args.weights, args.release_dir)
-    weak, dropout = None, state["args"]["class_dropout"]
+    weak = None
     if args.guidance != 1 and args.weak_ckpt:
         weak, _, other = load_dit(args.weak_ckpt, device, None, folder=args.release_dir)
         same = all(torch.equal(other["rae"][k], state["rae"][k]) for k in ("latent_mean", "latent_var"))
         if not same or other["class_names"] != state["class_names"]:
             raise ValueError(f"--weak_ckpt {args.weak_ckpt} has other classes or latents than --ckpt; give a "
                              f"model trained on the same data and --rae")
-    elif args.guidance != 1 and dropout == 0:
+    elif args.guidance != 1 and state["args"]["class_dropout"] == 0:
         raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, and "
                          f"{args.ckpt} had --class_dropout 0; use --guidance 1 or --weak_ckpt")
     for module in (model, rae.decoder, weak) if args.compile else ():
@@ -131,8 +131,7 @@ def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     """Images of the given classes: uint8 b H W 3.
 
     labels: b class ids (num_classes: unconditional). indices: b image numbers for the noise; else 0, 1, ...
-    args: the flags of add_sampling_flags, and seed. weak: the model of AutoGuidance, used when given.
-    dtype: of the matmuls; fp32 by default also while bf16 trains, so that all scripts agree.
+    args: the flags of add_sampling_flags. weak: that of AutoGuidance. dtype: of matmuls, fp32 unless asked.
     """
     device, shape = model.pos_embed.device, (model.in_channels, model.grid, model.grid)
     indices = range(len(labels)) if indices is None else indices
@@ -141,9 +140,10 @@ def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     velocity = cfg(model, y, model.num_classes, scale, args.interval) if weak is None else \
         autoguidance(model, weak, y, scale, args.interval)
     times = time_grid(args.sampling_steps, math.sqrt(x[0].numel() / model.shift_base), args.release_grid)
-    fresh = [lambda k: noise(shape, args.seed, indices, k + 1).to(device)] * ("maruyama" in args.solver)
+    fresh = dict(fresh=lambda k: noise(shape, args.seed, indices, k + 1).to(device))
+    more = fresh if args.solver == "euler_maruyama" else {}
     with runtime.autocast(device, dtype):
-        images = rae.decode(SOLVERS[args.solver](velocity, x, times, *fresh))
+        images = rae.decode(SOLVERS[args.solver](velocity, x, times, **more))
     return rearrange((images.float() * 255).round().byte(), "b c h w -> b h w c").cpu()
 
 
@@ -173,14 +173,17 @@ def add_sampling_flags(p):
     p.add_argument("--guidance", type=at_least(1.0), default=1.5, help="of CFG or AutoGuidance; 1: none")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times where guidance acts")
     p.add_argument("--release_grid", action="store_true", help="the official time grid, ends short of 0")
+    p.add_argument("--release_dir", help="a copy of the official hub repository; default: download, once")
     p.add_argument("--seed", type=at_least(0), default=0)
 
 
-def check_sampling_flags(p, args):
+def check_sampling_flags(p, args, flag):                   # flag: the one that names a release
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         p.error(f"--interval {args.interval[0]} {args.interval[1]} must be two times 0 <= LOW < HIGH <= 1")
     if args.release_grid and args.sampling_steps < 2:
         p.error("--release_grid needs --sampling_steps 2 or more; try 50")
+    if args.release_dir and getattr(args, flag) not in RELEASES:
+        p.error(f"--release_dir needs --{flag} imagenet256 or imagenet512")
 
 
 def parse_model_args(p, argv):
@@ -188,7 +191,6 @@ def parse_model_args(p, argv):
     which = p.add_mutually_exclusive_group()
     which.add_argument("--ckpt", default=SHIPPED, help="checkpoint of train_dit.py, .pt or .safetensors")
     which.add_argument("--release", choices=RELEASES, help="official weights and guide; euler, 50 steps")
-    p.add_argument("--release_dir", help="a copy of the release's hub repository; default: download, once")
     p.add_argument("--weak_ckpt", help="a weaker model on the same latents: AutoGuidance replaces CFG")
     p.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the checkpoint's")
     add_sampling_flags(p)
@@ -200,9 +202,7 @@ def parse_model_args(p, argv):
         p.set_defaults(ckpt=args.release, weak_ckpt=f"{args.release}/guide", solver="euler",
                        sampling_steps=50, guidance=RELEASES[args.release][-1])
         args = p.parse_args(argv)
-    elif args.release_dir:
-        p.error("--release_dir needs --release imagenet256 or imagenet512")
-    check_sampling_flags(p, args)
+    check_sampling_flags(p, args, "release")
     return args
 
 

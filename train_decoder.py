@@ -53,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=at_least(1), default=2000, help="optimizer steps in all")
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
                    "matrices, in half of AdamW's steps; adamw: as in the paper")
-    p.add_argument("--lr", type=at_least(0.0), default=7e-3, help="peak learning rate; the paper uses 2e-4")
+    p.add_argument("--lr", type=at_least(1e-9), default=7e-3, help="peak learning rate; the paper uses 2e-4")
     p.add_argument("--lr_end", type=at_least(0.0, 1.01), default=0.02, help="last, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight_decay", type=at_least(0.0), default=0.0)
@@ -199,14 +199,14 @@ def main(args):
         last = m // world == accumulate - 1
         images = images.to(device).float() / 255
         with runtime.autocast(device, args.dtype):
-            z = encoder.encode(resize(images, args.size)).float()       # b c h w, not normalised
+            z = encoder.encode(eval_fid.resize(images, args.size)).float()       # b c h w, not normalised
         runtime.seed_step(args.seed, step, m)
         z = add_noise(z, args.tau, args.noise_law)
         quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
         with quiet:                                                     # DDP averages gradients once a step
             with runtime.autocast(device, args.dtype):
                 pixels = step_model(z) * rae.pixel_std + rae.pixel_mean  # b 3 H W in [0,1]
-            terms = losses(pixels, resize(images, side))
+            terms = losses(pixels, eval_fid.resize(images, side))
             (sum(terms.values()) / accumulate).backward()
         for name, value in {**terms, "loss": sum(terms.values())}.items():
             sums[name] = sums.get(name, 0) + value.detach() / accumulate
@@ -231,19 +231,12 @@ def main(args):
             log.say(f"step {done} | held-out " + eval_fid.one_line(metrics))
 
 
-def resize(images, side):
-    """Images b 3 H W in [0,1] at another side, antialiased; unchanged if they have it already."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-
-
 @torch.no_grad()
 def reconstruction_picture(rae, images):
     """A PIL picture: originals in the upper row, reconstructions below.  images: uint8 b H W 3."""
     x = rearrange(images, "b h w c -> b c h w").to(rae.pixel_mean.device).float() / 255
-    back = rae.decode(rae.encode(resize(x, rae.encoder.image_size)))
-    rows = torch.cat([resize(x, back.shape[-1]), back]).float().cpu()
+    back = rae.decode(rae.encode(eval_fid.resize(x, rae.encoder.image_size)))
+    rows = torch.cat([eval_fid.resize(x, back.shape[-1]), back]).float().cpu()
     sheet = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "(r b) c h w -> (r h) (b w) c", r=2)
     return Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8))
 

@@ -52,12 +52,11 @@ def parse_args(argv=None):
     p.add_argument("--head_heads", type=at_least(1), default=4, help="attention heads of the wide head")
     p.add_argument("--class_dropout", type=at_least(0.0, 1), default=0.1, help="share of null labels, <1")
     p.add_argument("--init", help="start from a checkpoint's EMA; imagenet256, imagenet512: official")
-    p.add_argument("--release_dir", help="a copy of the official hub repository; default: download, once")
     # optimisation
     p.add_argument("--batch", type=at_least(1), default=64, help="images per optimizer step, all processes")
     p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
     p.add_argument("--steps", type=at_least(1), default=2400, help="optimizer steps in all")
-    p.add_argument("--lr", type=at_least(0.0), default=3e-3, help="peak learning rate; the papers use 2e-4")
+    p.add_argument("--lr", type=at_least(1e-9), default=3e-3, help="peak learning rate; the papers use 2e-4")
     p.add_argument("--lr_end", type=at_least(0.0, 1.01), default=0.02, help="last, share of --lr (paper 0.1)")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=at_least(0), help="step where decay begins; default: steps / 2")
@@ -66,7 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: none")
     p.add_argument("--ema", type=at_least(0.0, 1), default=0.998, help="decay per step, <1; papers 0.9995")
     p.add_argument("--time_law", choices=("logit_normal", "uniform"), default="uniform", help="of t")
-    p.add_argument("--shift_base", type=at_least(1.0), help="n of the shift sqrt(m/n); else 4096, tiny 340")
+    p.add_argument("--shift_base", type=at_least(1e-9), help="n of the shift sqrt(m/n); else 4096, tiny 340")
     p.add_argument("--prediction", choices=("v", "x0"), help="of the model; default v, tiny encoder x0")
     p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
     p.add_argument("--label_std", type=at_least(0.0), default=1.0, help="class table at first; papers 0.02")
@@ -86,14 +85,12 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.init in RELEASES:                                  # goes on as it was trained
         p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])
-    elif args.release_dir:
-        p.error("--release_dir needs --init imagenet256 or imagenet512")
     p.set_defaults(**DIT_SIZES.get(args.model, {}))            # the size, then what was given beside it
     args = p.parse_args(argv)
     args.decay_start = max(args.warmup, args.steps // 2) if args.decay_start is None else args.decay_start
     args.decay_end = max(args.decay_start, args.steps) if args.decay_end is None else args.decay_end
     runtime.check_common(p, args)
-    sample.check_sampling_flags(p, args)
+    sample.check_sampling_flags(p, args, "init")
     try:
         require_heads(args.width, args.heads, "--width", "--heads", multiple=4)
         if args.head_width:
@@ -105,6 +102,8 @@ def parse_args(argv=None):
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
+    if args.rae and not Path(args.rae).exists():
+        p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
     return args
 
 

@@ -12,10 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime  # noqa: E402
 from model import DIT_SIZES, build_dit  # noqa: E402
-
-GMAC = {"DiT-S": 6.20, "DiT-B": 23.3, "DiT-L": 81.1, "DiT-XL": 119.1,           # tests/test_judges.py
-        "DiTDH-S": 48.5, "DiTDH-B": 65.7, "DiTDH-L": 123.6, "DiTDH-XL": 161.6}
-
+from test_judges import GMACS  # noqa: E402
 
 def seconds(run, device, repeats=6):
     """Median time of run(), seconds, after one call to warm up."""
@@ -50,6 +47,6 @@ if __name__ == "__main__":
         peak = 2 * a.numel() * len(b) / seconds(lambda: a @ b.T, device) / 1e9
         with runtime.autocast(device, dtype), torch.no_grad():
             took = seconds(lambda: model(*inputs), device)
-        rate = 2 * GMAC[args.model] * args.batch / took
+        rate = 2 * float(GMACS[args.model]) * args.batch / took
         print(f"{args.model} batch {args.batch} {dtype}: {took:.3f} s, {rate:.0f} GFLOP/s = "
               f"{100 * rate / peak:.0f}% of the matmul peak {peak:.0f}")

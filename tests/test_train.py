@@ -216,8 +216,8 @@ def test_upsampling_decoder_learns_from_images_of_its_own_side(tmp_path, monkeyp
     go(train_decoder, *DECODER, "--steps", 1, "--decoder_patch", 32, "--out", tmp_path)
     small, target = seen[-2], seen[-1]
     assert small.shape[-1] == 64 and target.shape[-1] == 128
-    assert torch.allclose(train_decoder.resize(target, 64), small)
-    assert (train_decoder.resize(small, 128) - target).abs().max() > 0.2       # edges that 64 px cannot hold
+    assert torch.allclose(eval_fid.resize(target, 64), small)
+    assert (eval_fid.resize(small, 128) - target).abs().max() > 0.2       # edges that 64 px cannot hold
     flags = ["--reconstruct", tmp_path / "last.pt", "--n", "4", "--out", tmp_path / "eval.json"]
     metrics = eval_fid.main(eval_fid.parse_args([str(a) for a in flags]))
     assert 5 < metrics["psnr"] < 40
@@ -237,15 +237,16 @@ def test_plain_dit_and_named_sizes(tmp_path):
     (train_dit, ["--class_dropout", "1"], "--class_dropout: 1 must be at least 0.0 and below 1"),
     (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 1.5"),
     (train_dit, ["--eval_n", "1"], "--eval_n: 1 must be at least 2"),
+    (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
     (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
     (train_dit, ["--steps", "0"], "--steps: 0 must be at least 1"),
     (train_dit, ["--batch", "10", "--micro_batch", "4"],
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
-    (train_dit, ["--lr", "-1"], "--lr: -1 must be at least 0"),
+    (train_dit, ["--lr", "0"], "--lr: 0 must be at least 1e-09"),
     (train_dit, ["--label_std", "-1"], "--label_std: -1 must be at least 0"),
     (train_dit, ["--cache", "-1"], "--cache: -1 must be at least 0"),
-    (train_dit, ["--shift_base", "0"], "--shift_base: 0 must be at least 1"),
+    (train_dit, ["--shift_base", "0"], "--shift_base: 0 must be at least 1e-09"),
     (train_dit, ["--ema", "1"], "--ema: 1 must be at least 0.0 and below 1"),
     (train_dit, ["--widht", "64"], "unrecognized arguments: --widht"),
     (train_decoder, ["--decoder_heads", "5"], "--decoder_width 192 must be a multiple of --decoder_heads 5"),
