@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 import eval_fid
 import runtime
 from data import batches, check, open_data
-from runtime import at_least
 from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
+from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
            "decoder_patch tau noise_law optimizer hold_out weight_decay").split()   # fixed in a resumed run
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
                    "matrices, in half of AdamW's steps; adamw: as in the paper")
     p.add_argument("--lr", type=at_least(1e-9), default=7e-3, help="peak learning rate; the paper uses 2e-4")
-    p.add_argument("--lr_end", type=at_least(0.0, 1.01), default=0.02, help="last, share of --lr (paper 0.1)")
+    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9), default=0.02, help="share of --lr; paper 0.1")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight_decay", type=at_least(0.0), default=0.0)
     p.add_argument("--clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: none (release)")

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
     p.add_argument("--steps", type=at_least(1), default=2400, help="optimizer steps in all")
     p.add_argument("--lr", type=at_least(1e-9), default=3e-3, help="peak learning rate; the papers use 2e-4")
-    p.add_argument("--lr_end", type=at_least(0.0, 1.01), default=0.02, help="last, share of --lr (paper 0.1)")
+    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9), default=0.02, help="share of --lr; paper 0.1")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=at_least(0), help="step where decay begins; default: steps / 2")
     p.add_argument("--decay_end", type=at_least(0), help="step at which it ends (default: steps)")

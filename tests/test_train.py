@@ -244,6 +244,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
      "--batch 10 must be a multiple of --micro_batch 4 x 1"),
     (train_dit, ["--resume", "--out", "runs/no_such_run"], "--resume needs runs/no_such_run/last.pt"),
     (train_dit, ["--lr", "0"], "--lr: 0 must be at least 1e-09"),
+    (train_dit, ["--lr_end", "1.005"], "--lr_end: 1.005 must be at least 0.0 and below 1.000000001"),
     (train_dit, ["--label_std", "-1"], "--label_std: -1 must be at least 0"),
     (train_dit, ["--cache", "-1"], "--cache: -1 must be at least 0"),
     (train_dit, ["--shift_base", "0"], "--shift_base: 0 must be at least 1e-09"),
