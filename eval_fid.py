@@ -8,6 +8,7 @@ The training scripts call the same functions on their EMA weights: one road to e
 import argparse
 import json
 import time
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 import runtime
 import sample
-from data import open_data
+from data import SHAPES_VAL, open_data
 from model import unpack_rae
 from runtime import at_least
-from shapes import CLASSES, read_scene
+from shapes import CLASSES, SHAPES, Object, Scene, listing, read_scene
 
 
 # ---------------------------------------------------------------------------------- Fréchet distance
@@ -126,6 +127,70 @@ def verify(images, labels):
     return counts
 
 
+# ---------------------------------------------------------------------------------- ShapesEval
+def shapes_eval():
+    """GenEval's six categories on the built-in world, in turn: 300 (category, prompt, names, relation).
+
+    Classes together, and numbers of one, are those never shown in training (Scene.held_out). arXiv 2310.11513
+    """
+    kinds = {name: Object(*name.split()[::-1]) for name in CLASSES}
+    pairs = [(a, b) for a, b in permutations(CLASSES, 2) if Scene([kinds[a], kinds[b]]).held_out()]
+    apart = [(a, b) for a, b in pairs if not {*a.split()} & {*b.split()}]
+    many = [[name] * n for name in CLASSES for n in (2, 3, 4) if Scene([kinds[name]] * n).held_out()]
+    bases = {"single object": [(f"a {shape}", [shape], None) for shape in SHAPES],
+             "two objects": [(f"a {a} and a {b}", [a, b], None) for a, b in permutations(SHAPES, 2)],
+             "counting": [(listing(names), names, None) for names in many],
+             "colours": [(f"a {name}", [name], None) for name in CLASSES],
+             "position": [(f"a {a} {word} a {b}", [a, b], (a, word, b)) for a, b in pairs
+                          for word in ("left of", "right of", "above", "below")],
+             "colour attribution": [(f"a {a} and a {b}", [a, b], None) for a, b in apart]}
+    asks = ("{}", "a picture of {}", "draw {}", "an image of {}", "there is {}", "please show me {}",
+            "generate an image of {}", "i would like {}", "can you generate a photo of {}?")
+    fifty = [[(category, ask.format(base[i][0]), *base[i][1:]) for ask in asks for i in
+              np.random.default_rng(0).permutation(len(base))][:50] for category, base in bases.items()]
+    return [test for tests in zip(*fifty) for test in tests]
+
+
+def fulfilled(objects, names, relation):
+    """Whether objects of read_scene (None: unsure) are those named, by class or by shape, and stand so."""
+    found = [o.name if " " in names[0] else o.shape for o in objects or ()]
+    stands = [(found[i], word, found[j]) for i, word, j in Scene(objects or ()).relations()]
+    return sorted(found) == sorted(names) and (relation is None or relation in stands)
+
+
+def answered(t2i, latents, scenes):
+    """How many of all questions about b scenes are answered rightly from latents b c h w, and how many."""
+    asked = [(k, *pair) for k, scene in enumerate(scenes) for pair in scene.questions()]
+    told = [answer for some in (asked[k:k + 256] for k in range(0, len(asked), 256))
+            for answer in t2i.ask(latents[[k for k, *_ in some]], [question for _, question, _ in some])]
+    return torch.tensor([sum(a == answer for a, (*_, answer) in zip(told, asked)), len(asked)]).double()
+
+
+def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
+    """ShapesEval of n images, and answers to questions on 200 held-out scenes and on what it drew: a dict."""
+    tests, every = shapes_eval(), [category for category, *_ in shapes_eval()[:6]]
+    counts, answers = torch.zeros(len(every), 2).double(), torch.zeros(2, 2).double()
+    chunks = sample.share(n, rank, world, max(1, args.batch // args.best_of))
+    for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
+        some = [tests[i % len(tests)] for i in chunk]
+        with runtime.autocast(rae.pixel_mean.device, args.dtype):
+            latents = sample.best_of(t2i, [prompt for _, prompt, *_ in some], args, chunk)
+            read = [read_scene(image) for image in sample.to_images(rae, latents).numpy()]
+            sure = [k for k, objects in enumerate(read) if objects]
+            answers[1] += answered(t2i, latents[sure], [Scene(read[k]) for k in sure])
+        for (category, _, *wanted), objects in zip(some, read):
+            counts[every.index(category)] += torch.tensor([fulfilled(objects, *wanted), 1])
+    for chunk in sample.share(200, rank, world, 50):
+        scenes = [Scene.random(0, SHAPES_VAL + k) for k in chunk]
+        x = torch.from_numpy(np.stack([scene.render() for scene in scenes])).movedim(3, 1).float() / 255
+        answers[0] += answered(t2i, rae.encode(x.to(rae.pixel_mean.device)), scenes)
+    counts, answers = total(counts), total(answers)
+    share, (seen, drawn) = ((x[:, 0] / x[:, 1].clamp(min=1)).tolist() for x in (counts, answers))
+    return dict(n=n, guidance=args.guidance, sampling_steps=args.sampling_steps, best_of=args.best_of,
+                verifier=args.verifier, overall=sum(share) / len(share), **dict(zip(every, share)),
+                answers_on_images=seen, answers_on_own_latents=drawn)
+
+
 # ---------------------------------------------------------------------------------- evaluations
 def gather(x):
     """The objects x of all processes, in a list."""
@@ -159,7 +224,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
     """
     real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
-    chunks = sample.share(range(n), rank, world, batch)
+    chunks = sample.share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
         images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
@@ -181,7 +246,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict."""
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
     sums = torch.zeros(2, dtype=torch.float64)
-    chunks = sample.share(range(n), rank, world, batch)
+    chunks = sample.share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
         x = rearrange(real_images(val, chunk), "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):
@@ -213,14 +278,17 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2) instead")
+    p.add_argument("--shapes_eval", action="store_true", help="300 prompts for train_t2i.py's model")
     p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
     p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
     p.add_argument("--n", type=at_least(2), help="images; few bias the distance; default: up to 720")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
-    args = sample.parse_model_args(p, argv)
+    args = sample.parse_model_args(p, argv, "shapes_eval")
+    if args.shapes_eval and (args.reconstruct or args.data or (args.n or 6) < 6):
+        p.error("--shapes_eval needs neither --reconstruct nor --data, and --n of at least 6")
     if args.release and args.reconstruct:
         p.error("--release and --reconstruct exclude each other; leave one out")
-    if args.release and not args.data:
+    if args.release and not args.data and not args.shapes_eval:
         p.error(f"--release {args.release} needs --data: a folder or tars of ImageNet, its reference images")
     return args
 
@@ -239,18 +307,19 @@ def main(args):
         rae = unpack_rae(state["rae"]).to(device)
     else:
         model, rae, state, weak = sample.load_models(args, device, encoder=True)
-    if val is None:
-        hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
-        val = open_data(state["args"]["data"], 64, hold_out=hold_out, **split)
-    val.size = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
-    args.n = args.n or min(720, len(val))
-    if args.n > len(val):
-        raise ValueError(f"--n {args.n} is more than the {len(val)} reference images; try --n {len(val)}")
-    if args.reconstruct:
-        metrics = evaluate_reconstruction(rae, val, args.n, rank, world, args.batch, args.dtype)
+    if args.shapes_eval:
+        metrics = evaluate_prompts(model, rae, args, args.n or 4 * len(shapes_eval()), rank, world)
     else:
-        metrics = evaluate_generation(model, rae, val, args, args.n, rank, world, args.batch, weak,
-                                      args.dtype)
+        if val is None:
+            hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
+            val = open_data(state["args"]["data"], 64, hold_out=hold_out, **split)
+        val.size = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
+        n = args.n or min(720, len(val))
+        if n > len(val):
+            raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n {len(val)}")
+        more = rank, world, args.batch
+        metrics = evaluate_reconstruction(rae, val, n, *more, args.dtype) if args.reconstruct else \
+            evaluate_generation(model, rae, val, args, n, *more, weak, args.dtype)
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
     if rank == 0:
         for key, value in metrics.items():

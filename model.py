@@ -17,16 +17,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from timm.layers import PatchEmbed, apply_rot_embed, build_rotary_pos_embed, build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import normalize
 
 import runtime
 
 HERE = Path(__file__).resolve().parent
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # name: (timm model, default side of its images in pixels, pixel mean and std)        Source: [RAE] section 3
 ENCODERS = {
@@ -36,8 +34,7 @@ ENCODERS = {
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 256, IMAGENET),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 256, HALF),
     "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
-    "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
-}
+    "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET)}
 # The shipped encoder (assets/make_tiny_encoder.py): 16 tokens x 192 channels. No CLS token, as in SigLIP.
 TINY = dict(img_size=64, patch_size=16, embed_dim=192, depth=5, num_heads=4, class_token=False,
             global_pool="", num_classes=0)
@@ -51,12 +48,19 @@ DECODER_SIZES = {                                       # XL keeps MLP 4096 (3.5
     size: dict(zip(("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp"), numbers))
     for size, numbers in {"tiny": (192, 2, 4, 768), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096),
                           "XL": (1152, 28, 16, 4096)}.items()}
+# Text-to-image; the release calls 3.1B 3.3B. The 21 heads of the wide head are our choice: none published.
+T2I_SIZES = {size: dict(width=width, depth=16 if size == "0.5B" else 32, heads=32) for size, width in
+             {"0.5B": 1280, "2.4B": 2048, "3.1B": 2304, "5.5B": 3072, "9.8B": 4096}.items()}
+T2I_HEAD = dict(head_width=2688, head_depth=2, head_heads=21)           # Source: arXiv 2601.16208, table 10
 
 # Official weights over DINOv2-B with decoder XL: image side, hub folders of decoder, statistics, DiTDH-XL and
 # its weak guide, a DiTDH-S, scale of AutoGuidance.        Source: configs/stage2/sampling of bytetriper/RAE
 HUB = "nyu-visionx/RAE-collections"
 RELEASES = {"imagenet256": (256, "ViTXL_n08", "imagenet1k", "DiTDH-XL", "DiTDH-S_ep14", 1.42),
             "imagenet512": (512, "ViTXL_n08_i512", "imagenet1k_512", "DiTDH-XL_ep400", "DiTDH-S_ep20", 1.5)}
+T2I_RELEASES = {"scale-rae-1.5b": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B",        # of train_t2i.py
+                "scale-rae-7b": "nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B"}
+DECODER_HUB = "nyu-visionx/siglip2_decoder"
 
 
 # ------------------------------------------------------------------------------ encoder
@@ -64,8 +68,7 @@ def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
     if name in ENCODERS:
         return ENCODERS[name][2]
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if config is None:
+    if not timm.is_model(name) or not (config := timm.get_pretrained_cfg(name)):
         raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor in timm.list_models()")
     return config.mean, config.std
 
@@ -80,28 +83,18 @@ class Encoder(nn.Module):
     Source: [RAE] section 3.1: no CLS and registers, final LayerNorm without affine: each token has mean 0 and
         variance 1 over its channels. Images are resized bicubically without antialias, as in the release.
     """
-
     def __init__(self, name, image_size=None):
         super().__init__()
         self.mean, self.std = pixel_statistics(name)
         timm_name, side, _ = ENCODERS.get(name, (name, 256, None))
-        self.name, self.image_size, patch = name, image_size or side, TINY["patch_size"]
-        if name != "tiny":
-            patch = timm.create_model(timm_name, pretrained=False, depth=0).patch_embed.patch_size[0]
+        self.name, self.image_size = name, image_size or side
+        patch = 16 if name == "tiny" else timm.create_model(timm_name, depth=0).patch_embed.patch_size[0]
         stride = 16 if patch == 14 else patch
         self.grid, self.input_size = self.image_size // stride, self.image_size * patch // stride
         if self.image_size % stride:
             raise ValueError(f"--size {self.image_size} must be a multiple of {stride} for --encoder {name}; "
                              f"try --size {max(stride, self.image_size // stride * stride)}")
-        if name == "tiny":
-            self.backbone = VisionTransformer(**{**TINY, "img_size": self.input_size})
-            self.backbone.norm = nn.Identity()                               # its file has no affine at all
-            state = load_file(HERE / "assets" / "tiny_encoder.safetensors")
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(         # as it is on the grid of TINY
-                state["pos_embed"].float(), (self.grid, self.grid), num_prefix_tokens=0)
-            load_strict(self.backbone, state, "assets/tiny_encoder.safetensors")
-        else:
-            self.backbone = load_timm(timm_name, self.input_size)
+        self.backbone = load_vit(timm_name, self.input_size)
         self.channels = self.backbone.embed_dim
         self.backbone.norm = nn.LayerNorm(self.channels, eps=1e-6, elementwise_affine=False)
         self.requires_grad_(False).eval()
@@ -110,8 +103,7 @@ class Encoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def encode(self, images):                                           # b 3 H W in [0,1] -> b c h w
-        """Latents before dataset normalisation: b c h w, each token of mean 0 and variance 1 over c."""
+    def encode(self, images):         # b 3 H W in [0,1] -> b c h w, not by an RAE's statistics yet
         if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bicubic")
         x = self.backbone.forward_features(normalize(images, self.mean, self.std))  # b prefix+n c
@@ -119,17 +111,21 @@ class Encoder(nn.Module):
         return rearrange(x, "b (h w) c -> b c h w", h=self.grid)
 
 
-def load_timm(name, size):
-    """The timm ViT `name` with its pretrained weights, its position table resampled to `size` pixels."""
+def load_vit(name, size):
+    """timm's ViT `name`, None: TINY, with its weights, its position table resampled to `size` pixels."""
+    if name is None:
+        vit = timm.models.VisionTransformer(**TINY)
+        vit.norm = nn.Identity()                                        # its file has no affine at all
+        load_release(vit, HERE / "assets" / "tiny_encoder.safetensors").set_input_size(size)
+        return vit
     local = HERE / "weights" / f"{name}.safetensors"            # a file placed by hand wins over the download
     how = {"act_layer": "gelu_tanh"} if "siglip" in name else {} if ".mae" in name else {"img_size": size}
     try:
         vit = timm.create_model(name, pretrained=True, num_classes=0, **how,    # SigLIP trained with tanh
                                 pretrained_cfg_overlay=dict(file=str(local)) if local.exists() else None)
     except Exception as error:                          # the hub client raises a different one for each cause
-        raise FileNotFoundError(f"no weights for {name}: no download ({type(error).__name__}). Put the file "
-                                f"model.safetensors of huggingface.co/timm/{name} at "
-                                f"weights/{name}.safetensors") from error
+        raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
+                                f"huggingface.co/timm/{name} at weights/{name}.safetensors") from error
     if "img_size" not in how:           # in the release DINOv2's table is antialiased, SigLIP's and MAE's not
         vit.patch_embed.set_input_size(img_size=size)
         vit.pos_embed.data = timm.layers.resample_abs_pos_embed(
@@ -140,8 +136,7 @@ def load_timm(name, size):
 # ------------------------------------------------------------------------------ decoder and RAE
 def sincos_2d(d, grid):
     """Fixed sin-cos positions, (grid*grid, d): first half of d for the column, second for the row. [MAE]"""
-    rows_first = build_sincos2d_pos_embed((grid, grid), d, interleave_sin_cos=True)
-    return rows_first.unflatten(1, (2, -1)).flip(1).flatten(1)
+    return build_sincos2d_pos_embed((grid, grid), d, interleave_sin_cos=True).roll(d // 2, 1)
 
 
 def require_heads(width, heads, width_flag, heads_flag, multiple=1):
@@ -173,9 +168,8 @@ class Decoder(nn.Module):
     """ViT decoder from latents to pixels.
 
     latent_channels: c. grid: tokens per side. patch: pixels per token side (2 x the encoder's upsamples).
-    width, depth, heads, mlp: of the transformer (DECODER_SIZES has the paper's).
-    forward: z b c h w (tokens NOT normalised by dataset statistics; another grid is resized bilinearly)
-        -> b 3 grid*patch grid*patch in the encoder's pixel normalisation; RAE.decode turns that into [0,1].
+    width, depth, heads, mlp: DECODER_SIZES has the paper's. forward: z b c h w (NOT normalised by dataset
+        statistics; another grid is resized bilinearly) -> b 3 H W in the encoder's pixel normalisation.
     Source: [RAE] section 3.2; layout of [MAE] with a learned CLS token in front and fixed sin-cos positions.
     """
     def __init__(self, latent_channels, grid, patch, width, depth, heads, mlp):
@@ -185,7 +179,7 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(self.positions(), requires_grad=False)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, mlp) for _ in range(depth))
+        self.decoder_layers = nn.Sequential(*(DecoderLayer(width, heads, mlp) for _ in range(depth)))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, 3 * patch * patch)
 
@@ -198,8 +192,7 @@ class Decoder(nn.Module):
             x = F.interpolate(x.movedim(3, 1), size=(self.grid, self.grid), mode="bilinear").movedim(1, 3)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # b 1+n d
         x = x + self.decoder_pos_embed                                  # b 1+n d
-        for layer in self.decoder_layers:
-            x = layer(x)                                                # b 1+n d
+        x = self.decoder_layers(x)                                      # b 1+n d
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()      # b n p*p*3
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 
@@ -253,40 +246,26 @@ class RoPE(nn.Module):
         return apply_rot_embed(x, self.freqs_sin, self.freqs_cos).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """Attention and SwiGLU with adaLN: shift, scale, gate from c, one per image (b 1 d) or token (b n d)."""
     def __init__(self, d, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
-
-    def forward(self, x, rope):                                         # b n d
-        q, k, v = rearrange(self.qkv(x), "b n (three k d) -> three b k n d", three=3, k=self.heads)
-        x = F.scaled_dot_product_attention(rope(q), rope(k), v)         # b k n dh
-        return self.proj(rearrange(x, "b k n d -> b n (k d)"))          # b n d
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, d):
         super().__init__()
         hidden = int(2 / 3 * int(4 * d))   # not rounded to a friendlier multiple: the released weights are so
-        self.w12, self.w3 = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
-
-    def forward(self, x):                                               # b n d
-        gate, x = self.w12(x).chunk(2, -1)                              # b n hidden
-        return self.w3(F.silu(gate) * x)                                # b n d
-
-
-class Block(nn.Module):
-    """Transformer block with adaLN: shift, scale, gate from c, one per image (b 1 d) or per token (b n d)."""
-    def __init__(self, d, heads):
-        super().__init__()
-        self.norm1, self.attn = nn.RMSNorm(d, eps=1e-6), Attention(d, heads)
-        self.norm2, self.mlp = nn.RMSNorm(d, eps=1e-6), SwiGLU(d)
+        self.heads, self.norm1 = heads, nn.RMSNorm(d, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
+        self.norm2 = nn.RMSNorm(d, eps=1e-6)
+        self.mlp = nn.ModuleDict({"w12": nn.Linear(d, 2 * hidden), "w3": nn.Linear(hidden, d)})
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def forward(self, x, c, rope):                                      # x: b n d, c: b 1|n d
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
-        x = x + gate1 * self.attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rope)
-        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        a = self.attn["qkv"](torch.addcmul(shift1, self.norm1(x), 1 + scale1))          # b n 3*d
+        q, k, v = rearrange(a, "b n (three k d) -> three b k n d", three=3, k=self.heads)
+        a = F.scaled_dot_product_attention(rope(q), rope(k), v)         # b k n dh
+        x = x + gate1 * self.attn["proj"](rearrange(a, "b k n d -> b n (k d)"))         # b n d
+        a = self.mlp["w12"](torch.addcmul(shift2, self.norm2(x), 1 + scale2))           # b n 2*hidden
+        gate, a = a.chunk(2, -1)                                        # b n hidden
+        return x + gate2 * self.mlp["w3"](F.silu(gate) * a)             # b n d
 
 
 class FinalLayer(nn.Module):
@@ -296,7 +275,7 @@ class FinalLayer(nn.Module):
         if d < channels:
             warnings.warn(f"{flag} {d} is below the {channels} latent channels: by Theorem 1 of arXiv "
                           f"2510.11690 the loss stays above the sum of the eigenvalues of Cov(eps - x0) from "
-                          f"the {d + 1}th on; try {flag} {channels} or more", stacklevel=4)
+                          f"the {d + 1}th on; try {flag} {channels} or more", stacklevel=3)
         self.norm_final, self.linear = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
@@ -328,55 +307,81 @@ class LabelEmbedding(nn.Module):
     def forward(self, y):                                               # b
         if self.training and self.dropout > 0:
             y = torch.where(torch.rand(len(y), device=y.device) < self.dropout, self.num_classes, y)
-        return self.embedding_table(y)                                  # b d
+        return self.embedding_table(y)[:, None]                         # b 1 d
+
+
+class ConditionEmbedding(nn.Module):
+    """Conditions as they are; in training, with probability `dropout`, a sample's all become the null one."""
+    def __init__(self, d, dropout):
+        super().__init__()
+        self.dropout, self.dropout_embedding = dropout, nn.Parameter(torch.zeros(d))
+
+    def forward(self, y):                                               # b n d
+        if self.training:               # even with dropout 0, so that dropout_embedding always has a gradient
+            drop = torch.rand(len(y), 1, 1, device=y.device) < self.dropout             # b 1 1
+            y = torch.where(drop, self.dropout_embedding, y)            # b n d
+        return y
 
 
 class DiT(nn.Module):
     """LightningDiT on one token per latent position.
 
-    in_channels: c. grid: tokens per side. width, depth, heads: of the blocks. num_classes: without the null.
-    class_dropout: probability in [0,1] that training replaces a label by the null class, number num_classes.
-    forward: noisy b c h w (latents x_t), t b in [0,1], y b int64 in [0, num_classes] -> velocity b c h w.
+    in_channels: c. grid: tokens per side. width, depth, heads: of the blocks. num_classes: without the null,
+        or None: conditioned on text, with SiLU twice on the condition, as Scale-RAE (arXiv 2601.16208).
+    class_dropout: probability in [0,1] that training replaces a sample's condition by the null one.
+    forward: x_t b c h w, t b in [0,1], y b int64 in [0, num_classes] (text: b n d) -> velocity b c h w.
     shift_base: the n of the time shift sqrt(m/n) that it is trained and sampled with, 4096 unless set.
     prediction: of the final layer: "v" as in the papers, or "x0", of which forward makes the velocity
         (x - x0) / t (arXiv 2511.13720: data of few dimensions are easier to predict than noise of many).
+    checkpoint: True: training keeps no activations inside blocks, and computes them again going backward.
     Raises ValueError if width does not split into heads; warns if it is below c: Theorem 1 of [RAE].
     Source: [RAE] section 4, [LightningDiT]: RMSNorm, SwiGLU, RoPE, adaLN-zero, fixed absolute positions.
     """
-    shift_base, prediction = 4096, "v"
+    shift_base, prediction, checkpoint, head = 4096, "v", False, None
 
     def __init__(self, in_channels, grid, width, depth, heads, num_classes, class_dropout=0.1):
         super().__init__()
         self.in_channels, self.grid, self.num_classes, self.depth = in_channels, grid, num_classes, depth
         require_heads(width, heads, "--width", "--heads", multiple=4)
+        self.text = num_classes is None
         self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width, class_dropout)
+        self.y_embedder = ConditionEmbedding(width, class_dropout) if self.text else \
+            LabelEmbedding(num_classes, width, class_dropout)
         self.pos_embed = nn.Parameter(sincos_2d(width, grid)[None], requires_grad=False)
-        self.build(width, heads)
-        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.xavier_uniform_(conv.weight.flatten(1))
-            nn.init.zeros_(conv.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        e, head_depth, k = self.head or (width, 0, heads)
+        if self.head:
+            self.s_embedder, self.x_embedder = (PatchEmbed(None, 1, in_channels, d) for d in (width, e))
+            self.s_projector = nn.Linear(width, e) if width != e else nn.Identity()
+            self.enc_feat_rope, self.dec_feat_rope = RoPE(width // heads, grid), RoPE(e // k, grid)
+        else:
+            self.x_embedder, self.feat_rope = PatchEmbed(None, 1, in_channels, e), RoPE(e // k, grid)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)]
+                                    + [Block(e, k) for _ in range(head_depth)])
+        self.final_layer = FinalLayer(e, in_channels, "--head_width" if self.head else "--width")
+        kinds = (nn.Conv2d,) if self.head and not self.text else (nn.Linear, nn.Conv2d)  # as in the releases
+        for layer in [m for kind in kinds for m in self.modules() if isinstance(m, kind)]:
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            nn.init.zeros_(layer.bias)
+        for embedder in (*self.y_embedder.children(), self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
-        modulated = (*self.blocks, self.final_layer)  # adaLN-zero: blocks start as the identity, output as 0
-        for linear in [m.adaLN_modulation[1] for m in modulated] + [self.final_layer.linear]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, p in self.named_parameters():
+            if "adaLN" in name or "final_layer.linear" in name:  # blocks start as the identity, output as 0
+                nn.init.zeros_(p)
 
-    def build(self, width, heads):
-        self.x_embedder = PatchEmbed(None, 1, self.in_channels, width)
-        self.feat_rope = RoPE(width // heads, self.grid)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(self.depth))
-        self.final_layer = FinalLayer(width, self.in_channels, "--width")
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+    def null(self, y):                       # b, or b n d for text: the null condition in the shape of y
+        return torch.zeros_like(y) + (self.y_embedder.dropout_embedding if self.text else self.num_classes)
 
-    def forward(self, noisy, t, y):                                     # b c h w, b, b
-        c = (self.t_embedder(t) + self.y_embedder(y))[:, None]          # b 1 d
+    def run(self, blocks, x, c, rope):                                  # x: b n d, c: b 1|n d -> b n d
+        for block in blocks:
+            x = checkpoint(block, x, c, rope, use_reentrant=False) if self.checkpoint and self.training \
+                else block(x, c, rope)
+        return x
+
+    def forward(self, noisy, t, y):                                     # b c h w, b, b or b n d
+        c = self.t_embedder(t)[:, None] + self.y_embedder(y)            # b 1|n d
+        c = F.silu(c) if self.text else c                               # b 1|n d
         x = self.x_embedder(noisy) + self.pos_embed                     # b n d
-        for block in self.blocks:
-            x = block(x, c, self.feat_rope)                             # b n d
+        x = self.run(self.blocks, x, c, self.feat_rope)                 # b n d
         return self.velocity(self.final_layer(x, c), noisy, t)          # b c h w
 
     def velocity(self, out, x, t):                                      # out: b n c, x: b c h w, t: b
@@ -388,35 +393,23 @@ class DiTDH(DiT):
     """DiT with a wide head: a backbone of `width` conditions, token by token, a shallow head of `head_width`.
 
     Arguments and forward as DiT, with head_width (at least in_channels: Theorem 1), head_depth, head_heads.
-    Source: [RAE] section 5, [DDT]; as released: SiLU twice on the condition, no fixed positions in the head.
+    Source: [RAE] section 5, [DDT]; as released: SiLU twice on the condition, no fixed positions in the head,
+        nor time for text: Scale-RAE, whose code (no weights are out) swaps the names of the two embedders.
     """
     def __init__(self, in_channels, grid, width, depth, heads, head_width, head_depth, head_heads,
                  num_classes, class_dropout=0.1):
+        require_heads(head_width, head_heads, "--head_width", "--head_heads", multiple=4)
         self.head = (head_width, head_depth, head_heads)
         super().__init__(in_channels, grid, width, depth, heads, num_classes, class_dropout)
 
-    def build(self, width, heads):              # Linears keep PyTorch's own initialisation, as in the release
-        head_width, head_depth, head_heads = self.head
-        require_heads(head_width, head_heads, "--head_width", "--head_heads", multiple=4)
-        self.s_embedder = PatchEmbed(None, 1, self.in_channels, width)
-        self.x_embedder = PatchEmbed(None, 1, self.in_channels, head_width)
-        self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
-        self.enc_feat_rope = RoPE(width // heads, self.grid)
-        self.dec_feat_rope = RoPE(head_width // head_heads, self.grid)
-        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(self.depth)]
-                                    + [Block(head_width, head_heads) for _ in range(head_depth)])
-        self.final_layer = FinalLayer(head_width, self.in_channels, "--head_width")
-
-    def forward(self, noisy, t, y):                                     # b c h w, b, b
+    def forward(self, noisy, t, y):                                     # b c h w, b, b or b n d
         time = self.t_embedder(t)[:, None]                              # b 1 d
-        c = F.silu(time + self.y_embedder(y)[:, None])                  # b 1 d
+        c = F.silu(time + self.y_embedder(y))                           # b 1|n d
         s = self.s_embedder(noisy) + self.pos_embed                     # b n d
-        for block in self.blocks[:self.depth]:
-            s = block(s, c, self.enc_feat_rope)                         # b n d
-        s = self.s_projector(F.silu(time + s))                          # b n e
+        s = self.run(self.blocks[:self.depth], s, c, self.enc_feat_rope)                # b n d
+        s = self.s_projector(F.silu(s if self.text else time + s))      # b n e
         x = self.x_embedder(noisy).float()                              # b n e: sums stay in fp32
-        for block in self.blocks[self.depth:]:
-            x = block(x, s, self.dec_feat_rope)                         # b n e
+        x = self.run(self.blocks[self.depth:], x, s, self.dec_feat_rope)                # b n e
         return self.velocity(self.final_layer(x, s), noisy, t)          # b c h w
 
 
@@ -427,11 +420,8 @@ def time_shift(t, dim, base=4096):
     return a * t / (1 + (a - 1) * t)
 
 
-def flow_matching_loss(model, x0, y, t, eps):
-    """Mean squared error of the velocity, one number per sample: shape b.
-
-    model: (x b c h w, t b, y b) -> v. x0, eps: b c h w, data and N(0,1) noise. t: b in [0,1]. [RAE] section 2
-    """
+def flow_matching_loss(model, x0, y, t, eps):                           # x0, eps: b c h w, t: b in [0,1]
+    """Squared error of v = model(x_t b c h w, t b, y), a mean per sample: b. eps: N(0,1). [RAE] section 2"""
     at = t.view(-1, 1, 1, 1)                                            # b 1 1 1
     x_t = (1 - at) * x0 + at * eps                                      # b c h w
     return (model(x_t, t, y) - (eps - x0)).square().flatten(1).mean(1)  # b
@@ -468,7 +458,8 @@ def load_strict(module, state, source):
 def load_release(module, path_or_state, source="the given state"):
     """Load weights strictly, ours or those of the official releases, told apart by their layout.
 
-    module: DiT, DiTDH or Decoder; an RAE takes the latent statistics of a stat.pt or checkpoint.
+    module: DiT, DiTDH or Decoder; an RAE takes the latent statistics of a stat.pt or checkpoint; of Scale-RAE
+        a DiT, or a module of llm, mm_projector, latent_queries, diff_head_projector and dit.
     path_or_state: a file of torch.save or safetensors or its dict, bare or in ema, model, module, state_dict.
     Raises: ValueError listing missing, unexpected and misshapen keys; or if the file can't be read safely.
     """
@@ -483,17 +474,25 @@ def load_release(module, path_or_state, source="the given state"):
     wrappers = ("rae", "decoder") * isinstance(module, Decoder) + ("ema", "model", "module", "state_dict")
     while inner := [state[k] for k in wrappers if isinstance(state.get(k), dict)]:
         state = inner[0]
-    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    state, renames = {str(k).removeprefix("module."): v for k, v in state.items()}, ()
     if isinstance(module, Decoder):                     # names of HF ViT-MAE and of diffusers' AutoencoderRAE
         mine = [k for k in state if k.startswith("decoder.")] or state  # without encoder.* and the like
         state = {k.removeprefix("decoder."): state[k] for k in mine}
         if any("attention.to_q" in k for k in state):   # diffusers doesn't store its table
             state.setdefault("decoder_pos_embed", module.positions())
-        for old, new in (("attention.attention.", ""), ("attention.output.dense", "proj"),
-                         ("attention.to_q", "query"), ("attention.to_k", "key"), ("output.dense", "fc2"),
-                         ("attention.to_v", "value"), ("attention.to_out.0", "proj"),
-                         ("intermediate.dense", "fc1")):
-            state = {k.replace(old, new): v for k, v in state.items()}
+        renames = (("attention.attention.", ""), ("attention.output.dense", "proj"), ("output.dense", "fc2"),
+                   ("attention.to_q", "query"), ("attention.to_k", "key"), ("attention.to_v", "value"),
+                   ("attention.to_out.0", "proj"), ("intermediate.dense", "fc1"))
+    elif any(k.startswith("diff_head.") for k in state):                # Scale-RAE: whole, or of it the DiT
+        dit, tied = "" if isinstance(module, DiT) else "dit.", "llm.lm_head.weight" not in module.state_dict()
+        state = {k: v for k, v in state.items() if dit or k.startswith("diff_head.")}
+        state.pop("lm_head.weight" * tied, None)
+        state.setdefault("diff_head.model.t_embedder.W",                # the release draws it anew, the same
+                         torch.randn(256, generator=torch.Generator().manual_seed(114514)))
+        renames = (("diff_head.model.", dit), ("dit_blocks.", "blocks."), ("lm_head.", "model.lm_head."),
+                   ("model.", "llm."), ("llm.mm_projector", "mm_projector"), ("llm.latent_q", "latent_q"))
+    for old, new in renames:
+        state = {k.replace(old, new): v for k, v in state.items()}
     return load_strict(module, state, source)
 
 
@@ -534,12 +533,11 @@ def unpack_rae(packed, encoder=True):
 
 
 def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
-    """The DiT and RAE of a stage-2 checkpoint or of a release (in folder), frozen, and the checkpoint's dict.
-
-    weights: "ema" or "model". encoder=False: the RAE only decodes; None: no RAE at all.
-    """
+    """Frozen DiT, RAE (encoder=False: it only decodes; None: none) and dict of a checkpoint or a release."""
     official = str(path).removesuffix("/guide") in RELEASES
     state = load_official(str(path), folder) if official else runtime.load_checkpoint(path)
+    if "llm" in state:
+        raise ValueError(f"{path} is a text-to-image checkpoint; draw from it with --prompt")
     if "latent_shape" not in state:
         raise ValueError(f"{path} is no checkpoint of train_dit.py; give one of those")
     if weights not in state:

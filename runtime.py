@@ -83,14 +83,14 @@ def update_ema(ema, model, decay, step):
 
 def step_optimizers(opts, model, clip, loss, step, lr):
     """Clip to norm `clip` (0: none), step if finite, zero the gradients; returns their norm before that."""
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf))
-    if math.isfinite(norm):                                # on all processes alike: DDP averages gradients
-        for opt in opts:
-            opt.param_groups[0]["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+    if math.isfinite(norm := float(getattr(norm, "full_tensor", norm.clone)())):      # of all shards
+        for opt in opts:                                   # on all processes alike: DDP averages gradients
+            for group in opt.param_groups:                 # share: of a group with an lr of its own
+                group["lr"] = lr * group.get("share", 1.0)
             opt.step()
     else:
-        print(f"step {step}: not finite, update left out: loss {float(loss)}, gradient norm {norm}, "
-              f"lr {lr:.1e}", file=sys.stderr)
+        print(f"step {step}: not finite, update left out: loss {loss}, grad {norm}, lr {lr}", file=sys.stderr)
     model.zero_grad(set_to_none=True)
     return norm
 

@@ -3,7 +3,7 @@
 A scene is plain data. Lengths and positions are fractions of the image side, x to the right, y downwards.
 """
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from math import atan, atan2, cos, hypot, pi, remainder, sin, sqrt
 
 import numpy as np
@@ -11,8 +11,7 @@ from scipy import ndimage
 
 PALETTE = {"red": (222, 38, 42), "yellow": (244, 204, 26), "green": (38, 160, 62),     # rgb in 0..255, no two
            "cyan": (30, 196, 214), "blue": (38, 78, 218), "purple": (150, 46, 190)}    # nearer than 118
-COLOURS = tuple(PALETTE)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS, SHAPES = tuple(PALETTE), ("circle", "square", "triangle", "star", "cross", "ring")
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]  # class id = colour * 6 + shape
 COUNTS = "no one two three four five six seven eight nine ten eleven twelve many".split()
 SIZES = {"small": 0.13, "large": 0.175}  # radius of the circle of equal area, the same for all shapes
@@ -95,14 +94,10 @@ def _place(rng, outlines):
     return [(x, y) for x, y, _ in placed]
 
 
-def _plural(name):
-    return name + ("es" if name.endswith("ss") else "s")
-
-
-def _listing(names):
+def listing(names):
     """The names counted and joined, such as "two red circles, a blue star and a green cross"."""
-    counts = {x: names.count(x) for x in names}
-    items = [f"a {x}" if n == 1 else f"{COUNTS[min(n, 13)]} {_plural(x)}" for x, n in counts.items()]
+    items = [f"a {x}" if n == 1 else f"{COUNTS[min(n, 13)]} {x}{'e' * x.endswith('s')}s"
+             for x, n in {x: names.count(x) for x in names}.items()]
     return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:]))) or "nothing"
 
 
@@ -169,33 +164,38 @@ class Scene:
         """Triples (i, word, j): object i is clearly left of, right of, above or below object j."""
         found = []
         for (i, a), (j, b) in permutations(enumerate(self.objects), 2):
-            dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
-            if abs(dx) > CLEAR * abs(dy):
-                found.append((i, "left of" if dx > 0 else "right of", j))
-            elif abs(dy) > CLEAR * abs(dx):
-                found.append((i, "above" if dy > 0 else "below", j))
+            dx, dy = np.subtract(b.centre, a.centre)
+            if max(abs(dx), abs(dy)) > CLEAR * min(abs(dx), abs(dy)):
+                words = ("right of", "left of") if abs(dx) > abs(dy) else ("below", "above")
+                found.append((i, words[bool(dx + dy > 0)], j))
         return found
 
     def caption(self):
         """The plain caption, such as "two red circles and a blue star"."""
-        return _listing([o.name for o in self.objects])
+        return listing([o.name for o in self.objects])
 
     def captions(self):
         """True captions that name every object, the plain one first: order, size, number and position."""
         names, plain = [o.name for o in self.objects], self.caption()
-        found = [plain, f"a picture of {plain}", _listing([f"{o.size} {o.name}" for o in self.objects])]
-        found += [_listing(names[::-1]), f"{_listing(['object'] * len(names))}: {plain}"] * (len(names) > 1)
+        found = [plain, f"a picture of {plain}", listing([f"{o.size} {o.name}" for o in self.objects])]
+        found += [listing(names[::-1]), f"{listing(['object'] * len(names))}: {plain}"] * (len(names) > 1)
         for i, word, j in self.relations():
             if names[i] != names[j]:
                 rest = [name for k, name in enumerate(names) if k not in (i, j)]
-                found.append(f"a {names[i]} {word} a {names[j]}" + f", and {_listing(rest)}" * bool(rest))
+                found.append(f"a {names[i]} {word} a {names[j]}" + f", and {listing(rest)}" * bool(rest))
         return list(dict.fromkeys(found))
+
+    def held_out(self):
+        """Whether it shows a pair of classes (5%), or a class so often (14%), as no scene of stage 3 does."""
+        labels = [o.label for o in self.objects]
+        return any((a + b) % 19 == 0 for a, b in combinations(set(labels), 2)) or \
+            any((a + 5 * n) % 7 == 0 for a in labels if (n := labels.count(a)) > 1)
 
     def questions(self):
         """Pairs (question, answer) on number, presence, colour, shape, size and relative position."""
         names, shapes, colours = ([getattr(o, k) for o in self.objects] for k in ("name", "shape", "colour"))
         things = ["object"] * len(names) + names + shapes + [f"{c} object" for c in colours]
-        found = [(f"how many {_plural(x)} are there?", COUNTS[min(things.count(x), 13)])
+        found = [(f"how many {x}{'e' * x.endswith('s')}s are there?", COUNTS[min(things.count(x), 13)])
                  for x in dict.fromkeys(things)]
         # As many absent as present classes, each sharing an attribute with an object: colour binds to shape.
         near = [c for c in CLASSES if c not in names and (c.split()[0] in colours or c.split()[1] in shapes)]

@@ -32,31 +32,25 @@ SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_de
            "shift_base prediction balance flip cache hold_out weight_decay").split()  # fixed in a resumed run
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+def add_dit_flags(p):
+    """The flags of a DiT, its training and its run, shared with train_t2i.py."""
     # data
     p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
     p.add_argument("--rae", help="checkpoint of train_decoder.py; default: of --init, else the shipped one")
-    p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
-    p.add_argument("--hold_out", type=at_least(0), default=0, help="images kept for evaluation")
-    p.add_argument("--cache", type=at_least(0), default=0, help="images encoded once, kept in RAM")
     p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
-    p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
     p.add_argument("--width", type=at_least(1), default=128, help="of the backbone; a multiple of 4 * heads")
     p.add_argument("--depth", type=at_least(1), default=4, help="blocks of the backbone")
     p.add_argument("--heads", type=at_least(1), default=4, help="attention heads of the backbone")
     p.add_argument("--head_width", type=at_least(0), default=192, help="of the head; 0: none, the plain DiT")
     p.add_argument("--head_depth", type=at_least(1), default=1, help="blocks of the wide head")
     p.add_argument("--head_heads", type=at_least(1), default=4, help="attention heads of the wide head")
-    p.add_argument("--class_dropout", type=at_least(0.0, 1), default=0.1, help="share of null labels, <1")
-    p.add_argument("--init", help="start from a checkpoint's EMA; imagenet256, imagenet512: official")
+    p.add_argument("--class_dropout", type=at_least(0.0, 1), default=0.1, help="share of null conditions, <1")
     # optimisation
     p.add_argument("--batch", type=at_least(1), default=64, help="images per optimizer step, all processes")
     p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
     p.add_argument("--steps", type=at_least(1), default=2400, help="optimizer steps in all")
-    p.add_argument("--lr", type=at_least(1e-9), default=3e-3, help="peak learning rate; the papers use 2e-4")
+    p.add_argument("--lr", type=at_least(1e-9), default=3e-3, help="peak learning rate; papers 2e-4, 5e-4")
     p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9), default=0.02, help="share of --lr; paper 0.1")
     p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
     p.add_argument("--decay_start", type=at_least(0), help="step where decay begins; default: steps / 2")
@@ -68,25 +62,20 @@ def parse_args(argv=None):
     p.add_argument("--shift_base", type=at_least(1e-9), help="n of the shift sqrt(m/n); else 4096, tiny 340")
     p.add_argument("--prediction", choices=("v", "x0"), help="of the model; default v, tiny encoder x0")
     p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
-    p.add_argument("--label_std", type=at_least(0.0), default=1.0, help="class table at first; papers 0.02")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--log_every", type=at_least(1), default=50, help="steps")
     p.add_argument("--save_every", type=at_least(1), default=500, help="steps; the last step is always saved")
     p.add_argument("--preview_every", type=at_least(0), default=500, help="steps between grids; 0: none")
-    p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between EMA evaluations; 0: none")
-    p.add_argument("--eval_n", type=at_least(2), default=360, help="images per evaluation")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     sample.add_sampling_flags(p)
-    args = p.parse_args(argv)
-    if args.init in RELEASES:                                  # goes on as it was trained
-        p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])
-    p.set_defaults(**DIT_SIZES.get(args.model, {}))            # the size, then what was given beside it
-    args = p.parse_args(argv)
+
+
+def check_dit_flags(p, args):
+    """Fill in what depends on other flags, and refuse what can't be trained, through parser.error."""
     args.decay_start = max(args.warmup, args.steps // 2) if args.decay_start is None else args.decay_start
     args.decay_end = max(args.decay_start, args.steps) if args.decay_end is None else args.decay_end
     runtime.check_common(p, args)
@@ -98,12 +87,33 @@ def parse_args(argv=None):
     except ValueError as error:
         p.error(str(error))
     if args.class_dropout == 0 and args.guidance != 1:
-        p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
+        p.error(f"--class_dropout 0 trains no null condition for --guidance {args.guidance}; set it to 1")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")
     if args.rae and not Path(args.rae).exists():
         p.error(f"--rae {args.rae} does not exist; train one with train_decoder.py, or leave the flag out")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    add_dit_flags(p)
+    p.add_argument("--flip", choices=("on", "off"), default="on", help="mirror half of the images")
+    p.add_argument("--hold_out", type=at_least(0), default=0, help="images kept for evaluation")
+    p.add_argument("--cache", type=at_least(0), default=0, help="images encoded once, kept in RAM")
+    p.add_argument("--model", choices=DIT_SIZES, help="sets width, depth, heads, head_* as in the paper")
+    p.add_argument("--init", help="start from a checkpoint's EMA; imagenet256, imagenet512: official")
+    p.add_argument("--label_std", type=at_least(0.0), default=1.0, help="class table at first; papers 0.02")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between EMA evaluations; 0: none")
+    p.add_argument("--eval_n", type=at_least(2), default=360, help="images per evaluation")
+    args = p.parse_args(argv)
+    if args.init in RELEASES:                                  # goes on as it was trained
+        p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])
+    p.set_defaults(**DIT_SIZES.get(args.model, {}))            # the size, then what was given beside it
+    args = p.parse_args(argv)
+    check_dit_flags(p, args)
     return args
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = str(ROOT / "assets" / "tiny_dit.safetensors")
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 

@@ -18,10 +18,22 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Data, batches, check, open_data, square, to_rgb
+from data import batches, check, open_data, square, to_rgb
 from shapes import CLASSES, Scene
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def in_time():
+    """A test that hangs fails after 2 minutes, and every second from then on if the error is caught."""
+    def late(*_):
+        raise TimeoutError("a test hangs")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 120, 1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def picture(colour=(200, 30, 60), size=(40, 40), suffix="png"):
@@ -691,11 +703,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("then, code", [("raise RuntimeError('mine')", 1), ("pass", -2)])
-def test_a_run_with_workers_ends_at_once(then, code, tmp_path):
+def test_a_run_with_workers_ends_at_once(then, code, tmp_path, request):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), then=then))
     run = subprocess.Popen([sys.executable, script], text=True, start_new_session=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    request.addfinalizer(run.kill)  # it would run without end
     assert run.stdout.readline() == "ready\n"
     started = time.time()
     if code == -2:
@@ -708,7 +721,7 @@ def test_a_run_with_workers_ends_at_once(then, code, tmp_path):
         os.killpg(run.pid, 0)
 
 
-class Probe(Data):
+class Probe(open_data):
     """Its texts are the number of torch's threads in the process that made them."""
 
     def __getitem__(self, k):

@@ -13,6 +13,8 @@ from eval_fid import (Moments, evaluate_generation, evaluate_reconstruction, fre
                       verify)
 from shapes import Scene
 
+from conftest import SHIPPED
+
 
 def test_moments_are_those_of_numpy_for_any_batches():
     x = torch.randn(500, 7) * 3 + 100
@@ -78,7 +80,7 @@ def flags(*argv):
 
 
 def test_numbers_do_not_depend_on_the_batch():
-    model, rae, _ = sample.load_dit(sample.SHIPPED, encoder=True)
+    model, rae, _ = sample.load_dit(SHIPPED, encoder=True)
     val, args = open_data("shapes", 64, split="val", objects=1), flags("--sampling_steps", 3)
     one = evaluate_generation(model, rae, val, args, 12, batch=12)
     other = evaluate_generation(model, rae, val, args, 12, batch=5)
@@ -93,7 +95,7 @@ def test_script_prints_the_table_and_one_json_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == metrics == json.loads((tmp_path / "m.json").read_text())
     assert metrics["n"] == 36 and metrics["commit"] and metrics["guidance"] == 1.5
-    metrics = eval_fid.main(flags("--reconstruct", sample.SHIPPED, "--n", 24))
+    metrics = eval_fid.main(flags("--reconstruct", SHIPPED, "--n", 24))
     assert metrics["psnr"] > 20 and 0.5 < metrics["ssim"] <= 1
 
 

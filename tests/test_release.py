@@ -23,7 +23,7 @@ import model as model_module
 import runtime
 import sample
 import train_dit
-from conftest import ROOT
+from conftest import ROOT, SHIPPED
 from model import RAE, Decoder, DiT, build_decoder, build_dit, load_dit, load_official, load_release
 
 SMALL = dict(decoder=(32, 1, 48), dit=(32, 2, 2), guide=(16, 1, 1), head=(48, 1, 3))
@@ -127,7 +127,7 @@ def test_guidance_costs_what_it_must(release):
 
 def test_upsampling_decoder_gives_twice_the_side(tmp_path):
     """256 tokens, patch 32: the other way to 512 px. A checkpoint of stage 2 draws at its decoder's size."""
-    state = runtime.load_checkpoint(sample.SHIPPED)
+    state = runtime.load_checkpoint(SHIPPED)
     state["rae"]["decoder_patch"] = 32
     decoder = build_decoder(state["rae"], 192, 4)
     state["rae"]["decoder"] = decoder.state_dict()
@@ -152,17 +152,17 @@ def test_statistics_of_a_release_go_into_an_rae(release):
     for wrong in ({"variance": var}, {"mean": None, "var": None}):
         with pytest.raises(ValueError, match="the given state has no latent statistics"):
             load_release(rae, wrong)
-    tiny = RAE("tiny", build_decoder(runtime.load_checkpoint(sample.SHIPPED)["rae"], 192, 4))
-    load_release(tiny, sample.SHIPPED)                                 # those in a checkpoint of ours
-    assert torch.equal(tiny.latent_std, load_dit(sample.SHIPPED)[1].latent_std)
+    tiny = RAE("tiny", build_decoder(runtime.load_checkpoint(SHIPPED)["rae"], 192, 4))
+    load_release(tiny, SHIPPED)                                 # those in a checkpoint of ours
+    assert torch.equal(tiny.latent_std, load_dit(SHIPPED)[1].latent_std)
 
 
 def test_our_checkpoints_go_through_the_same_function():
-    state = runtime.load_checkpoint(sample.SHIPPED)
+    state = runtime.load_checkpoint(SHIPPED)
     model = build_dit(state["args"], 192, 4, 36)
-    load_release(model, sample.SHIPPED)
+    load_release(model, SHIPPED)
     assert all(torch.equal(v, state["ema"][k]) for k, v in model.state_dict().items())
-    for path in (sample.SHIPPED, train_dit.SHIPPED_RAE):               # of stage 2 and of stage 1
+    for path in (SHIPPED, train_dit.SHIPPED_RAE):               # of stage 2 and of stage 1
         decoder = load_release(build_decoder(state["rae"], 192, 4), path)
         assert all(torch.equal(v, state["rae"]["decoder"][k]) for k, v in decoder.state_dict().items())
 
@@ -172,11 +172,11 @@ def test_train_dit_starts_from_a_checkpoint_or_a_release(tmp_path, release, monk
     """--init takes weights, RAE and prediction of the checkpoint; other classes get a new table."""
     quick = ["--steps", "1", "--batch", "4", "--preview_every", "0", "--log_every", "1",
              "--workers", "0", "--dtype", "fp32"]
-    shipped = ["--init", sample.SHIPPED, "--width", "192", "--head_width", "256", *quick]
+    shipped = ["--init", SHIPPED, "--width", "192", "--head_width", "256", *quick]
     monkeypatch.undo()                                                 # the tiny encoder is needed here
     monkeypatch.setattr(runtime, "step_optimizers", lambda *args: 0.0)  # the weights stay
     train_dit.main(train_dit.parse_args([*shipped, "--out", str(tmp_path / "same")]))
-    was, now = runtime.load_checkpoint(sample.SHIPPED), runtime.load_checkpoint(tmp_path / "same/last.pt")
+    was, now = runtime.load_checkpoint(SHIPPED), runtime.load_checkpoint(tmp_path / "same/last.pt")
     assert all(torch.equal(was["ema"][k], v) for k, v in now["model"].items())
     assert now["args"]["prediction"] == "x0"
     assert torch.equal(now["rae"]["latent_var"], was["rae"]["latent_var"])
@@ -191,7 +191,7 @@ def test_train_dit_starts_from_a_checkpoint_or_a_release(tmp_path, release, monk
     assert fresh.pop(table).shape == (3, 192)
     assert all(torch.equal(was["ema"][k], v) for k, v in fresh.items())
     with pytest.raises(ValueError, match="(?s)--init .*tiny_dit.* does not fit DiTDH; build it with"):
-        train_dit.main(train_dit.parse_args(["--init", sample.SHIPPED, *quick, "--out", str(tmp_path / "n")]))
+        train_dit.main(train_dit.parse_args(["--init", SHIPPED, *quick, "--out", str(tmp_path / "n")]))
     args = train_dit.parse_args(["--init", "imagenet256", "--out", str(tmp_path / "official")])
     assert (args.width, args.depth, args.head_width) == (1152, 28, 2048)      # the sizes come with the name
 
@@ -310,7 +310,7 @@ def test_a_killed_process_leaves_only_whole_images_and_others_settings_are_not_m
 
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
     """Killed, retrained under the same name and to the same step: the images drawn before are not reused."""
-    state, drawn = runtime.load_checkpoint(sample.SHIPPED), killed_after(4, monkeypatch)
+    state, drawn = runtime.load_checkpoint(SHIPPED), killed_after(4, monkeypatch)
     for bias, first in ((0.0, 0), (0.0, 4), (0.1, 0)):
         state["ema"]["final_layer.linear.bias"] += bias
         runtime.save_checkpoint(tmp_path / "last.pt", **state)

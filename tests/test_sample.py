@@ -9,8 +9,10 @@ from PIL import Image
 
 import runtime
 import sample
-from sample import autoguidance, cfg, euler, euler_maruyama, generate, heun, load_dit, time_grid
+from sample import (autoguidance, cfg, draw, euler, euler_maruyama, generate, heun, load_dit, time_grid,
+                    to_images)
 
+from conftest import SHIPPED
 from test_model import shake, small
 
 
@@ -79,7 +81,7 @@ def test_every_solver_reaches_the_mean_and_covariance_of_a_gaussian(solver, step
 
 def test_reverse_ode_returns_to_the_image():
     """A drawn image -> noise -> image, along the same ODE: the noise and the image both come back."""
-    model, rae, _ = load_dit(sample.SHIPPED)
+    model, rae, _ = load_dit(SHIPPED)
     eps, y = sample.noise((192, 4, 4), 0, range(2)), torch.tensor([8, 35])
     times = time_grid(200, math.sqrt(eps[0].numel() / model.shift_base))
     with torch.no_grad():
@@ -114,18 +116,35 @@ def test_guidance_of_scale_1_is_conditional_and_costs_one_forward():
     torch.testing.assert_close(guided, start + 1.5 * (conditional - start), atol=1e-5, rtol=1e-5)
 
 
+def test_guidance_by_conditions_of_many_tokens():
+    """y: b n d; the null condition broadcasts to it and makes the second half of the batch."""
+    seen, x, t = [], torch.randn(2, 8, 4, 4), torch.rand(2)
+    y, null = torch.randn(2, 5, 6), torch.randn(1, 6)
+
+    def model(x, t, y):
+        seen.append(y)
+        return x * y.mean((1, 2)).view(-1, 1, 1, 1)
+    guided = cfg(model, y, null, 3.0)(x, t)
+    assert torch.equal(seen[0], torch.cat([y, null.expand_as(y)]))
+    start = model(x, t, null.expand_as(y))
+    torch.testing.assert_close(guided, start + 3 * (model(x, t, y) - start))
+    assert torch.equal(cfg(model, y, null, 1.0)(x, t), model(x, t, y))
+
+
 FLAGS = argparse.Namespace(seed=3, guidance=2.0, interval=(0, 1), solver="euler",
                            sampling_steps=4, release_grid=False)
 
 
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
 def test_images_do_not_depend_on_the_batch(solver):
-    model, rae, _ = load_dit(sample.SHIPPED)
+    model, rae, _ = load_dit(SHIPPED)
     labels, flags = [0, 7, 14, 21, 28], argparse.Namespace(**{**vars(FLAGS), "solver": solver})
     together = generate(model, rae, labels, flags)
     apart = torch.cat([generate(model, rae, labels[i:i + 1], flags, [i]) for i in range(5)])
     assert together.shape == (5, 64, 64, 3) and together.dtype == torch.uint8
     assert (together.int() - apart.int()).abs().max() <= 1             # a rounding at most
+    latents = draw(model, torch.tensor(labels), flags, range(5))
+    assert latents.shape == (5, 192, 4, 4) and torch.equal(to_images(rae, latents), together)
     flags.seed = 4
     other = generate(model, rae, labels, flags)
     assert (together.int() - other.int()).abs().max() > 20
@@ -149,7 +168,7 @@ def test_script_writes_grid_folder_and_npz(tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (2 * 66 + 2, 28 + 3 * 66 + 2)
     run("--labels", "none", "--n", 2, "--sampling_steps", 2, "--solver", "heun",
         "--out", tmp_path / "none.png")
-    run(*quick, "--weak_ckpt", sample.SHIPPED, "--guidance", 1.5, "--out", tmp_path / "same.npz")
+    run(*quick, "--weak_ckpt", SHIPPED, "--guidance", 1.5, "--out", tmp_path / "same.npz")
     run(*quick, "--guidance", 1, "--out", tmp_path / "plain.npz")      # guided by itself: nothing changes
     same, plain = (np.load(tmp_path / f"{x}.npz")["arr_0"].astype(int) for x in ("same", "plain"))
     assert np.abs(same - plain).max() <= 1
@@ -170,7 +189,7 @@ def test_bad_flags_are_refused(argv, message, capsys):
 
 
 def test_weak_checkpoint_must_share_the_latents(tmp_path):
-    state = runtime.load_checkpoint(sample.SHIPPED)
+    state = runtime.load_checkpoint(SHIPPED)
     state["rae"]["latent_mean"] = state["rae"]["latent_mean"] + 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt has other classes or latents than --ckpt"):
