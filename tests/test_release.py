@@ -77,7 +77,7 @@ def test_one_command_draws_with_the_papers_sampler(release, tmp_path, monkeypatc
     monkeypatch.setattr(sample, "time_grid", lambda *a: shifts.append(a[1]) or grid(*a))
     out = tmp_path / "out.png"
     run("--release", name, "--release_dir", release, "--sampling_steps", 2, "--n", 2, "--out", out)
-    assert Image.open(out).size == (2 * (side + 2) + 2, 28 + side + 4)
+    assert Image.open(out).size == (2 * (side + 2) + 2, 16 + side + 4)
     assert abs(shifts[0] - {256: 6.928, 512: 13.856}[side]) < 1e-3
     run("--release", name, "--release_dir", release, "--sampling_steps", 2, "--n", 1, "--guidance", 1,
         "--labels", "golden_retriever", "--out", tmp_path / "plain.npz")
@@ -225,7 +225,7 @@ def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch, capsys
     assert [now["args"][k] for k in ("ema", "label_std", "time_law")] == [0.9995, 0.02, "logit_normal"]
     with pytest.raises(SystemExit):
         train_dit.parse_args(["--release_dir", str(release)])
-    assert "--release_dir needs --init imagenet256" in capsys.readouterr().err
+    assert "--release_dir needs --init with one of imagenet256" in capsys.readouterr().err
     run("--ckpt", tmp_path / "run/last.pt", "--n", 1, "--sampling_steps", 1, "--out", tmp_path / "one.png")
     for argv, message in (([], "needs --data: a folder or tars of ImageNet"),
                           (["--reconstruct", "a.pt"], "--release and --reconstruct exclude each other")):
@@ -385,7 +385,7 @@ def test_bad_flags_and_labels_are_told(release, capsys):
     with pytest.raises(ValueError, match="--labels crane: not among"):    # two classes have that name
         run("--release", "imagenet256", "--release_dir", release, "--labels", "crane")
     for argv, message in ((["--release", "imagenet1k"], "invalid choice: 'imagenet1k'"),
-                          (["--release_dir", "x"], "--release_dir needs --release imagenet256"),
+                          (["--release_dir", "x"], "--release_dir needs --release with one of imagenet256"),
                           (["--release", "imagenet256", "--ckpt", "a.pt"], "not allowed with argument"),
                           (["--sampling_steps", "-5"], "--sampling_steps: -5 must be at least 1"),
                           (["--release_grid", "--sampling_steps", "1"], "needs --sampling_steps 2")):
