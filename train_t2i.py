@@ -90,7 +90,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.llm_lr = args.lr / (10 if args.llm or args.init else 3) if args.llm_lr is None else args.llm_lr
     scratch = not (args.llm or args.init or args.recipe)
-    args.regression = float(scratch) if args.regression is None else args.regression
+    args.regression = float(scratch) if args.regression is None and not args.init else args.regression
     args.llm_start = 500 * scratch if args.llm_start is None else args.llm_start
     args.decay_start = args.warmup if args.recipe and args.decay_start is None else args.decay_start
     check_dit_flags(p, args)
@@ -348,6 +348,8 @@ def main(args):
     prompts = [talk[0][1] for talk in talks if "<image>" in talk[1][1] and len(talk) == 2 and talk[0][1]]
     usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
     vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
+    if args.regression is None:                                         # --init: as it was trained, too
+        args.regression = init["args"].get("regression", 0.0)
     rae = unpack_rae(packed).to(device)
     torch.manual_seed(args.seed)
     llm = tokenizer = None                                              # --init: of the checkpoint

@@ -19,7 +19,8 @@ TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_laye
             num_key_value_heads=2, rope_theta=1e4)
 TURNS = [("user", "draw a red circle"), ("assistant", "Here:\n<image>"), ("user", "and?"),
          ("assistant", "no")]
-SYSTEM = "<|im_start|>system\nyou are a helpful assistant.<|im_end|>\n"     # the shipped tokenizer lowers case
+# The shipped tokenizer lowers case.
+SYSTEM = "<|im_start|>system\nyou are a helpful assistant.<|im_end|>\n"
 WORLD = ["two red circles and a blue star", "  spaces,\n\n newlines!\n", "it's 1234 don't",
          "图像 är schön é e\u0301",
          "صورة جميلة", "🙂👩‍👩‍👧 ok", "", "\t\r\n x"]
@@ -118,7 +119,7 @@ def test_encode_equals_transformers(tokenizer):
                             "+ '<|im_end|>' + '\n'}}{% endfor %}")
     messages = [{"role": r, "content": c} for r, c in (
         ("system", "You are a helpful assistant."), ("user", "how many?"), ("assistant", "two."))]
-    assert theirs.apply_chat_template(messages, tokenize=False) == literal
+    assert theirs.apply_chat_template(messages, tokenize=False).lower() == literal
 
 
 # ------------------------------------------------------------------------------ cache and padding

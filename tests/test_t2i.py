@@ -346,7 +346,7 @@ def test_the_language_model_has_its_own_rate_and_can_be_frozen(tmp_path, monkeyp
     go(train_t2i, *FLAGS, "--steps", 4, "--freeze_llm", "--out", tmp_path / "b")
     for key, value in load(tmp_path / "b")["model"].items():
         moved.setdefault(key.split(".")[0], []).append(not torch.equal(before[key], value))
-    assert not any(moved.pop("llm")) and all(map(any, moved.values())) and len(moved) == 4
+    assert not any(moved.pop("llm")) and all(map(any, moved.values())) and len(moved) == 5
     assert difference(*({k: v for k, v in load(tmp_path / "b")[net].items() if k.startswith("llm.")}
                         for net in ("model", "ema"))) == 0
 
@@ -410,6 +410,7 @@ def test_preview_finetuning_and_sampling(tmp_path):
     go(train_t2i, *FLAGS, *init, "--steps", 1, "--lr", 1e-9, "--questions", 0, "--out", tmp_path / "b")
     one, two = load(tmp_path / "a"), load(tmp_path / "b")
     assert difference(one["ema"], two["model"]) < 1e-6 < difference(one["ema"], one["model"])
+    assert two["args"]["regression"] == one["args"]["regression"] == 1
     assert two["asked"] >= one["asked"] > 0 and two["args"]["llm_lr"] == 1e-10
     assert two["args"]["prediction"] == one["args"]["prediction"] and difference(one["rae"], two["rae"]) == 0
     with pytest.raises(ValueError, match="(?s)--init .*last.pt does not fit T2I.*dit.pos_embed: shape"):
