@@ -87,7 +87,7 @@ def check_dit_flags(p, args):
     except ValueError as error:
         p.error(str(error))
     if args.class_dropout == 0 and args.guidance != 1:
-        p.error(f"--class_dropout 0 trains no null condition for --guidance {args.guidance}; set it to 1")
+        p.error(f"--class_dropout 0 trains no null class for --guidance {args.guidance}; add --guidance 1")
     if not args.warmup <= args.decay_start <= args.decay_end:
         p.error(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end {args.decay_end} "
                 f"must not decrease; lower --warmup")

@@ -151,7 +151,7 @@ class T2I(nn.Module):
 
     llm: Qwen2. tokenizer: its Tokenizer. dit: text-conditioned DiT or DiTDH. connector: "linear" or "mlp2".
     forward: ids b l, labels b l, kind b of tokenise(), latents b c h w; t k and eps k c h w, k = draws *
-        max(1, images to draw) -> sum of the cross-entropy, flow-matching error of each noisy latent: k.
+        max(1, images to draw) -> cross-entropy, summed; errors of regression (b) and flow matching (k).
     Source: arXiv 2601.16208 section 3, names as released: the prompt, then n = h*w learned queries, causal;
         the final state of query i conditions latent token i. Images to understand: mm_projector.
     """
@@ -343,9 +343,6 @@ def main(args):
     data = open_data(args.data, packed["size"], args.seed, objects=(1, 1, 2, 2, 3, 4),
                      chat=partial(converse, questions=args.questions))
     check(data, args.batch)
-    val = open_data(args.data, packed["size"], split="val", chat=partial(converse, questions=0.0))
-    talks = [val[k]["text"] for k in range(200)]
-    prompts = [talk[0][1] for talk in talks if "<image>" in talk[1][1] and len(talk) == 2 and talk[0][1]]
     usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
     vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
     if args.regression is None:                                         # --init: as it was trained, too
@@ -357,8 +354,7 @@ def main(args):
         llm, tokenizer = load_qwen2(args.llm)
         llm.resize(len(tokenizer) - tokenizer.added).resize(len(tokenizer))     # rows of <im_start>, <im_end>
     elif not init:
-        tokenizer, d = Tokenizer(TOKENIZER), args.llm_width
-        heads = args.llm_heads
+        tokenizer, d, heads = Tokenizer(TOKENIZER), args.llm_width, args.llm_heads
         llm = Qwen2(len(tokenizer), d, 2 * d, args.llm_depth, heads, heads, 1e4, 1e-6, False)
         for weight in (w for w in llm.parameters() if w.ndim == 2):     # 0.02 is too little for small widths:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)        # prompts would not reach the queries
@@ -391,7 +387,11 @@ def main(args):
     parallel = world > 1 and not args.shard
     step_model = DistributedDataParallel(model, broadcast_buffers=False) if parallel else model
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
-    previews = args.preview_every and prompts and rank == 0 and not args.shard
+    prompts = []                                                        # of the previews
+    if args.preview_every and rank == 0 and not args.shard:
+        val = open_data(args.data, packed["size"], split="val", chat=partial(converse, questions=0.0))
+        talks = [talk for k in range(60) if "<image>" in (talk := val[k]["text"])[1][1] and len(talk) == 2]
+        prompts = [ask for (_, ask), _ in talks if ask][:12]
 
     def save(step):
         weights = {k: full.get_model_state_dict(net, options=options)
@@ -404,7 +404,7 @@ def main(args):
 
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
     sums, by_t = torch.zeros(2, 2, BINS, device=device)    # losses and counts: of a step, of a log interval
-    words, cut = torch.zeros(4, device=device), 0          # of a log interval: tokens, images, errors
+    words, cut = torch.zeros(4, device=device), 0          # of an interval: losses and their counts
     for step, parts in groupby(stream, key=lambda part: part[0]):
         parts = [(m, images, *tokenise(tokenizer, talks, model.n, args.context))
                  for _, m, images, _, talks in parts]
@@ -427,14 +427,14 @@ def main(args):
             args.shard and model.set_requires_gradient_sync(last)
             with step_model.no_sync() if parallel and not last else contextlib.nullcontext():
                 with runtime.autocast(device, args.dtype):
-                    where = [x.to(device) for x in (ids, labels, kind)]
-                    ce, error, loss = step_model(*where[:2], latents, where[2], t, eps)
+                    ids, labels, kind = (x.to(device) for x in (ids, labels, kind))
+                    ce, error, loss = step_model(ids, labels, latents, kind, t, eps)
                 loss = loss * t.square() if model.dit.prediction == "x0" else loss      # k: the error of x0
                 at = (t * BINS).long().clamp(max=BINS - 1)              # k
                 weight = 1 / level[at] if args.balance == "on" else 1.0
                 flow = (weight * loss).sum() / max(1, drawn * args.draws) * (real > 0)
-                # Means over the whole batch, however it is split; the processes' gradients are averaged.
                 error = error.sum() * (real > 0)
+                # Means over the whole batch, however it is split; the processes' gradients are averaged.
                 (world * (ce / max(1, tokens) + args.regression * error / max(1, drawn)
                           + args.flow_weight * flow)).backward()
             keep = torch.full_like(loss, real > 0)
@@ -459,10 +459,10 @@ def main(args):
             by_t, words, cut = torch.zeros_like(by_t), torch.zeros_like(words), 0
         if done % args.save_every == 0 or done == args.steps:
             save(done)
-        if previews and (done % args.preview_every == 0 or done == args.steps):
+        if prompts and (done % args.preview_every == 0 or done == args.steps):
             how = argparse.Namespace(best_of=1, **vars(args))
-            images = sample.generate(ema.eval(), rae, prompts[:12], how)
-            sample.draw_grid(images, prompts[:12]).save(f"{args.out}/preview_{done:07d}.png")
+            images = sample.generate(ema.eval(), rae, prompts, how)
+            sample.draw_grid(images, prompts).save(f"{args.out}/preview_{done:07d}.png")
             model.train()
 
 

@@ -235,7 +235,7 @@ def test_plain_dit_and_named_sizes(tmp_path):
 @pytest.mark.parametrize("script, argv, message", [
     (train_dit, ["--width", "1150", "--heads", "16"], "--width 1150 must be a multiple of --heads 16"),
     (train_dit, ["--class_dropout", "1"], "--class_dropout: 1 must be at least 0.0 and below 1"),
-    (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null condition for --guidance 1.5"),
+    (train_dit, ["--class_dropout", "0"], "--class_dropout 0 trains no null class for --guidance 1.5"),
     (train_dit, ["--eval_n", "1"], "--eval_n: 1 must be at least 2"),
     (train_dit, ["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
     (train_dit, ["--decay_start", "9", "--warmup", "10"], "--warmup 10, --decay_start 9"),
