@@ -98,12 +98,16 @@ class Qwen2(nn.Module):
         return self
 
     @torch.no_grad()
-    def greedy(self, x, valid, stop, most):                             # x: b l d, valid: b l or None
-        """The likeliest tokens, at most `most`, till all rows have had `stop`: b m, stop after stop."""
+    def generate(self, x, valid, stop, most, luck=None):                # x: b l d, valid: b l or None
+        """The likeliest tokens, at most `most`, till all rows have had `stop`: b m, stop after stop.
+        luck: b most in [0,1): drawn by it from those at least 1/4 as likely as the likeliest. 2407.01082"""
         cache, ids = Cache(), x.new_empty(len(x), 0, dtype=torch.long)  # b 0
+        least, luck = (1.0, x.new_zeros(len(x), most)) if luck is None else (0.25, luck)
         x = self(x, cache, valid)[torch.arange(len(x), device=x.device), cache.valid.sum(1) - 1]    # b d
         while ids.shape[1] < most and not (done := (ids == stop).any(1)).all():
-            new = self.logits(x).argmax(-1).masked_fill(done, stop)     # b
+            p = self.logits(x).float().softmax(-1)                      # b vocab
+            p = (p * (p >= least * p.amax(1, keepdim=True))).cumsum(1)  # b vocab
+            new = (p <= luck[:, ids.shape[1], None] * p[:, -1:]).sum(1).masked_fill(done, stop)     # b
             ids = torch.cat([ids, new[:, None]], 1)                     # b m
             x = self(self.embed_tokens(new[:, None]), cache)[:, 0]      # b d
         return ids

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from tqdm import tqdm
 
+DTYPE = ("fp32", "bf16")[torch.cuda.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()]
+
 
 def setup():
     """Join the process group of torchrun, if any. Returns (rank, world, device). nccl on GPU, gloo on CPU."""
@@ -128,9 +130,7 @@ def load_checkpoint(path):
 
 
 def resume(args, shaping):
-    """The checkpoint of --resume, or None. ValueError if a flag of `shaping` has changed; None: as it was."""
-    if not args.resume:
-        return None
+    """The checkpoint of --resume. ValueError if a flag of `shaping` has changed; None: as it was."""
     state = load_checkpoint(Path(args.out) / "last.pt")
     vars(args).update({k: state["args"].get(k) for k in shaping if getattr(args, k) is None})
     for key in shaping:
@@ -149,7 +149,7 @@ def at_least(low, below=math.inf):
     """A type for argparse: a number of the type of `low`, in [low, below)."""
     def number(text):
         if not low <= type(low)(text) < below:
-            top = f" and below {below}" if below < math.inf else ""
+            top = f" and below {below}" * (below < math.inf)
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{top}")
         return type(low)(text)
     return number

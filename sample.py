@@ -120,15 +120,21 @@ def load_models(args, device, encoder=False):
     return model, rae, state, weak
 
 
+def draw_prompts(t2i, prompts, args, indices):             # -> latents b c h w of b prompts
+    texts = prompts if t2i.plan else [*dict.fromkeys(prompts)]         # plans differ, prompts need not
+    luck = torch.special.ndtr(noise((t2i.plan,), args.seed, indices, 10 ** 6)) if t2i.plan else None
+    y = t2i.conditions(texts, luck)
+    return draw(t2i.dit, y if t2i.plan else y[[texts.index(x) for x in prompts]], args, indices)
+
+
 def best_of(t2i, prompts, args, indices):
     """Latents b c h w for b prompts: of --best_of candidates each, the one that --verifier scores highest."""
     n = args.best_of
-    with torch.no_grad():
-        y = t2i.conditions(prompts).repeat_interleave(n, 0)            # b*n tokens d
-    z = draw(t2i.dit, y, args, [i * n + j for i in indices for j in range(n)])
+    prompts = [text for text in prompts for _ in range(n)]
+    z = draw_prompts(t2i, prompts, args, [i * n + j for i in indices for j in range(n)])       # b*n c h w
     if n == 1:
         return z
-    scores = t2i.scores(z, [text for text in prompts for _ in range(n)], args.verifier)
+    scores = t2i.scores(z, prompts, args.verifier)
     return z[[max(range(k, k + n), key=scores.__getitem__) for k in range(0, len(z), n)]]
 
 

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default="runs/decoder", help="folder of the run")
     p.add_argument("--seed", type=at_least(0), default=0)
     p.add_argument("--stats_n", type=at_least(0), default=5000, help="images for latent statistics; 0: all")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="default: bf16 where fast")
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
     p.add_argument("--log_every", type=at_least(1), default=100, help="steps")
     p.add_argument("--save_every", type=at_least(1), default=1000, help="steps; the last is always saved")
@@ -159,7 +159,7 @@ def main(args):
     args.decoder_patch = args.decoder_patch or args.size // encoder.grid
     side = encoder.grid * args.decoder_patch               # of the decoder's images, 2 x size if it upsamples
     data.size = val.size = max(side, args.size)
-    resumed = runtime.resume(args, SHAPING)
+    resumed = args.resume and runtime.resume(args, SHAPING)
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()

@@ -64,7 +64,7 @@ def add_dit_flags(p):
     p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="default: bf16 where fast")
     p.add_argument("--log_every", type=at_least(1), default=50, help="steps")
     p.add_argument("--save_every", type=at_least(1), default=500, help="steps; the last step is always saved")
     p.add_argument("--preview_every", type=at_least(0), default=500, help="steps between grids; 0: none")
@@ -134,7 +134,7 @@ def replay(data, rae, args, start, rank, world, device):
 def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
-    resumed = runtime.resume(args, SHAPING)
+    resumed = args.resume and runtime.resume(args, SHAPING)
     init = {} if resumed or not args.init else load_dit(args.init, encoder=None, folder=args.release_dir)[2]
     packed = (resumed or not args.rae and init or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
     if packed is None:

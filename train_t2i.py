@@ -41,7 +41,7 @@ from train_dit import BINS, PAPERS, SHIPPED_RAE, TINY, add_dit_flags, check_dit_
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 SHAPING = ("rae data llm llm_width llm_depth llm_heads connector seed batch micro_batch width depth heads "
            "head_width head_depth head_heads class_dropout shift_base prediction balance draws questions "
-           "context flow_weight regression llm_start freeze_llm weight_decay").split()    # fixed in a run
+           "context plan flow_weight regression llm_start freeze_llm weight_decay").split()   # fixed in a run
 COMMON = dict(lr_end=0.0, ema=0.0, time_law="logit_normal", shift_base=4096, prediction="v", balance="off",
               draws=1, solver="euler", sampling_steps=50)
 RECIPES = {                                                             # tables 8 and 9 of arXiv 2601.16208
@@ -54,6 +54,7 @@ REWORD = (("(left|right) of", r"to the \1 of"), ("below", "under"), (r"\ba ", "o
           ("two", "2"), ("three", "3"), (" and ", " with "), (f"({'|'.join(COLOURS)}) (\\w+)", r"\2 in \1"))
 PAD = -100                                                              # an id and a label of nothing
 ALIGN, DESCRIBE = "Does this image align with the prompt: {}?", "Describe this image."     # Scale-RAE's words
+WHERE = "Where is everything?"
 
 
 def parse_args(argv=None):
@@ -61,8 +62,9 @@ def parse_args(argv=None):
                                 allow_abbrev=False)
     add_dit_flags(p)
     # data
-    p.add_argument("--questions", type=at_least(0.0, 1), default=0.2, help="of scenes, to understand; <1")
-    p.add_argument("--context", type=at_least(1), default=160, help="tokens; longer prompts are cut")
+    p.add_argument("--questions", type=at_least(0.0, 1), default=0.3, help="of scenes, to understand; <1")
+    p.add_argument("--plan", type=at_least(0), help="most tokens said before an image is drawn; small LM 40")
+    p.add_argument("--context", type=at_least(1), default=320, help="tokens; longer prompts are cut")
     # model
     p.add_argument("--llm", help="Qwen2 to start from, hub name or folder; default: a small one from scratch")
     p.add_argument("--llm_width", type=at_least(1), default=128, help="of the one from scratch")
@@ -92,6 +94,7 @@ def parse_args(argv=None):
     scratch = not (args.llm or args.init or args.recipe)
     args.regression = float(scratch) if args.regression is None and not args.init else args.regression
     args.llm_start = 500 * scratch if args.llm_start is None else args.llm_start
+    args.plan = 40 * scratch if args.plan is None and not args.init else args.plan
     args.decay_start = args.warmup if args.recipe and args.decay_start is None else args.decay_start
     check_dit_flags(p, args)
     if args.llm_width % (2 * args.llm_heads):
@@ -115,10 +118,15 @@ def reword(text, rng):
 
 
 def altered(scene, rng):
-    """The scene with all places mirrored, one object less, or one of another colour or shape."""
-    objects, how = list(scene.objects), rng.integers(3)
+    """The scene with all places mirrored, one object less, colours swapped, or one colour or shape new."""
+    objects, how = list(scene.objects), rng.integers(4)
     if how == 0 and 1 < len({o.name for o in objects}) == len(objects):    # reverses each relation
         return Scene([Object(o.shape, o.colour, o.size, (1 - o.centre[0], 1 - o.centre[1])) for o in objects])
+    if how == 1 and 1 < len(objects):
+        a, b, *rest = (objects[i] for i in rng.permutation(len(objects)))
+        if a.shape != b.shape and a.colour != b.colour:
+            return Scene([Object(a.shape, b.colour, a.size, a.centre),
+                          Object(b.shape, a.colour, b.size, b.centre), *rest])
     old = objects.pop(rng.integers(len(objects)))
     if how == 2 or not objects:
         near = [c for c in CLASSES if len({*c.split()} & {old.colour, old.shape}) == 1]
@@ -127,21 +135,39 @@ def altered(scene, rng):
     return Scene(objects)
 
 
-def converse(scene, rng, questions):
-    """A conversation about a scene: a prompt and the image, or with probability `questions` two answers."""
+def layout(objects, thing=None):
+    """What is where, on a board of columns a to j from the left, rows 0 to 9 from the top; of a thing ("star",
+    "red star", "red object") the places alone."""
+    found = [(o, f"{'abcdefghij'[int(10 * o.centre[0])]}{int(10 * o.centre[1])}") for o in objects
+             if thing in (None, o.name, o.shape, f"{o.colour} object")]
+    return ", ".join(cell if thing else f"{o.size} {o.name} {cell}" for o, cell in found) or "nowhere"
+
+
+def converse(scene, rng, questions, plan=True):
+    """A conversation about a scene: prompt, plan and image, or with probability `questions` three answers."""
     texts, rng = scene.captions(), rng.spawn(1)[0]         # as data.py gives it, it is what drew the scene
     if rng.random() >= questions:
         texts.append(listing([o.shape for o in scene.objects]))
-        return [("user", reword(texts[rng.integers(len(texts))], rng)), ("assistant", "<image>")]
+        placed = [text for text in texts if re.search(" (left of|right of|above|below) ", text)]
+        texts = placed if placed and rng.random() < 0.4 else texts      # the hardest to learn
+        text = texts[rng.integers(len(texts))]
+        order = sorted(scene.objects, key=lambda o: next(               # that of the prompt
+            text.find(x) for x in (f"{o.size} {o.name}", o.name, o.shape) if x in text))
+        return [("user", reword(text, rng)), ("assistant", layout(order) * bool(plan) + "<image>")]
     other = altered(scene, rng)                            # what is held out is not taught as wrong either
     wrong = [text for text in other.captions() if text not in texts and not other.held_out()]
     asked, text = scene.questions(), texts[rng.integers(len(texts))]
     fits = (ALIGN.format(reword(text, rng)), "yes")
     if wrong and rng.random() < 1 / 2:
         fits = (ALIGN.format(reword(wrong[rng.integers(len(wrong))], rng)), "no")
-    one, more = (asked[i] for i in rng.integers(len(asked), size=2))
-    pairs = [one, (fits, fits, (DESCRIBE, text), more)[rng.integers(4)]]
-    turns = [turn for i in rng.permutation(2) for turn in zip(("user", "assistant"), pairs[i])]
+    seen = sorted(scene.objects, key=lambda o: o.centre[::-1])          # from the top down
+    name = (CLASSES[rng.integers(len(CLASSES))], *[o.name for o in seen] * 2)[rng.integers(2 * len(seen) + 1)]
+    thing = (name, name.split()[0] + " object", *[name.split()[1]] * 2)[rng.integers(4)]   # shapes are hard
+    find = f"where is the {thing}?", layout(seen, thing)
+    kinds = [[pair for pair in asked if pair[0][:7] == kind] for kind in {q[:7]: 0 for q, _ in asked}]
+    one, more = (kinds[i][rng.integers(len(kinds[i]))] for i in rng.integers(len(kinds), size=2))
+    pairs = [one, fits, (more, (DESCRIBE, text), (WHERE, layout(seen)), find, find)[rng.integers(5)]]
+    turns = [turn for i in rng.permutation(len(pairs)) for turn in zip(("user", "assistant"), pairs[i])]
     return [("user", "<image>\n" + turns[0][1]), *turns[1:]]
 
 
@@ -155,8 +181,9 @@ class T2I(nn.Module):
     Source: arXiv 2601.16208 section 3, names as released: the prompt, then n = h*w learned queries, causal;
         the final state of query i conditions latent token i. Images to understand: mm_projector.
     """
-    def __init__(self, llm, tokenizer, dit, connector, regression=False):
+    def __init__(self, llm, tokenizer, dit, connector, regression=False, plan=0):
         super().__init__()
+        self.plan = plan
         self.llm, self.tokenizer, self.dit, self.n = llm, tokenizer, dit, dit.grid ** 2
         d, width = llm.config["hidden_size"], dit.pos_embed.shape[2]
         self.latent_queries = nn.Parameter(torch.randn(self.n, d) / d ** 0.5)
@@ -204,16 +231,27 @@ class T2I(nn.Module):
         return self.embed(ids, latents, kind > 0)[0], ids, labels, kind
 
     @torch.no_grad()
-    def conditions(self, prompts):
-        """Conditions of the DiT for a list of b prompts: b n d fp32."""
+    def plans(self, prompts, luck=None):
+        """What the model says to b prompts before it draws: b texts. luck: b plan in [0,1); None: likeliest.
+        """
         none = self.latent_queries.new_zeros(len(prompts), self.dit.in_channels, self.dit.grid, self.dit.grid)
-        x, ids, _, kind = self.read(none, [[("user", text), ("assistant", "<image>")] for text in prompts])
+        x, ids, _, _ = self.read(none, [[("user", text)] for text in prompts], answer=False)
+        said = self.llm.generate(x, ids != PAD, self.tokenizer.image_start, self.plan, luck)
+        return [self.tokenizer.decode(row) for row in said.tolist()]
+
+    @torch.no_grad()
+    def conditions(self, prompts, luck=None):
+        """Conditions of the DiT for a list of b prompts, after what plans() says: b n d fp32."""
+        none = self.latent_queries.new_zeros(len(prompts), self.dit.in_channels, self.dit.grid, self.dit.grid)
+        plans = self.plans(prompts, luck) if self.plan else [""] * len(prompts)
+        x, ids, _, kind = self.read(none, [[("user", text), ("assistant", f"{plan}<image>")]
+                                           for text, plan in zip(prompts, plans)])
         return self.condition(self.llm(x)[ids == IMAGE].unflatten(0, (-1, self.n)), kind)
 
     def ask(self, latents, questions, most=16):
         """The model's answers, greedy, to one question about each latent b c h w: a list of b texts."""
         x, ids, _, _ = self.read(latents, [[("user", f"<image>\n{q}")] for q in questions], answer=False)
-        told = self.llm.greedy(x, ids != PAD, self.tokenizer.end, most)                        # b m
+        told = self.llm.generate(x, ids != PAD, self.tokenizer.end, most)                        # b m
         return [self.tokenizer.decode(row).strip() for row in told.tolist()]
 
     @torch.no_grad()
@@ -244,7 +282,7 @@ class T2I(nn.Module):
         if verifier == "answer":
             p = self.llm.logits(hidden[rows, end])[:, 0].float().softmax(-1)                   # b vocab
             return (p[:, yes].sum(1) / p[:, yes + no].sum(1)).tolist()
-        told = self.llm.greedy(x, ids != PAD, self.tokenizer.end, 8)    # b m
+        told = self.llm.generate(x, ids != PAD, self.tokenizer.end, 8)    # b m
         ids = [torch.cat([row[:n + 1], more]) for row, n, more in zip(ids, end, told)]
         x, _ = self.embed(pad_sequence(ids, True, PAD), latents, rows[:, 0] < 0)               # b l d
         hidden = self.llm(x)[rows, end + torch.arange(told.shape[1], device=x.device)]         # b m d
@@ -271,7 +309,7 @@ def tokenise(tokenizer, conversations, n, context=None, answer=True):
 def assemble(args, state, llm=None, tokenizer=None):       # of the flags as a dict and a checkpoint's dict
     dit, llm = build_dit(args, *state["latent_shape"][:2], None), llm or Qwen2(**state["llm"])
     return T2I(llm, tokenizer or Tokenizer(state["tokenizer"]), dit, args["connector"],
-               args.get("regression", 0) > 0)
+               args.get("regression", 0) > 0, args.get("plan", 0))
 
 
 def load_scale_rae(name, folder=None):
@@ -335,13 +373,14 @@ def load_t2i(path, device="cpu", encoder=False, weights="ema", folder=None):
 def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
-    resumed = runtime.resume(args, SHAPING)
+    resumed = args.resume and runtime.resume(args, SHAPING)
     init = resumed or (read_t2i(args.init, args.release_dir) if args.init else {})
     packed = (init or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
     if packed is None:
         raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
+    args.plan = init["args"].get("plan", 0) if args.plan is None else args.plan
     data = open_data(args.data, packed["size"], args.seed, objects=(1, 1, 2, 2, 3, 4),
-                     chat=partial(converse, questions=args.questions))
+                     chat=partial(converse, questions=args.questions, plan=args.plan))
     check(data, args.batch)
     usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
     vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})

@@ -92,7 +92,7 @@ def test_greedy_equals_transformers(tmp_path):
     ids = torch.randint(64, (2, 6))
     expected = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
                                attention_mask=torch.ones_like(ids))[:, 6:]
-    assert ours.greedy(ours.embed_tokens(ids), None, -1, 8).tolist() == expected.tolist()
+    assert ours.generate(ours.embed_tokens(ids), None, -1, 8).tolist() == expected.tolist()
 
 
 def test_gradients_equal_transformers(tmp_path):
@@ -168,7 +168,7 @@ def test_greedy_of_a_batch_is_that_of_each_row():
     model, lengths = tiny(), [5, 2, 4]
     x = torch.randn(3, 5, 32)
     valid = torch.arange(5) < torch.tensor(lengths)[:, None]
-    free = model.greedy(x, valid, -1, 7)
+    free = model.generate(x, valid, -1, 7)
     assert free.shape == (3, 7)
     for row, length in enumerate(lengths):
         y = x[row:row + 1, :length]
@@ -176,13 +176,29 @@ def test_greedy_of_a_batch_is_that_of_each_row():
             assert model.logits(model(y))[0, -1].argmax() == token
             y = torch.cat([y, model.embed_tokens(token[None, None])], 1)
     stop = int(free[0, 2])
-    stopped = model.greedy(x, valid, stop, 7)
+    stopped = model.generate(x, valid, stop, 7)
     for row in range(3):
         full, got = free[row].tolist(), stopped[row].tolist()
         end = full.index(stop) if stop in full else 7
         assert got == (full[:end] + [stop] * 7)[:len(got)]
     assert stopped.shape[1] == max((r.index(stop) + 1 if stop in r else 7) for r in free.tolist())
-    assert model.greedy(x, valid, -1, 0).shape == (3, 0)
+    assert model.generate(x, valid, -1, 0).shape == (3, 0)
+
+
+@torch.no_grad()
+def test_drawn_tokens_have_the_probabilities_of_the_model():
+    """But those below a quarter of the likeliest's are left out; luck alone decides, row by row."""
+    model, x = tiny(), torch.randn(1, 4, 32)
+    p = model.logits(model(x))[0, -1].softmax(-1)
+    kept = torch.where(p < p.max() / 4, 0, p) / p[p >= p.max() / 4].sum()
+    assert 2 < (kept > 0).sum() < len(p)
+    luck = torch.arange(2000)[:, None] / 2000
+    drawn = model.generate(x.expand(2000, -1, -1), None, -1, 1, luck)[:, 0]
+    torch.testing.assert_close(drawn.bincount(minlength=len(p)) / 2000, kept, atol=1.5e-3, rtol=0)
+    luck = torch.rand(3, 5)
+    told = model.generate(x.expand(3, -1, -1), None, -1, 5, luck)
+    assert [model.generate(x, None, -1, 5, row[None])[0].tolist() for row in luck] == told.tolist()
+    assert model.generate(x, None, -1, 5, torch.full((1, 5), 1 - 1e-7)).max() < len(p)
 
 
 @torch.no_grad()
@@ -193,7 +209,7 @@ def test_autocast_is_near_and_norms_stay_fp32():
         y = torch.cat([model(x[:, :4], cache), model(x[:, 4:].bfloat16(), cache)], 1)
         assert model(x).dtype == model(x.bfloat16()).dtype == torch.float32
         assert model.logits(y).dtype == cache[0][0].dtype == torch.bfloat16
-        assert model.greedy(x, None, -1, 3).shape == (2, 3)
+        assert model.generate(x, None, -1, 3).shape == (2, 3)
     assert (y - model(x)).abs().mean() < 0.05 * model(x).abs().mean()
 
 

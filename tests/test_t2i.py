@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import save_file
 
 import dry_run
@@ -26,7 +27,7 @@ from model import build_dit, flow_matching_loss
 from shapes import Scene
 from test_shapes import answer, holds
 from test_train import DIT, difference, go, load
-from train_t2i import ALIGN, DESCRIBE, T2I, TOKENIZER, converse, load_t2i, tokenise
+from train_t2i import ALIGN, DESCRIBE, T2I, TOKENIZER, WHERE, converse, load_t2i, tokenise
 
 FLAGS = ("--width 32 --depth 1 --heads 2 --head_width 192 --head_depth 1 --head_heads 4 --llm_width 32 "
          "--llm_depth 1 --llm_heads 2 --batch 8 --micro_batch 4 --workers 0 --log_every 2 --save_every 4 "
@@ -47,7 +48,9 @@ def tiny(tokenizer, connector="linear", **changes):
     """A T2I of 8 channels on a 4 x 4 grid, all of whose parameters matter."""
     torch.manual_seed(1)
     llm = Qwen2(len(tokenizer), 32, 64, 2, 2, 2, 1e4, 1e-6, False)
-    model = T2I(llm, tokenizer, build_dit({**SIZES, **changes}, 8, 4, None), connector, regression=True)
+    plan = changes.pop("plan", 0)
+    dit = build_dit({**SIZES, **changes}, 8, 4, None)
+    model = T2I(llm, tokenizer, dit, connector, regression=True, plan=plan)
     for p in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(p, std=max(p.shape[-1], 16) ** -0.5)
     return model
@@ -64,6 +67,10 @@ def rows(folder):
 
 
 # ---------------------------------------------------------------------------------- what is said of a scene
+def place(o):                                              # "small red star c7": column c of a to j, row 7
+    return f"{o.size} {o.name} {chr(97 + int(10 * o.centre[0]))}{int(10 * o.centre[1])}"
+
+
 def test_what_is_said_of_scenes_is_true(monkeypatch):
     monkeypatch.setattr(train_t2i, "reword", lambda text, rng: text)
     data = open_data("shapes", 16, chat=partial(converse, questions=0.5))
@@ -74,13 +81,18 @@ def test_what_is_said_of_scenes_is_true(monkeypatch):
         if scene.held_out():                               # another scene took its place
             continue
         said = [text.removeprefix("<image>\n") for _, text in item["text"]]
-        if said[1] == "<image>":
+        if len(said) == 2:
             names["draw"] += 1
             shapes = [o.shape for o in scene.objects]
+            plan, after_it = said[1].split("<image>")
+            assert sorted(plan.split(", ")) == sorted(place(o) for o in scene.objects) and after_it == ""
+            found = [said[0].find(next(x for x in (part[:-3], part.split(" ", 1)[1][:-3], part.split()[2])
+                                       if x in said[0])) for part in plan.split(", ")]
+            assert found == sorted(found)                  # in the order of the prompt
             assert said[0] == train_t2i.listing(shapes) or holds(said[0], scene)
             continue
         names["look"] += 1
-        assert len(said) == 4 and item["text"][0][1].startswith("<image>\n")
+        assert len(said) == 6 and item["text"][0][1].startswith("<image>\n")
         for question, told in zip(said[::2], said[1::2]):
             if question.startswith(before):
                 text = question.removeprefix(before).removesuffix(after)
@@ -88,10 +100,18 @@ def test_what_is_said_of_scenes_is_true(monkeypatch):
                 aligned[told] += 1
             elif question == DESCRIBE:
                 assert holds(told, scene)
+            elif question.lower().startswith("where is "):
+                thing = question.removeprefix("where is the ").removesuffix("?")
+                found = [place(o) for o in sorted(scene.objects, key=lambda o: o.centre[::-1])]
+                cells = [text[-2:] for text in found if thing in text.replace(text.split()[2], "object") or
+                         thing in text]
+                names["everywhere" if question == WHERE else "nowhere" if told == "nowhere" else "where"] += 1
+                assert told == (", ".join(found) if question == WHERE else ", ".join(cells) or "nowhere")
             else:
                 assert told == answer(question, scene)
-    assert abs(names["look"] / names.total() - 0.5) < 0.05
-    assert abs(aligned["no"] / aligned.total() - 0.48) < 0.1 and aligned["no"] > 60
+    assert abs(names["look"] / (names["look"] + names["draw"]) - 0.5) < 0.05
+    assert abs(aligned["no"] / aligned.total() - 0.48) < 0.1 and aligned["no"] > 150
+    assert min(names[x] for x in ("everywhere", "where", "nowhere")) > 10
 
 
 def test_no_training_text_names_what_is_held_out(monkeypatch):
@@ -104,7 +124,7 @@ def test_no_training_text_names_what_is_held_out(monkeypatch):
         said = [text for _, text in data[k]["text"]]
         wrong = [q for q, told in zip(said[::2], said[1::2]) if told == "no" and "align" in q]
         assert not wrong
-        seen += len(said) == 4
+        seen += len(said) == 6
     assert seen > 100 and sum(Scene.random(3, k).held_out() for k in range(300)) > 20
 
 
@@ -114,10 +134,10 @@ def test_conversations_are_a_function_of_seed_and_number():
     talks = [one[k]["text"] for k in range(400)]
     assert talks == [two[k]["text"] for k in reversed(range(400))][::-1]
     assert talks[:50] != [other[k]["text"] for k in range(50)]
-    share = sum(talk[1][1] != "<image>" for talk in talks) / 400
+    share = sum(len(talk) > 2 for talk in talks) / 400
     assert abs(share - 0.25) < 0.07
     sizes = [len(Scene.random(1, k).objects) for k in range(400)]       # whatever is in the scene
-    asked = Counter(n for n, talk in zip(sizes, talks) if talk[1][1] != "<image>")
+    asked = Counter(n for n, talk in zip(sizes, talks) if len(talk) > 2)
     assert min(asked[n] for n in (1, 2, 3, 4)) > 10
     starts = Counter(talk[0][1].split()[0] for talk in talks)
     assert {"draw", "generate", "can", "please", "i", "a", "two"} <= starts.keys()
@@ -257,6 +277,24 @@ def test_conditions_do_not_depend_on_the_batch(tokenizer):
     torch.testing.assert_close(together[1], y, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_plan_is_said_before_the_image(tokenizer):
+    """The same for any batch; what it says stands before the queries, and each luck says something else."""
+    model, luck = tiny(tokenizer, plan=6).eval(), torch.rand(4, 6)
+    said = model.plans(PROMPTS, luck)
+    assert said == [model.plans([prompt], row[None])[0] for prompt, row in zip(PROMPTS, luck)]
+    assert said != model.plans(PROMPTS, torch.rand(4, 6)) and model.plans(PROMPTS) == model.plans(PROMPTS)
+    y = model.conditions(PROMPTS, luck)
+    for prompt, plan, row in zip(PROMPTS, said, y):
+        ids, _, _ = tokenizer.chat([("user", prompt), ("assistant", f"{plan}<image>")], 16)
+        x = torch.stack([model.llm.embed_tokens.weight[max(i, 0)] for i in ids])
+        x[torch.tensor(ids) == IMAGE] = model.latent_queries
+        own = model.diff_head_projector(model.llm(x[None])[0][torch.tensor(ids) == IMAGE])
+        torch.testing.assert_close(row, own, atol=1e-5, rtol=1e-5)
+    model.plan = 0
+    assert not torch.allclose(model.conditions(PROMPTS), y, atol=1e-3)
+
+
 def literally(model, z, text, verifier):
     """A verifier's score of one latent c h w, from the text with its special tokens."""
     tokenizer, bpe = model.tokenizer, model.tokenizer.bpe
@@ -382,11 +420,37 @@ def test_two_processes_and_shards_equal_one_process(tmp_path):
 
 
 def test_cut_prompts_are_counted_and_told(tmp_path, capsys):
-    record = record_of_a_run(tmp_path, "--steps", 2, "--context", 70, "--questions", 0)
+    record = record_of_a_run(tmp_path, "--steps", 2, "--context", 70, "--questions", 0, "--plan", 0)
     assert 0 < record["cut"] <= 16
     assert f"{record['cut']} prompts were longer than --context 70 tokens, and cut" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--context 9 is too short; give"):
         go(train_t2i, *FLAGS, "--context", 9, "--steps", 1, "--out", tmp_path / "short")
+
+
+def test_a_model_that_plans_goes_on_planning(tmp_path, monkeypatch):
+    """--init of its checkpoint teaches plans too, and sampling says them; with --plan 0 neither does."""
+    seen = []
+    monkeypatch.setattr(train_t2i, "converse", lambda *a, **k: seen.append(talk := converse(*a, **k)) or talk)
+    said = lambda: {talk[1][1] != "<image>" for talk in seen if len(talk) == 2}         # noqa: E731
+    go(train_t2i, *FLAGS, "--plan", 8, "--steps", 1, "--out", tmp_path / "a")
+    assert said() == {True} and not seen.clear()
+    go(train_t2i, *FLAGS, "--init", tmp_path / "a/last.pt", "--steps", 1, "--out", tmp_path / "b")
+    assert said() == {True} and not seen.clear()
+    assert load_t2i(tmp_path / "b/last.pt")[0].plan == load(tmp_path / "b")["args"]["plan"] == 8
+    go(train_t2i, *FLAGS, "--init", tmp_path / "a/last.pt", "--plan", 0, "--steps", 1, "--out",
+       tmp_path / "c")
+    assert said() == {False} and load_t2i(tmp_path / "c/last.pt")[0].plan == 0
+
+
+def test_what_gpt_says_before_an_image_is_learned_and_said(tmp_path):
+    """Own data plan too: text before <image> in gpt's turn, with --plan N."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    talk = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "all red <image>"}]
+    (tmp_path / "talk.jsonl").write_text("\n".join([json.dumps(dict(image="x.png", conversations=talk))] * 8))
+    record = record_of_a_run(tmp_path / "run", "--data", tmp_path / "talk.jsonl", "--plan", 16, "--steps", 40,
+                             "--lr", 1e-2, "--llm_lr", 1e-2, "--decay_start", 40, "--decay_end", 40)
+    assert record["cross_entropy"] < 0.1
+    assert load_t2i(tmp_path / "run/last.pt", weights="model")[0].plans(["draw"]) == ["all red "]
 
 
 def test_text_only_conversations_train_but_are_no_questions(tmp_path):

@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import eval_fid
@@ -40,9 +39,8 @@ tests = [tests[i % len(tests)] for i in range(options.n)]                       
 right = np.zeros((options.n, options.candidates), bool)
 scores = {name: np.zeros(right.shape) for name in ("answer", "confidence", "likelihood")}
 for i, (_, prompt, names, relation) in enumerate(tqdm(tests, unit="prompt")):
-    with torch.no_grad():
-        y = model.conditions([prompt]).expand(options.candidates, -1, -1)
-    latents = sample.draw(model.dit, y, args, range(i * options.candidates, (i + 1) * options.candidates))
+    numbers = range(i * options.candidates, (i + 1) * options.candidates)
+    latents = sample.draw_prompts(model, [prompt] * options.candidates, args, numbers)
     images = sample.to_images(rae, latents).numpy()
     right[i] = [eval_fid.fulfilled(read_scene(image), names, relation) for image in images]
     for name in scores:
