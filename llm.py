@@ -102,7 +102,7 @@ class Qwen2(nn.Module):
         """The likeliest tokens, at most `most`, till all rows have had `stop`: b m, stop after stop.
         luck: b most in [0,1): drawn by it from those at least 1/4 as likely as the likeliest. 2407.01082"""
         cache, ids = Cache(), x.new_empty(len(x), 0, dtype=torch.long)  # b 0
-        least, luck = (1.0, x.new_zeros(len(x), most)) if luck is None else (0.25, luck)
+        least, luck = (1.0, x.new_zeros(len(x), most)) if luck is None else (0.25, luck.to(x.device))
         x = self(x, cache, valid)[torch.arange(len(x), device=x.device), cache.valid.sum(1) - 1]    # b d
         while ids.shape[1] < most and not (done := (ids == stop).any(1)).all():
             p = self.logits(x).float().softmax(-1)                      # b vocab

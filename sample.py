@@ -122,7 +122,7 @@ def load_models(args, device, encoder=False):
 
 def draw_prompts(t2i, prompts, args, indices):             # -> latents b c h w of b prompts
     texts = prompts if t2i.plan else [*dict.fromkeys(prompts)]         # plans differ, prompts need not
-    luck = torch.special.ndtr(noise((t2i.plan,), args.seed, indices, 10 ** 6)) if t2i.plan else None
+    luck = torch.special.ndtr(noise((t2i.plan,), args.seed, indices, 10 ** 6)).clamp(max=1 - 1e-7)
     y = t2i.conditions(texts, luck)
     return draw(t2i.dit, y if t2i.plan else y[[texts.index(x) for x in prompts]], args, indices)
 

@@ -25,7 +25,7 @@ from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixe
 from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law optimizer hold_out weight_decay").split()   # fixed in a resumed run
+           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype").split()   # fixed in a run
 
 
 def parse_args(argv=None):
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default="runs/decoder", help="folder of the run")
     p.add_argument("--seed", type=at_least(0), default=0)
     p.add_argument("--stats_n", type=at_least(0), default=5000, help="images for latent statistics; 0: all")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="default: bf16 where fast")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="bf16 where fast")
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
     p.add_argument("--log_every", type=at_least(1), default=100, help="steps")
     p.add_argument("--save_every", type=at_least(1), default=1000, help="steps; the last is always saved")

@@ -29,7 +29,7 @@ BINS = 20                    # of t, for the balance of the loss
 PAPERS = dict(shift_base=4096, prediction="v", balance="off")          # where left open; TINY for the
 TINY = dict(shift_base=340, prediction="x0", balance="on")             # tiny encoder, whose tokens repeat
 SHAPING = ("rae data seed batch micro_batch width depth heads head_width head_depth head_heads class_dropout "
-           "shift_base prediction balance flip cache hold_out weight_decay").split()  # fixed in a resumed run
+           "shift_base prediction balance flip cache hold_out weight_decay dtype").split()    # fixed in a run
 
 
 def add_dit_flags(p):
@@ -64,7 +64,7 @@ def add_dit_flags(p):
     p.add_argument("--balance", choices=("on", "off"), help="loss over its mean at t; default off, tiny on")
     # run
     p.add_argument("--out", default="runs/dit", help="folder of the run")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="default: bf16 where fast")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="bf16 where fast")
     p.add_argument("--log_every", type=at_least(1), default=50, help="steps")
     p.add_argument("--save_every", type=at_least(1), default=500, help="steps; the last step is always saved")
     p.add_argument("--preview_every", type=at_least(0), default=500, help="steps between grids; 0: none")

@@ -41,7 +41,7 @@ from train_dit import BINS, PAPERS, SHIPPED_RAE, TINY, add_dit_flags, check_dit_
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 SHAPING = ("rae data llm llm_width llm_depth llm_heads connector seed batch micro_batch width depth heads "
            "head_width head_depth head_heads class_dropout shift_base prediction balance draws questions "
-           "context plan flow_weight regression llm_start freeze_llm weight_decay").split()   # fixed in a run
+           "context plan dtype flow_weight regression llm_start freeze_llm weight_decay").split()   # of a run
 COMMON = dict(lr_end=0.0, ema=0.0, time_law="logit_normal", shift_base=4096, prediction="v", balance="off",
               draws=1, solver="euler", sampling_steps=50)
 RECIPES = {                                                             # tables 8 and 9 of arXiv 2601.16208
@@ -136,8 +136,8 @@ def altered(scene, rng):
 
 
 def layout(objects, thing=None):
-    """What is where, on a board of columns a to j from the left, rows 0 to 9 from the top; of a thing ("star",
-    "red star", "red object") the places alone."""
+    """What is where, on a board of columns a to j from the left, rows 0 to 9 from the top; of a thing
+    ("star", "red star", "red object") the places alone."""
     found = [(o, f"{'abcdefghij'[int(10 * o.centre[0])]}{int(10 * o.centre[1])}") for o in objects
              if thing in (None, o.name, o.shape, f"{o.colour} object")]
     return ", ".join(cell if thing else f"{o.size} {o.name} {cell}" for o, cell in found) or "nowhere"
@@ -232,12 +232,12 @@ class T2I(nn.Module):
 
     @torch.no_grad()
     def plans(self, prompts, luck=None):
-        """What the model says to b prompts before it draws: b texts. luck: b plan in [0,1); None: likeliest.
-        """
+        """What it says to b prompts before it draws: b texts. luck: b plan in [0,1); None: the likeliest."""
         none = self.latent_queries.new_zeros(len(prompts), self.dit.in_channels, self.dit.grid, self.dit.grid)
         x, ids, _, _ = self.read(none, [[("user", text)] for text in prompts], answer=False)
         said = self.llm.generate(x, ids != PAD, self.tokenizer.image_start, self.plan, luck)
-        return [self.tokenizer.decode(row) for row in said.tolist()]
+        rows = [row[:[*row, end].index(end)] for end in [self.tokenizer.end] for row in said.tolist()]
+        return [self.tokenizer.decode(row).replace("<image>", "") for row in rows]
 
     @torch.no_grad()
     def conditions(self, prompts, luck=None):
@@ -248,7 +248,7 @@ class T2I(nn.Module):
                                            for text, plan in zip(prompts, plans)])
         return self.condition(self.llm(x)[ids == IMAGE].unflatten(0, (-1, self.n)), kind)
 
-    def ask(self, latents, questions, most=16):
+    def ask(self, latents, questions, most=40):
         """The model's answers, greedy, to one question about each latent b c h w: a list of b texts."""
         x, ids, _, _ = self.read(latents, [[("user", f"<image>\n{q}")] for q in questions], answer=False)
         told = self.llm.generate(x, ids != PAD, self.tokenizer.end, most)                        # b m

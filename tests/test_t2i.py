@@ -295,6 +295,26 @@ def test_a_plan_is_said_before_the_image(tokenizer):
     assert not torch.allclose(model.conditions(PROMPTS), y, atol=1e-3)
 
 
+@torch.no_grad()
+def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
+    """Equal prompts are planned anew for each image number; what ends a turn, or names an image, is left out."""
+    model, seen = tiny(tokenizer, plan=6).eval(), []
+    monkeypatch.setattr(model, "conditions", lambda texts, luck: seen.extend(
+        model.plans(texts, luck)) or torch.zeros(len(texts), 16, 32))
+    args = sample.parse_args(["--prompt", "-", "--sampling_steps", "1", "--guidance", "1"])
+    z = sample.draw_prompts(model, ["a star"] * 4, args, range(4))
+    together = [*seen]
+    for i in range(4):
+        torch.testing.assert_close(sample.draw_prompts(model, ["a star"], args, [i]), z[i:i + 1])
+    assert seen[4:] == together and len(set(together)) > 1
+    said = [*tokenizer.encode("ab<image>c"), tokenizer.end, *tokenizer.encode("user")]
+    monkeypatch.setattr(model.llm, "generate", lambda *_: torch.tensor([said]))
+    assert model.plans(["a star"]) == ["abc"]
+    monkeypatch.undo()
+    monkeypatch.setattr(sample, "noise", lambda shape, *_: torch.full((1, *shape), 9.0))     # whose share is 1
+    assert sample.draw_prompts(model, ["a star"], args, [0]).isfinite().all()
+
+
 def literally(model, z, text, verifier):
     """A verifier's score of one latent c h w, from the text with its special tokens."""
     tokenizer, bpe = model.tokenizer, model.tokenizer.bpe

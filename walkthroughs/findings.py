@@ -31,15 +31,16 @@ TOY = dict(width=96, depth=3, head_width=0, llm_width=96, llm_depth=2, plan=0, l
 def said(kind):
     """A chat for open_data: prompts all short, all dense (size and place of each object), or half of each."""
     def chat(scene, rng):
+        rng = rng.spawn(1)[0]                              # as data.py gives it, it is what drew the scene
         dense = kind == "dense" or kind == "both" and rng.random() < 0.5
         return [("user", train_t2i.layout(scene.objects) if dense else scene.caption()),
                 ("assistant", "<image>")]
     return chat
 
 
-class Few(open_data):          # the same 500 scenes again and again
+class Few(open_data):          # the same 500 scenes again and again, none of which was seen before
     def __getitem__(self, k):
-        return {**super().__getitem__(k % 500), "number": k}
+        return {**super().__getitem__(500_000 + k % 500), "number": k}
 
 
 # What the paper saw; the arms, as flags (chat replaces converse, init is another arm); what is shown.
@@ -58,17 +59,21 @@ FINDINGS = {
         "understanding alone": dict(questions=0.5, flow_weight=0.0, regression=0.0),
         "drawing alone": dict(batch=32)}, ("answers", "colour", "distance")),
     "finetune": ("the LLM and the DiT are finetuned; the DiT alone was tried, too", {
-        "before": {}, "DiT alone": dict(init="before", freeze_llm=True), "LLM and DiT": dict(init="before")},
+        "before": {}, "LLM frozen": dict(init="before", freeze_llm=True), "LLM and DiT": dict(init="before")},
         ("colour", "colour_and_shape", "distance"))}
+
+UNTRAINED = ("understanding alone", False), ("drawing alone", True)        # (arm, is it answers): no number
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("findings", nargs="*", default=[*FINDINGS], choices=FINDINGS)
+parser.add_argument("findings", nargs="*", default=[*FINDINGS], help=" ".join(FINDINGS))
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-parser.add_argument("--steps", type=int, default=TOY["steps"], help="of each training")
-parser.add_argument("--n", type=int, default=216, help="images of each kind that are judged")
+parser.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"], help="of each training")
+parser.add_argument("--n", type=runtime.at_least(36), default=144, help="images of each kind that are judged")
 parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder of runs and pictures")
 options = parser.parse_args()
+if wrong := {*options.findings} - {*FINDINGS}:
+    parser.error(f"{' '.join(wrong)}: findings are {' '.join(FINDINGS)}")
 
 
 # %% One run: training, then what its model draws and answers
@@ -78,7 +83,7 @@ def train(folder, seed, chat=None, init=None, **flags):
     if init:                                               # 500 scenes, at a tenth of the rate
         kept = {k: v for k, v in flags.items() if not k.startswith(("llm_", "plan", "steps"))}
         flags = dict(kept, init=folder.parent / init / "last.pt", lr=3e-4, llm_lr=1e-4,
-                     steps=options.steps // 2)
+                     steps=options.steps // 2, warmup=20)
     train_t2i.open_data = lambda *a, **k: (Few if init else open_data)(*a, **{**k, "objects": (1, 2)})
     argv = [x for k, v in flags.items() for x in (f"--{k}", str(v))[:1 if v is True else 2]]
     train_t2i.main(train_t2i.parse_args([*argv, "--seed", str(seed), "--out", str(folder), "--overwrite"]))
@@ -125,18 +130,19 @@ for name in options.findings:
     results = {}
     for seed in options.seeds:
         for arm, flags in arms.items():
-            folder = options.out / f"{name}_{seed}" / arm.replace(" ", "_")
-            if not (folder / "result.json").exists():
+            folder = options.out / f"{name}_{seed}_{options.steps}_{options.n}" / arm.replace(" ", "_")
+            if not ((folder / "result.json").exists() and (folder / "last.pt").exists()):
                 train(folder, seed, **flags)
-                result = judge(folder)
-                (folder / "result.json").write_text(json.dumps(result))
+                result = json.dumps(judge(folder)).encode()
+                runtime.whole_file(folder / "result.json", lambda f: f.write(result))
             results[arm, seed] = json.loads((folder / "result.json").read_text())
     figure, panels = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.5), layout="constrained")
     figure.suptitle(f"the paper: {claim}", fontsize=10)
     print(f"\n{name}; the paper: {claim}")
     print("".ljust(22), *(f"{what:>24}" for what in shown), "  (mean and range of the seeds)")
     for arm in arms:
-        cells = [[results[arm, seed][what] for seed in options.seeds] for what in shown]
+        cells = [[results[arm, seed][what] if (arm, what == "answers") not in UNTRAINED else np.nan
+                  for seed in options.seeds] for what in shown]
         print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):5.1f} to {max(c):5.1f}" for c in cells))
         for panel, what, values in zip(panels, shown, cells):
             panel.bar(arm.replace(" ", "\n", 1), np.mean(values), color="lightsteelblue")
