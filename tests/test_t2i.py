@@ -22,9 +22,10 @@ import train_dit
 import train_t2i
 from conftest import ROOT
 from data import open_data
+from eval_fid import answered, fulfilled, shapes_eval
 from llm import IMAGE, SYSTEM, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
-from shapes import Scene
+from shapes import Scene, read_scene
 from test_shapes import answer, holds
 from test_train import DIT, difference, go, load
 from train_t2i import ALIGN, DESCRIBE, T2I, TOKENIZER, WHERE, converse, load_t2i, tokenise
@@ -297,7 +298,7 @@ def test_a_plan_is_said_before_the_image(tokenizer):
 
 @torch.no_grad()
 def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
-    """Equal prompts are planned anew for each image number; what ends a turn, or names an image, is left out."""
+    """Equal prompts are planned anew for each image number; what ends a turn or names an image is cut."""
     model, seen = tiny(tokenizer, plan=6).eval(), []
     monkeypatch.setattr(model, "conditions", lambda texts, luck: seen.extend(
         model.plans(texts, luck)) or torch.zeros(len(texts), 16, 32))
@@ -311,8 +312,23 @@ def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
     monkeypatch.setattr(model.llm, "generate", lambda *_: torch.tensor([said]))
     assert model.plans(["a star"]) == ["abc"]
     monkeypatch.undo()
-    monkeypatch.setattr(sample, "noise", lambda shape, *_: torch.full((1, *shape), 9.0))     # whose share is 1
+    monkeypatch.setattr(sample, "noise", lambda shape, *_: torch.full((1, *shape), 9.0))   # a share of 1
     assert sample.draw_prompts(model, ["a star"], args, [0]).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_shipped_model_draws_and_sees_what_is_asked():
+    args = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
+    model, rae, _, _ = sample.load_models(args, "cpu", encoder=True)
+    kinds = "single object", "colours", "colour attribution"
+    asked = [test for test in shapes_eval() if test[0] in kinds][:12]
+    z = sample.draw_prompts(model, [prompt for _, prompt, *_ in asked], args, range(12))
+    seen = [read_scene(image) for image in sample.to_images(rae, z).numpy()]
+    assert sum(fulfilled(objects, *wanted) for objects, (_, _, *wanted) in zip(seen, asked)) >= 8
+    truth = [Scene.random(0, k, (1, 2)) for k in range(8)]
+    x = torch.from_numpy(np.stack([scene.render() for scene in truth])).movedim(3, 1).float() / 255
+    right, of = answered(model, rae.encode(x), truth).tolist()
+    assert right / of > 0.8
 
 
 def literally(model, z, text, verifier):
