@@ -225,7 +225,9 @@ class T2I(nn.Module):
 
     @torch.no_grad()
     def read(self, latents, turns, answer=True):
-        """Embeddings b l d of b conversations about latents; ids b l, labels b l and kind b of tokenise()."""
+        """Embeddings b l d of b conversations about latents (or None); ids, labels, kind of tokenise()."""
+        c, grid = self.dit.in_channels, self.dit.grid
+        latents = self.latent_queries.new_zeros(len(turns), c, grid, grid) if latents is None else latents
         ids, labels, kind, _ = tokenise(self.tokenizer, turns, self.n, answer=answer)
         ids, labels, kind = (x.to(latents.device) for x in (ids, labels, kind))
         return self.embed(ids, latents, kind > 0)[0], ids, labels, kind
@@ -233,8 +235,7 @@ class T2I(nn.Module):
     @torch.no_grad()
     def plans(self, prompts, luck=None):
         """What it says to b prompts before it draws: b texts. luck: b plan in [0,1); None: the likeliest."""
-        none = self.latent_queries.new_zeros(len(prompts), self.dit.in_channels, self.dit.grid, self.dit.grid)
-        x, ids, _, _ = self.read(none, [[("user", text)] for text in prompts], answer=False)
+        x, ids, _, _ = self.read(None, [[("user", text)] for text in prompts], answer=False)
         said = self.llm.generate(x, ids != PAD, self.tokenizer.image_start, self.plan, luck)
         rows = [row[:[*row, end].index(end)] for end in [self.tokenizer.end] for row in said.tolist()]
         return [self.tokenizer.decode(row).replace("<image>", "") for row in rows]
@@ -242,9 +243,8 @@ class T2I(nn.Module):
     @torch.no_grad()
     def conditions(self, prompts, luck=None):
         """Conditions of the DiT for a list of b prompts, after what plans() says: b n d fp32."""
-        none = self.latent_queries.new_zeros(len(prompts), self.dit.in_channels, self.dit.grid, self.dit.grid)
         plans = self.plans(prompts, luck) if self.plan else [""] * len(prompts)
-        x, ids, _, kind = self.read(none, [[("user", text), ("assistant", f"{plan}<image>")]
+        x, ids, _, kind = self.read(None, [[("user", text), ("assistant", f"{plan}<image>")]
                                            for text, plan in zip(prompts, plans)])
         return self.condition(self.llm(x)[ids == IMAGE].unflatten(0, (-1, self.n)), kind)
 

@@ -91,17 +91,16 @@ def train(folder, seed, chat=None, init=None, **flags):
     train_t2i.main(train_t2i.parse_args([*argv, "--seed", str(seed), "--out", str(folder), "--overwrite"]))
 
 
-def judge(folder):
-    """Per cent: colours, then classes, right in images of one object; of dense prompts; of answers; and the
-    Fréchet distance of the images of one object to real ones, in the tiny encoder's features."""
+def judge(folder, shown):
+    """Of what is shown, per cent: colours, then classes, right in images of one object; of dense prompts; of
+    answers; and the Fréchet distance of those images to real ones, in the tiny encoder's features."""
     args = sample.parse_args(["--prompt", "-", "--ckpt", f"{folder}/last.pt"])
     t2i, rae, _, _ = sample.load_models(args, "cpu", encoder=True)
     args.guidance = 2.0
 
     def images(prompts):
-        parts = [range(k, min(k + 72, len(prompts))) for k in range(0, len(prompts), 72)]
         return torch.cat([sample.generate(t2i, rae, [prompts[i] for i in part], args, part)
-                          for part in parts])
+                          for part in sample.share(len(prompts), 0, 1, 72)])
 
     def moments(images):
         found = eval_fid.Moments()
@@ -113,11 +112,15 @@ def judge(folder):
     found = {}
     for kind, prompts in (("", [f"a {CLASSES[i]}" for i in labels]),
                           ("dense_", [train_t2i.layout(scene.objects) for scene in scenes])):
+        if not {f"{kind}colour", f"{kind}distance"} & {*shown}:
+            continue
         drawn = images(prompts)
         counts = 100 * eval_fid.verify(drawn, labels) / options.n
         found |= {f"{kind}colour": float(counts[0]), f"{kind}colour_and_shape": float(counts[1])}
         real = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
         found[f"{kind}distance"] = eval_fid.frechet_distance(*moments(real), *moments(drawn))
+    if "answers" not in shown:
+        return found
     scenes = [Scene.random(0, SHAPES_VAL + k, (1, 2)) for k in range(200)]
     x = torch.from_numpy(np.stack([scene.render() for scene in scenes])).movedim(3, 1).float() / 255
     right, asked = eval_fid.answered(t2i, rae.encode(x), scenes).tolist()
@@ -135,7 +138,7 @@ for name in options.findings:
             folder = options.out / f"{name}_{seed}_{options.steps}_{options.n}" / arm.replace(" ", "_")
             if not ((folder / "result.json").exists() and (folder / "last.pt").exists()):
                 train(folder, seed, **flags)
-                result = json.dumps(judge(folder)).encode()
+                result = json.dumps(judge(folder, shown)).encode()
                 runtime.whole_file(folder / "result.json", lambda f: f.write(result))
             results[arm, seed] = json.loads((folder / "result.json").read_text())
     figure, panels = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.5), layout="constrained")
