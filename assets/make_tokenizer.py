@@ -3,7 +3,8 @@
 A byte-level BPE laid out as that of Qwen2: NFC, the same split into words, then bytes, and the special tokens
 after the vocabulary, so that llm.py reads both files alike; but lower case, as all texts of that world. At
 most 512 tokens, 256 of them the bytes: any text can be written, in any language. The same corpus gives the
-same file; run it again when the wording changes.
+same file. The shipped one is older than the plans and places that prompts and questions now have; a
+checkpoint of train_t2i.py carries its own.
     python assets/make_tokenizer.py
 """
 import sys
