@@ -486,7 +486,8 @@ def main(args):
         args.ema and runtime.update_ema(ema, model, args.ema, step)
         sums = runtime.all_mean(sums)
         mean, by_t, sums = sums[0] / sums[1], by_t + sums, torch.zeros_like(sums)
-        level = torch.where(mean.isfinite(), level.lerp(mean, 0.05), level)  # nan: no t fell into the bin
+        # Nan: no t fell into the bin. In logarithms: one wild loss does not silence its t for long.
+        level = torch.where(mean.isfinite(), level ** 0.95 * mean ** 0.05, level)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             tenths, told = by_t.view(2, 10, -1).sum(2), runtime.all_mean(words).view(2, 2)
