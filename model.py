@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     def __init__(self, latent_channels, grid, patch, width, depth, heads, mlp):
         super().__init__()
         require_heads(width, heads, "--decoder_width", "--decoder_heads")
-        self.grid, self.patch = grid, patch
+        self.grid, self.patch, self.checkpoint = grid, patch, False
         self.decoder_embed = nn.Linear(latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(self.positions(), requires_grad=False)
@@ -192,7 +192,8 @@ class Decoder(nn.Module):
             x = F.interpolate(x.movedim(3, 1), size=(self.grid, self.grid), mode="bilinear").movedim(1, 3)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # b 1+n d
         x = x + self.decoder_pos_embed                                  # b 1+n d
-        x = self.decoder_layers(x)                                      # b 1+n d
+        for layer in self.decoder_layers:                               # b 1+n d
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoint and self.training else layer(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()      # b n p*p*3
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 

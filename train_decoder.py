@@ -2,30 +2,44 @@
 
     python train_decoder.py                          the built-in world over the shipped encoder, laptop size
     python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --micro_batch 8 --lr 1e-3
-    torchrun --nproc_per_node=8 train_decoder.py --data imagenet/ --encoder dinov2-b --decoder XL --batch 512
-        --micro_batch 16 --steps 40032 --optimizer adamw --lr 2e-4 --warmup 2502 --lr_end 0.1 --tau 0.8
-        --ema 0.9978
+    torchrun --nproc_per_node=8 train_decoder.py --recipe rae --data imagenet/ --micro_batch 16
+The loss is L1 + lpips*LPIPS + gram*Gram + feature*(distance in the tiny encoder) + gan*lambda*GAN.
 Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log.jsonl and preview_*.png.
 """
 import argparse
 import contextlib
 import copy
+from itertools import groupby
 
+import lpips
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.transforms.functional import normalize
 
 import eval_fid
 import runtime
 from data import batches, check, open_data
-from model import DECODER_SIZES, RAE, Encoder, build_decoder, load_release, pixel_statistics, require_heads
+from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, load_release, load_vit,
+                   pixel_statistics, require_heads)
 from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype").split()   # fixed in a run
+           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature gan gan_start "
+           "disc disc_start diffaug").split()              # fixed in a run
+COMMON = dict(decoder="XL", batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
+RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epoch; 2601.16208, table 7, 2500
+    "rae": dict(COMMON, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, ema=0.9978, tau=0.8,
+                gan=0.75, gan_start=8 * 2502, disc="dino-s8", disc_start=6 * 2502, disc_lr=2e-4,
+                disc_warmup=2502),
+    "scale_rae": dict(COMMON, encoder="siglip2-so400m", steps=80 * 2500, lr=4e-4, warmup=5000, tau=0.0,
+                      ema=0.9978, gram=100.0, gan=10.0, gan_start=8 * 2500, disc="dino-s16",
+                      disc_start=7 * 2500, disc_lr=5e-5, disc_warmup=2500)}
 
 
 def parse_args(argv=None):
@@ -45,6 +59,18 @@ def parse_args(argv=None):
     p.add_argument("--decoder_mlp", type=at_least(1), help="hidden width of the MLPs")
     p.add_argument("--decoder_patch", type=at_least(1), help="pixels per token; default: as encoder")
     # optimisation
+    p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
+    p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; papers 1, tiny encoder 0")
+    p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
+    p.add_argument("--feature", type=at_least(0.0), help="of the distance in the tiny encoder; it alone: 0.1")
+    p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
+    p.add_argument("--gan_start", type=at_least(0), help="step where it joins the loss; default steps / 2")
+    p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"), help="what the discriminator sees with")
+    p.add_argument("--disc_start", type=at_least(0), help="step where it starts; default gan_start * 3/4")
+    p.add_argument("--disc_lr", type=at_least(0.0), default=2e-4, help="its peak learning rate")
+    p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
+    p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
+    p.add_argument("--checkpoint_activations", action="store_true", help="less memory, a quarter more time")
     p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
@@ -73,13 +99,24 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
+    p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
+    tiny = args.encoder == "tiny"
+    usual = dict(lpips=float(not tiny), feature=0.1 * tiny, disc="tiny" if tiny else "dino-s8",
+                 gan_start=args.steps // 2)
+    vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
+    args.disc_start = args.gan_start * 3 // 4 if args.disc_start is None else args.disc_start
     for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.size = args.size or (64 if args.encoder == "tiny" else 256)
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
+    if args.gan and not args.disc_start <= args.gan_start < args.steps:
+        p.error(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and --steps {args.steps} must "
+                f"come in this order, the last alone; lower --gan_start, or give --gan 0")
+    if args.feature and not tiny:
+        p.error(f"--feature {args.feature} is of the tiny encoder, not of --encoder {args.encoder}; --lpips")
     try:
         require_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
         pixel_statistics(args.encoder)
@@ -127,9 +164,120 @@ def add_noise(z, tau, law):
 
 
 # ---------------------------------------------------------------------------------- losses
-def losses(images, target):
-    """Terms of the reconstruction loss by name; their sum is minimised.  images, target: b 3 H W in [0,1]."""
-    return dict(l1=(images - target).abs().mean())
+class Perceptual(nn.Module):
+    """The terms of the reconstruction loss by name, means over a batch; those of weight 0 are left out.
+
+    weights: dict of l1, lpips, gram, feature. encoder: the frozen Encoder of `feature`.
+    forward: images, target b 3 H W in [0,1] -> dict of scalars, not yet weighted. l1: mean |difference|.
+    lpips: package lpips on VGG-16, a mean over images.                     Source: arXiv 1801.03924
+    gram: mean over VGG's five maps F (c x hw) of mean (G(images) - G(target))^2, G = F F^T / (c hw).
+        Source: arXiv 1603.08155, eq 3 and 4, as a mean; the normalisation behind Scale-RAE's 100 is unknown
+    feature: mean squared difference of the encoder's tokens after each block, LayerNorm without affine.
+    Raises FileNotFoundError if VGG's weights are neither there nor to be had.
+    """
+    def __init__(self, weights, encoder=None):
+        super().__init__()
+        self.weights, self.encoder, self.vgg = weights, encoder, None
+        if weights["lpips"] or weights["gram"]:
+            try:
+                self.vgg = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+            except Exception as error:              # urllib, ssl and torch.hub each raise their own
+                raise FileNotFoundError(
+                    f"no weights of VGG-16: no download ({type(error).__name__}). Put download.pytorch.org/"
+                    f"models/vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints/, or give --lpips 0 "
+                    f"--gram 0") from error
+
+    def maps(self, images):                      # b 3 H W -> 5 maps b c h w
+        return self.vgg.net(self.vgg.scaling_layer(2 * images - 1))
+
+    def tokens(self, images):                    # b 3 H W -> a map b n c for each block
+        vit, side = self.encoder.backbone, self.encoder.input_size
+        x = normalize(eval_fid.resize(images, side), self.encoder.mean, self.encoder.std)
+        return [F.layer_norm(x, x.shape[2:]) for x in
+                vit.forward_intermediates(x, norm=False, output_fmt="NLC", intermediates_only=True)]
+
+    def forward(self, images, target):
+        terms = dict(l1=(images - target).abs().mean())
+        if self.vgg:
+            pairs = [*zip(self.maps(images), map(torch.Tensor.detach, self.maps(target)))]
+        if self.weights["lpips"]:
+            unit = [[lpips.normalize_tensor(x) for x in pair] for pair in pairs]
+            terms["lpips"] = sum(lin((x - y).square()).mean() for lin, (x, y) in zip(self.vgg.lins, unit))
+        if self.weights["gram"]:
+            terms["gram"] = sum((gram(x) - gram(y)).square().mean() for x, y in pairs) / len(pairs)
+        if self.weights["feature"]:
+            pairs = [*zip(self.tokens(images), map(torch.Tensor.detach, self.tokens(target)))]
+            terms["feature"] = sum(F.mse_loss(x, y) for x, y in pairs) / len(pairs)
+        return terms
+
+
+def gram(x):                                     # b c h w -> b c c
+    x = x.float().flatten(2)
+    return x @ x.mT / x[0].numel()
+
+
+class Head(nn.Module):
+    """One head of the discriminator, features b d n -> logits b n; norms are per sample and channel."""
+    def __init__(self, d):
+        super().__init__()
+        self.first = nn.Sequential(spectral_norm(nn.Conv1d(d, d, 1)), nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
+        self.second = nn.Sequential(spectral_norm(nn.Conv1d(d, d, 9, padding=4, padding_mode="circular")),
+                                    nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
+        self.last = spectral_norm(nn.Conv1d(d, 1, 1))
+
+    def forward(self, x):
+        x = self.first(x)                                               # b d n
+        return self.last((x + self.second(x)) / 2 ** 0.5)[:, 0]         # b n
+
+
+class Discriminator(nn.Module):
+    """Five heads on blocks of a frozen ViT, spectral norm in all of their layers.
+
+    name: tiny (the shipped encoder), dino-s8 or dino-s16. forward: images b 3 H W in [0,1] -> logits b 5n.
+    The state dict holds the heads alone. Source: [RAE] and release; StyleGAN-T arXiv 2301.09515. The release
+        zeroes the keys' bias, which attention doesn't feel, and takes tanh-GELUs; ours are DINO's own.
+    """
+    def __init__(self, name):
+        super().__init__()
+        patch = {"dino-s8": 8, "dino-s16": 16}.get(name)
+        vit = load_vit(patch and f"vit_small_patch{patch}_224.dino", 224 if patch else 64)
+        self.frozen = [vit.requires_grad_(False).eval()]                # in a list: not part of the state
+        self.side, (self.mean, self.std) = 224 if patch else 64, IMAGENET if patch else HALF
+        last = len(vit.blocks) - 1
+        self.at = [last] + [(last + 1) * k // 4 - 1 for k in (1, 2, 3, 4)]      # of 12: 11, 2, 5, 8, 11
+        self.heads = nn.ModuleList(Head(vit.embed_dim) for _ in self.at)
+
+    def _apply(self, function, recurse=True):    # to(device) moves the frozen part, too
+        self.frozen[0]._apply(function, recurse)
+        return super()._apply(function, recurse)
+
+    def forward(self, images):
+        x = F.interpolate(images, size=(self.side, self.side), mode="bilinear")         # b 3 s s
+        maps = self.frozen[0].forward_intermediates(normalize(x, self.mean, self.std), norm=False,
+                                                    output_fmt="NLC", intermediates_only=True)
+        return torch.cat([head(maps[k].float().mT) for head, k in zip(self.heads, self.at)], 1)
+
+    def renew(self):                             # one power iteration of the spectral norms, once a step
+        self.train()
+        for m in self.modules():
+            hasattr(m, "parametrizations") and m.weight
+        return self.eval()
+
+
+def augment(images):
+    """DiffAug: brightness, saturation, contrast and a shift by up to 1/8, each image its own. b 3 H W in [0,1].
+
+    Source: arXiv 2006.10738, strengths of the release; its cutout is off there, and not here at all.
+    """
+    b, _, h, w = images.shape
+    bright, saturation, contrast = (torch.rand(3, b, 1, 1, 1, device=images.device))
+    x = images + (bright - 0.5) / 2                                     # of [0,1]; the release: of [-1,1]
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = F.pad(mean + (x - mean) * (contrast + 0.5), [w // 8] * 2 + [h // 8] * 2, value=0.5)
+    shift = (torch.rand(b, 2) * torch.tensor([h // 8 * 2 + 1, w // 8 * 2 + 1])).long().tolist()
+    return torch.stack([one[:, i:i + h, j:j + w] for one, (i, j) in zip(x, shift)])
 
 
 # ---------------------------------------------------------------------------------- training
@@ -162,14 +310,19 @@ def main(args):
     resumed = args.resume and runtime.resume(args, SHAPING)
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
+    decoder.checkpoint = args.checkpoint_activations
     ema = copy.deepcopy(decoder).requires_grad_(False).eval()
     opts = make_optimizers(decoder, args.optimizer, args.lr, args.weight_decay)
-    start = 0
+    weights = dict(l1=1.0, lpips=args.lpips, gram=args.gram, feature=args.feature)
+    perceptual, start = Perceptual(weights, encoder).to(device), 0
+    disc = Discriminator(args.disc).to(device).eval() if args.gan else None
+    disc_opts = [torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0.0)] if disc else []
     if resumed:
         load_release(decoder, {"model": resumed["model"]})
         load_release(ema, {"ema": resumed["ema"]})
-        for opt, state in zip(opts, resumed["opt"]):
+        for opt, state in zip(opts + disc_opts, resumed["opt"]):
             opt.load_state_dict(state)
+        disc and disc.load_state_dict(resumed["disc"])
         start = resumed["step"]
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in decoder.parameters()))
@@ -190,35 +343,71 @@ def main(args):
             packed = dict(encoder=args.encoder, size=args.size, decoder=ema.state_dict(), **sizes,
                           latent_mean=latent_mean, latent_var=latent_var)            # for model.unpack_rae
             runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema.state_dict(),
-                                    rae=packed, opt=[opt.state_dict() for opt in opts], step=step,
-                                    args=runtime.plain(args))
+                                    rae=packed, opt=[opt.state_dict() for opt in opts + disc_opts], step=step,
+                                    args=runtime.plain(args), disc=disc.state_dict() if disc else {})
 
-    sums = {}
-    for step, m, images, _, _ in batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
-                                         stop=args.steps):
-        last = m // world == accumulate - 1
-        images = images.to(device).float() / 255
-        with runtime.autocast(device, args.dtype):
-            z = encoder.encode(eval_fid.resize(images, args.size)).float()       # b c h w, not normalised
-        runtime.seed_step(args.seed, step, m)
-        z = add_noise(z, args.tau, args.noise_law)
-        quiet = contextlib.nullcontext() if world == 1 or last else step_model.no_sync()
-        with quiet:                                                     # DDP averages gradients once a step
+    sums, last_layer = {}, decoder.decoder_pred.weight
+    shown = augment if args.diffaug == "on" else torch.clone
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
+    for step, parts in groupby(stream, key=lambda part: part[0]):
+        adversarial, held = args.gan > 0 and step >= args.gan_start, []
+        if disc and step >= args.disc_start:
+            disc.renew()
+        # First the gradient at the pixels, part by part, since lambda is a ratio of norms over the whole batch:
+        # of the gradients of the two losses at the last layer. Then the decoder's, which costs a second forward
+        # pass unless there is one part alone; no graph of VGG or discriminator is alive by then.
+        norms = torch.zeros(2, *last_layer.shape, device=device)
+        for p in trained:
+            p.requires_grad_(accumulate == 1 or p is last_layer)
+        for _, m, images, _, _ in parts:
+            images = images.to(device).float() / 255
             with runtime.autocast(device, args.dtype):
-                pixels = step_model(z) * rae.pixel_std + rae.pixel_mean  # b 3 H W in [0,1]
-            terms = losses(pixels, eval_fid.resize(images, side))
-            (sum(terms.values()) / accumulate).backward()
-        for name, value in {**terms, "loss": sum(terms.values())}.items():
-            sums[name] = sums.get(name, 0) + value.detach() / accumulate
-        if not last:
-            continue
+                z = encoder.encode(eval_fid.resize(images, args.size)).float()   # b c h w, not normalised
+            runtime.seed_step(args.seed, step, m)
+            z, real = add_noise(z, args.tau, args.noise_law), eval_fid.resize(images, side)
+            with runtime.autocast(device, args.dtype):
+                pixels = (step_model if accumulate == 1 else decoder)(z) * rae.pixel_std + rae.pixel_mean
+                fake = pixels.detach().requires_grad_()                 # b 3 H W in [0,1]
+                terms = perceptual(fake, real)
+                loss = sum(perceptual.weights[k] * v for k, v in terms.items())
+                grads = [torch.autograd.grad(loss / accumulate, fake)[0]]
+                if adversarial:
+                    terms["gan"] = -disc(shown(fake)).mean()
+                    grads += torch.autograd.grad(terms["gan"] / accumulate, fake)
+                    for norm, g in zip(norms, grads):
+                        norm += torch.autograd.grad(pixels, last_layer, g, retain_graph=True)[0]
+                if disc and step >= args.disc_start:       # the same noise as the decoder's, rounded to 8 bits
+                    seen = ((fake.detach().clamp(0, 1) * 255).round() / 255, real)
+                    no, yes = (disc(shown(x)) for x in seen)
+                    terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
+                    (terms["disc"] / accumulate).backward()
+            held.append((z, pixels if accumulate == 1 else None, grads))
+            for name, value in {**terms, "loss": loss}.items():
+                sums.setdefault(name, []).append(value.detach())
+        norms = runtime.all_mean(norms).flatten(1).norm(dim=1)          # of the losses, of the GAN
+        ratio = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)           # lambda
+        for p in trained:
+            p.requires_grad_(True)
+        for k, (z, pixels, grads) in enumerate(held):
+            with contextlib.nullcontext() if world == 1 or k == len(held) - 1 else step_model.no_sync():
+                if pixels is None:
+                    with runtime.autocast(device, args.dtype):
+                        pixels = step_model(z) * rae.pixel_std + rae.pixel_mean
+                pixels.backward(grads[0] + args.gan * ratio * grads[1] if adversarial else grads[0])
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
-        norm = runtime.step_optimizers(opts, decoder, args.clip, sum(terms.values()), step, lr)
+        norm = runtime.step_optimizers(opts, decoder, args.clip, loss, step, lr)
         runtime.update_ema(ema, decoder, args.ema, step)
+        if disc and step >= args.disc_start:               # its schedule covers its own life
+            for p in disc.parameters():
+                p.grad = runtime.all_mean(p.grad)
+            at, life = step - args.disc_start, args.steps - args.disc_start
+            runtime.step_optimizers(disc_opts, disc, args.clip, terms["disc"], step, args.disc_lr * runtime.
+                                    lr_factor(at, args.disc_warmup, args.disc_warmup, life, args.lr_end, "cosine"))
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            means = {k: runtime.all_mean(v).item() / (done - log.last_step) for k, v in sums.items()}
-            log.step(done, means.pop("loss"), norm, lr, **means)
+            means = {k: runtime.all_mean(torch.stack(v).mean()).item() for k, v in sums.items()}
+            log.step(done, means.pop("loss"), norm, lr, **means, **dict(gan_lambda=float(ratio)) if adversarial else {})
             sums = {}
         if done % args.save_every == 0 or done == args.steps:
             save(done)

@@ -1,0 +1,223 @@
+"""Stage 1's losses: LPIPS, Gram, features, discriminator, augmentation, lambda over parts and processes.
+
+Run: python -m pytest tests/test_stage1.py
+"""
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+from functools import partial
+
+import lpips
+import pytest
+import timm
+import torch
+
+import model
+import runtime
+import train_decoder
+from conftest import ROOT
+from test_train import DECODER, difference, go, load, load_at
+from train_decoder import Discriminator, Perceptual, augment, gram
+
+GAN = [*DECODER, *"--gan 0.75 --disc_start 1 --gan_start 2 --disc_lr 1e-3 --disc_warmup 1".split()]
+NONE = dict(l1=1.0, lpips=0.0, gram=0.0, feature=0.0)
+
+
+@pytest.fixture
+def vgg(monkeypatch):
+    """LPIPS with a random VGG: the package's own calibrated layers, no download."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(train_decoder.lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+
+
+def pair(side=64, n=2):
+    torch.manual_seed(1)
+    return torch.rand(n, 3, side, side, requires_grad=True), torch.rand(n, 3, side, side)
+
+
+# ---------------------------------------------------------------------------------- perceptual terms
+def test_lpips_is_the_package_s(vgg):
+    loss, (x, y) = Perceptual({**NONE, "lpips": 1.0}), pair()
+    terms = loss(x, y)
+    assert terms.keys() == {"l1", "lpips"}
+    assert terms["lpips"].item() == pytest.approx(loss.vgg(x, y, normalize=True).mean().item(), rel=1e-4)
+    assert torch.allclose(terms["l1"], (x - y).abs().mean())
+    assert loss(y, y)["lpips"] == 0
+    grad, = torch.autograd.grad(terms["lpips"], x)
+    assert grad.abs().max() > 0 and not any(p.requires_grad for p in loss.parameters())
+
+
+def test_gram_is_its_formula(vgg):
+    x = torch.randn(2, 3, 4, 5)
+    by_hand = torch.stack([sum(torch.outer(one[:, i, j], one[:, i, j]) for i in range(4) for j in range(5))
+                           / (3 * 20) for one in x])
+    assert torch.allclose(gram(x), by_hand, atol=1e-6)
+    loss, (x, y) = Perceptual({**NONE, "gram": 100.0}), pair()
+    value = loss(x, y)["gram"]
+    by_hand = sum((gram(a) - gram(b)).square().mean() for a, b in zip(loss.maps(x), loss.maps(y))) / 5
+    assert value.item() == pytest.approx(by_hand.item(), rel=1e-4) and value > 0
+    rolled = torch.roll(y, (16, 32), (2, 3))               # statistics, not places
+    assert loss(rolled, y)["gram"] < value / 2
+
+
+def test_missing_vgg_weights_say_which_file_goes_where(monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth into .*checkpoints/, or give --lpips 0"):
+        Perceptual({**NONE, "lpips": 1.0})
+    Perceptual({**NONE, "feature": 1.0}, model.Encoder("tiny"))        # needs none
+
+
+def test_feature_distance_is_the_frozen_encoder_s():
+    encoder = model.Encoder("tiny")
+    loss, (x, y) = Perceptual({**NONE, "feature": 1.0}, encoder), pair()
+    assert len(loss.tokens(x)) == len(encoder.backbone.blocks)
+    last, latents = loss.tokens(y)[-1], encoder.encode(y)  # the last map, normalised, is the latents
+    assert torch.allclose(last, latents.flatten(2).mT, atol=1e-4)
+    assert loss(y, y)["feature"] == 0 and loss(x, y)["feature"] > 0
+    assert torch.autograd.grad(loss(x, y)["feature"], x)[0].abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------- discriminator
+def test_discriminator_has_five_spectral_heads_on_a_frozen_vit():
+    disc = Discriminator("tiny")
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    assert disc(x).shape == (2, 5 * 16) and disc.at == [4, 0, 1, 2, 4]
+    assert not [k for k in disc.state_dict() if "blocks" in k]
+    assert torch.autograd.grad(disc(x).sum(), x)[0].abs().max() > 0
+    for _ in range(200):
+        disc.renew()
+    weights = [m.weight.flatten(1) for m in disc.modules() if isinstance(m, torch.nn.Conv1d)]
+    assert len(weights) == 15
+    assert all(abs(torch.linalg.matrix_norm(w, 2) - 1) < 0.02 for w in weights)
+    a, b = torch.rand(2, 2, 3, 64, 64)
+    assert torch.allclose(disc(torch.cat([a, b]))[:2], disc(a), atol=1e-5)      # no statistics of the batch
+
+
+def test_discriminator_of_the_papers(monkeypatch):
+    """7.39 M trainable parameters on DINO ViT-S/8, whose 12 blocks are seen at 11, 2, 5, 8, 11."""
+    monkeypatch.setattr(train_decoder, "load_vit", lambda name, size: timm.create_model(
+        name, pretrained=False, num_classes=0, img_size=size))
+    disc = Discriminator("dino-s8")
+    assert round(sum(p.numel() for p in disc.parameters()) / 1e6, 2) == 7.39 and disc.at == [11, 2, 5, 8, 11]
+    assert Discriminator("dino-s16")(torch.rand(1, 3, 256, 256)).shape == (1, 5 * 196)
+
+
+def test_augment_changes_each_image_in_its_own_way_within_bounds():
+    torch.manual_seed(0)
+    spot = torch.full((64, 3, 32, 32), 0.5)
+    spot[:, :, 16, 16] = 1.0
+    x = augment(spot)
+    at = (x - x.flatten(2).median(2).values[..., None, None]).abs().sum(1).flatten(1).argmax(1)
+    rows, columns = at // 32 - 16, at % 32 - 16
+    assert rows.abs().max() == 4 and columns.abs().max() == 4 and len({*at.tolist()}) > 20
+    flat = augment(torch.full((64, 3, 32, 32), 0.5))[:, :, 8:24, 8:24]
+    assert flat.amin() >= 0.25 and flat.amax() <= 0.75 and flat.mean((1, 2, 3)).std() > 0.1
+    x = torch.rand(4, 3, 32, 32, requires_grad=True)
+    assert torch.autograd.grad(augment(x).square().sum(), x)[0].abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------- training
+def gradients(monkeypatch, tmp_path, *flags):
+    """Gradients of decoder and discriminator in the third step of a run without noise, and their lambda."""
+    seen = {}
+
+    def keep(opts, net, clip, loss, step, lr):
+        seen[type(net).__name__, step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
+        return runtime_step(opts, net, clip, loss, step, lr)
+    runtime_step = runtime.step_optimizers
+    monkeypatch.setattr(runtime, "step_optimizers", keep)
+    go(train_decoder, *GAN, "--tau", 0, "--diffaug", "off", "--optimizer", "adamw", "--log_every", 1, "--steps", 4,
+       "--out", tmp_path, "--overwrite", *flags)
+    monkeypatch.setattr(runtime, "step_optimizers", runtime_step)
+    return seen
+
+
+def test_parts_of_a_batch_give_the_update_of_the_whole(monkeypatch, tmp_path):
+    """Lambda is of the whole batch; checkpointed activations change nothing either."""
+    at_once = "--disc_start 0 --gan_start 0 --feature 0".split()
+    whole = gradients(monkeypatch, tmp_path, *at_once)
+    parts = gradients(monkeypatch, tmp_path, *at_once, "--micro_batch", 2, "--checkpoint_activations")
+    assert {("Decoder", 0), ("Discriminator", 0)} <= whole.keys() == parts.keys()
+    for key in (("Decoder", 0), ("Discriminator", 0)):
+        for a, b in zip(whole[key][0], parts[key][0], strict=True):
+            assert (a - b).abs().max() < 1e-7 + 1e-4 * a.abs().max(), key
+
+
+def test_lambda_balances_both_losses_at_the_last_layer(monkeypatch, tmp_path):
+    """Of the step in which the GAN joins: gradient with it minus without = gan x lambda x the GAN's, and at the
+    last layer its norm is gan x that of the reconstruction's."""
+    with_gan = gradients(monkeypatch, tmp_path)["Decoder", 2][0]
+    without = gradients(monkeypatch, tmp_path, "--gan_start", 3)["Decoder", 2][0]
+    ratio = (with_gan[-2] - without[-2]).norm() / without[-2].norm()
+    assert abs(ratio - 0.75) < 0.01
+
+
+def test_the_discriminator_s_schedule_covers_its_own_life(monkeypatch, tmp_path):
+    seen = gradients(monkeypatch, tmp_path, "--steps", 12, "--disc_start", 4, "--gan_start", 6, "--disc_warmup", 2,
+                     "--lr_end", 0.1)
+    rates = [lr for (name, step), (_, lr) in seen.items() if name == "Discriminator"]
+    assert [step for name, step in seen if name == "Discriminator"] == [*range(4, 12)]
+    assert rates[0] == pytest.approx(0.5e-3) and rates[2] == pytest.approx(1e-3) and rates[-1] < 2.5e-4
+    rows = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    assert ["disc" in r for r in rows] == [False] * 4 + [True] * 8
+    assert ["gan_lambda" in r for r in rows] == [False] * 6 + [True] * 6
+
+
+def test_resume_with_the_gan_is_exact_to_the_bit(tmp_path):
+    go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "straight")
+    go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "twice", "--save_every", 4)
+    torch.save(load_at(train_decoder, GAN, tmp_path, 4), tmp_path / "twice" / "last.pt")
+    go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "twice", "--resume")
+    assert difference(load(tmp_path / "straight"), load(tmp_path / "twice")) == 0
+    assert len(load(tmp_path / "twice")["disc"]) > 40
+
+
+def test_two_processes_have_one_discriminator(tmp_path):
+    common = [*GAN, "--micro_batch", "4", "--steps", "5", "--optimizer", "adamw"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                               # as torchrun does
+    go(train_decoder, *common, "--out", tmp_path / "one")
+    torch.set_num_threads(threads)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    "train_decoder.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert difference(one["model"], two["model"]) < 2e-4 and difference(one["disc"], two["disc"]) < 2e-4
+
+
+def test_nan_in_the_discriminator_alone_leaves_the_decoder_training(monkeypatch, tmp_path, capsys):
+    forward, calls = Discriminator.forward, []
+    monkeypatch.setattr(Discriminator, "forward", lambda self, x: calls.append(1) or forward(self, x) * (
+        torch.nan if len(calls) == 1 else 1))
+    go(train_decoder, *GAN, "--gan_start", 4, "--steps", 5, "--out", tmp_path)
+    assert "step 1: not finite, update left out" in capsys.readouterr().err
+    state = load(tmp_path)
+    assert all(x.isfinite().all() for part in ("model", "disc") for x in state[part].values())
+    assert state["opt"][-1]["state"][0]["step"] == 3       # of the four steps of the discriminator
+
+
+@pytest.mark.parametrize("recipe, wanted", [
+    ("rae", dict(encoder="dinov2-b", decoder_width=1152, batch=512, steps=40032, lr=2e-4, lr_end=0.1, warmup=2502,
+                 ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016, disc="dino-s8",
+                 disc_start=15012, disc_lr=2e-4, feature=0.0, clip=0.0)),
+    ("scale_rae", dict(encoder="siglip2-so400m", steps=200_000, lr=4e-4, warmup=5000, tau=0.0, gram=100.0,
+                       gan=10.0, gan_start=20_000, disc="dino-s16", disc_start=17_500, disc_lr=5e-5))])
+def test_recipes_are_the_papers_and_a_flag_overrides(recipe, wanted):
+    args = vars(train_decoder.parse_args(["--recipe", recipe, "--micro_batch", "8"]))
+    assert {k: args[k] for k in wanted} == wanted
+    assert train_decoder.parse_args(["--recipe", recipe, "--gan", "0", "--decoder", "B"]).gan == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--lpips -1", "must be at least 0"), ("--gan -0.5", "must be at least 0"),
+    ("--gan 1 --gan_start 2000", "lower --gan_start, or give --gan 0"),
+    ("--gan 1 --disc_start 9 --gan_start 8", "must come in this order"),
+    ("--encoder dinov2-b --feature 1", "--feature 1.0 is of the tiny encoder")])
+def test_bad_flags(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        train_decoder.parse_args(flags.split())
+    assert message in capsys.readouterr().err
