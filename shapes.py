@@ -1,12 +1,14 @@
-"""The built-in world: scenes of coloured shapes -> image, captions, questions; and the verifier that reads.
+"""The built-in worlds: scenes of coloured shapes -> image, captions, questions; and the verifier that reads;
+lines of text, and how many of their letters are still to be read.
 
 A scene is plain data. Lengths and positions are fractions of the image side, x to the right, y downwards.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from math import atan, atan2, cos, hypot, pi, remainder, sin, sqrt
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 PALETTE = {"red": (222, 38, 42), "yellow": (244, 204, 26), "green": (38, 160, 62),     # rgb in 0..255, no two
@@ -18,6 +20,7 @@ SIZES = {"small": 0.13, "large": 0.175}  # radius of the circle of equal area, t
 GAP = 0.04                               # least distance between objects, 2.5 px at 64 px; half to the border
 JITTER = 10                              # variation of an object's colour, per channel
 REPEATS = 0.3                            # share of scenes of several objects that repeat a class, to count
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHJKLMNPRT23456789"          # none that look alike: O 0 S s ...
 STAR, HOLE, BAR = 0.48, 0.55, 1 / 4      # inner over outer radius; width over length of the cross's bars
 CLEAR = 1.5                              # "left of" needs |dx| > 1.5 |dy|: within 34 degrees of the axis
 # Number of tips or corners; and that number times the angle of one of them. A cross points by its arms.
@@ -212,6 +215,58 @@ class Scene:
                 a, b = (shapes[k] if shapes.count(shapes[k]) == 1 else names[k] for k in (i, j))
                 found += [(f"is the {a} {word} the {b}?", "yes"), (f"is the {b} {word} the {a}?", "no")]
         return found
+
+
+@dataclass(frozen=True)
+class Text:
+    """Lines of letters in cells of one width, turned about the image's centre, on a background as a Scene's.
+
+    pitch: width of a cell, height of the letters, as a fraction of the side; lines are 1.3 x as far apart.
+    turn: degrees, counter-clockwise as seen. ink: rgb in 0..255.
+    """
+    lines: tuple
+    pitch: float = 0.12
+    turn: float = 0.0
+    ink: tuple = (20, 20, 20)
+    background: tuple = (((255, 255, 255),) * 2,) * 2
+
+    @classmethod
+    def random(cls, seed, index):
+        """Text number `index` of the endless stream `seed`: 1 to 3 lines of 2 to 5 letters."""
+        rng = np.random.default_rng((seed, index, 1))
+        rows, columns = rng.integers(1, 4), rng.integers(2, 6)
+        lines = tuple("".join(rng.choice([*LETTERS], columns)) for _ in range(rows))
+        dark, light = rng.uniform(0, 110, 3), rng.uniform(160, 255) + rng.uniform(-20, 0, (2, 2, 3))
+        ink, back = (dark, light) if rng.random() < 0.7 else (255 - dark, 255 - light)
+        pitch = rng.uniform(0.7, 1) * min(0.9 / columns, 0.9 / (1.3 * rows), 0.3)
+        return cls(lines, pitch, rng.uniform(-8, 8), tuple(ink.tolist()), tuple(map(tuple, back.tolist())))
+
+    def cells(self):
+        """(letter, x, y) of each letter; x, y: its centre before the turn, from the image's centre."""
+        return [(letter, (c - (len(line) - 1) / 2) * self.pitch, (r - (len(self.lines) - 1) / 2) * 1.3 * self.pitch)
+                for r, line in enumerate(self.lines) for c, letter in enumerate(line)]
+
+    def render(self, size=64):
+        """The picture, (size, size, 3) uint8."""
+        sheet, font = Image.new("L", (size, size)), ImageFont.load_default(1.25 * self.pitch * size)
+        for letter, x, y in self.cells():
+            ImageDraw.Draw(sheet).text(((x + 0.5) * size, (y + 0.5) * size), letter, 255, font, "mm")
+        mask = np.asarray(sheet.rotate(self.turn, Image.BICUBIC), np.float32)[:, :, None] / 255
+        back = np.asarray(Scene((), self.background).render(size), np.float32)
+        return (back + mask * (np.float32(self.ink) - back) + 0.5).astype(np.uint8)
+
+    def read(self, image):
+        """Share of the letters that look most alike in their own cells of a uint8 image, among all letters."""
+        size, turn, cells = len(image), np.deg2rad(self.turn), self.cells()
+        each = np.stack([replace(self, lines=tuple(x * len(line) for line in self.lines)).render(size)
+                         for x in LETTERS]).astype(np.float32)                   # an image of each letter alone
+        error, right = np.square(each - image.astype(np.float32)).sum(3), 0      # letters H W
+        for letter, x, y in cells:
+            x, y = x * cos(turn) + y * sin(turn), y * cos(turn) - x * sin(turn)
+            rows, columns = (slice(max(0, round((v + 0.5 - self.pitch / 2) * size)),
+                                   round((v + 0.5 + self.pitch / 2) * size) + 1) for v in (y, x))
+            right += LETTERS[error[:, rows, columns].sum((1, 2)).argmin()] == letter
+        return right / len(cells)
 
 
 # The verifier: classical image analysis, told nothing of the scene. Its limits lie between the worst of
