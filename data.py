@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from shapes import CLASSES, Scene
+from shapes import CLASSES, Scene, Text
 
 IMAGE = re.compile(r"(?!(.*/)?(\.|__MACOSX/)).*\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)", re.IGNORECASE)
 SHAPES_EPOCH = 1_000_000       # the shapes never end; this many are called an epoch
@@ -65,7 +65,7 @@ def conversation(turns, image):  # {"from", "value"} to (role, text), with <imag
 
 
 def list_path(path, chat):     # rows (path, offset, bytes, name, label, texts) of a folder, tar or .jsonl
-    require(os.path.exists(path), f"--data {path} does not exist; give shapes (alone), a folder, .tar "
+    require(os.path.exists(path), f"--data {path} does not exist; give shapes or text, a folder, .tar "
             "shards, .jsonl, or a mixture: a=PATH:0.6 b=PATH:0.4", FileNotFoundError)
     rows, name, files, lines = [], "", {}, os.path.isfile(path) and path.endswith(".jsonl")
     try:
@@ -104,7 +104,10 @@ def list_path(path, chat):     # rows (path, offset, bytes, name, label, texts) 
 
 def list_source(paths, train, hold_out, objects, chat):  # rows, order of the split, class names, labelled
     if paths == ["shapes"]:
-        return None, range(SHAPES_EPOCH), CLASSES, np.ravel(objects).tolist() == [1]
+        return Scene, range(SHAPES_EPOCH), CLASSES, np.ravel(objects).tolist() == [1]
+    if paths == ["text"]:
+        require(not chat, "--data text has no conversations; it is for train_decoder.py")
+        return Text, range(SHAPES_EPOCH), ["text"], False
     rows = [row for path in paths for row in list_path(path, chat)]
     bare = [f"{row[0]} ({row[3]})" for row in rows if not row[5]]
     require(not bare, f"--data {paths[0]}: {len(bare)} of {len(rows)} images have no text, first {bare[:1]}; "
@@ -122,7 +125,7 @@ def list_source(paths, train, hold_out, objects, chat):  # rows, order of the sp
 class open_data(Dataset):      # a verb, where it is called, as functools.partial is
     """The images, listed and checked; data[k] reads number k = 0, 1, ... without end.
 
-    specs: shapes, a folder (flat or of class folders), .tar shards, .jsonl, or a mixture: name=PATH:weight
+    specs: shapes, text, a folder (flat or of class folders), .tar shards, .jsonl, or a mixture: name=PATH:weight
     size: side in pixels; seed: of order, crop and flip; crop: centre or random; flip: mirror half of them
     split: train or val; hold_out: images of each source in val, not train, for any seed; 0: all are in both
     objects: count(s) of objects in scenes of shapes, labelled if 1. Raises ValueError, FileNotFoundError.
@@ -144,7 +147,7 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
                 part[2].replace(braces[0], f"{i:0{len(braces[1])}}") for i in range(low, high + 1))
         require("" not in groups or len(groups) == 1, f"--data {specs}: all must be name=PATH:weight or none")
         sources = [list_source(paths, split == "train", hold_out, objects, chat) for paths in groups.values()]
-        self.rows, self.order, names, labelled = zip(*sources)
+        self.domains, (self.rows, self.order, names, labelled) = [*groups], zip(*sources)
         mixed_names = sorted(set().union(*names)) if all(labelled) else ["image"]
         self.class_names = mixed_names if len(names) > 1 else list(names[0])
         self.number = {name: i for i, name in enumerate(self.class_names)}
@@ -159,16 +162,28 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
     def __len__(self):
         return sum(map(len, self.order))
 
-    def __getitem__(self, k):
+    def place(self, k):            # of image k: its source, a number in the order of specs; epoch, turn in it
         i, turn = self.turns[k % PERIOD]
-        epoch, at = divmod(k // PERIOD * self.counts[i] + turn, n := len(self.order[i]))    # in source i
-        broken, rng = [], np.random.default_rng((self.seed, k, 0))
-        if self.rows[i] is None:
-            number = self.first + epoch * n + at
-            while (scene := Scene.random(self.seed, number, self.objects)) and self.skip and scene.held_out():
-                number += 2 * SHAPES_VAL         # where neither split arrives
-            image, label = scene.render(self.size), CLASSES[scene.objects[0].label]
-            texts = [self.chat(scene, rng)] if self.chat else [scene.caption()]
+        return i, *divmod(k // PERIOD * self.counts[i] + turn, len(self.order[i]))
+
+    def drawn(self, k):            # the Scene or Text that image k of a built-in world shows
+        i, epoch, at = self.place(k)
+        number = self.first + epoch * SHAPES_EPOCH + at
+        if self.rows[i] is Text:
+            return Text.random(self.seed, number)
+        while (scene := Scene.random(self.seed, number, self.objects)) and self.skip and scene.held_out():
+            number += 2 * SHAPES_VAL             # where neither split arrives
+        return scene
+
+    def __getitem__(self, k):
+        i, epoch, at = self.place(k)
+        n, broken, rng = len(self.order[i]), [], np.random.default_rng((self.seed, k, 0))
+        if self.rows[i] in (Scene, Text):
+            seen = self.drawn(k)
+            image, label, texts = seen.render(self.size), None, [seen.caption()]
+            if self.rows[i] is Scene:
+                label = CLASSES[seen.objects[0].label]
+                texts = [self.chat(seen, rng)] if self.chat else texts
         else:
             if self.shuffled.get(i, (None,))[0] != epoch:
                 self.shuffled[i] = epoch, np.random.default_rng((self.seed, epoch, 1, i)).permutation(n)
@@ -197,7 +212,7 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
 
     def received(self, images, texts, broken, labels, numbers):    # names a broken file once, stops above 1%
         for k, names in zip(numbers, broken):
-            bad, n = self.broken[i := self.turns[k % PERIOD][0]], len(self.order[i])
+            bad, n = self.broken[i := self.place(k)[0]], len(self.order[i])
             for name in sorted(set(names) - bad):
                 bad.add(name)
                 print(f"broken image {len(bad)}, replaced by another: {name}", file=sys.stderr)

@@ -8,9 +8,10 @@ The training scripts call the same functions on their EMA weights: one road to e
 import argparse
 import json
 import time
-from itertools import permutations
+from itertools import count, islice, permutations
 from pathlib import Path
 
+import lpips
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ import sample
 from data import SHAPES_VAL, open_data
 from model import unpack_rae
 from runtime import at_least
-from shapes import CLASSES, SHAPES, Object, Scene, listing, read_scene
+from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
 
 
 # ---------------------------------------------------------------------------------- Fréchet distance
@@ -242,24 +243,43 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
 
 
 @torch.no_grad()
-def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"):
-    """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict."""
+def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0):
+    """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict.
+
+    domain: the source of a mixture that they are of. readable: of scenes, the share that read_scene reads as
+    before; of text, of its letters. lpips: where VGG's weights are on the disk (package lpips).
+    """
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
-    sums = torch.zeros(2, dtype=torch.float64)
+    numbers = [*islice((k for k in count() if val.place(k)[0] == domain), n)]
+    world_of, vgg = val.rows[domain], Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").exists()
+    vgg = vgg and lpips.LPIPS(net="vgg", verbose=False).to(device)
+    sums = torch.zeros(4, dtype=torch.float64)
     chunks = sample.share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
+        chunk = [numbers[k] for k in chunk]
         x = rearrange(real_images(val, chunk), "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):
             back = rae.decode(rae.encode(resize(x, rae.encoder.image_size))).float()
-        images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu()
-                        for y in (resize(x, back.shape[-1]), back))    # judged at the decoder's size
-        sums += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
+        x = resize(x, back.shape[-1])                                  # judged at the decoder's size
+        sums[2] += vgg(x, back, normalize=True).sum().cpu() if vgg else 0
+        images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu() for y in (x, back))
+        sums[:2] += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
+        for k, a, b in zip(chunk, images.numpy(), back.numpy()):
+            sums[3] += val.drawn(k).read(b) if world_of is Text else world_of is Scene and same(a, b)
         real.add(features(rae.encoder, images))
         fake.add(features(rae.encoder, back))
     real.merge(), fake.merge()
-    mean_psnr, mean_ssim = (total(sums) / n).tolist()
-    return dict(n=n, psnr=mean_psnr, ssim=mean_ssim,
-                frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
+    values = (total(sums) / n).tolist()
+    metrics = dict(n=n, psnr=values[0], ssim=values[1],
+                   frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
+    return metrics | (dict(lpips=values[2]) if vgg else {}) | (
+        dict(readable=values[3]) if world_of in (Scene, Text) else {})
+
+
+def same(a, b):
+    """Whether read_scene finds the same objects, by name, in two uint8 images H W 3."""
+    a, b = (sorted(o.name for o in objects) if (objects := read_scene(x)) is not None else None for x in (a, b))
+    return a is not None and a == b
 
 
 def resize(images, side):

@@ -241,6 +241,10 @@ class Text:
         pitch = rng.uniform(0.7, 1) * min(0.9 / columns, 0.9 / (1.3 * rows), 0.3)
         return cls(lines, pitch, rng.uniform(-8, 8), tuple(ink.tolist()), tuple(map(tuple, back.tolist())))
 
+    def caption(self):
+        """Its lines."""
+        return "\n".join(self.lines)
+
     def cells(self):
         """(letter, x, y) of each letter; x, y: its centre before the turn, from the image's centre."""
         return [(letter, (c - (len(line) - 1) / 2) * self.pitch, (r - (len(self.lines) - 1) / 2) * 1.3 * self.pitch)

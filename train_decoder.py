@@ -347,6 +347,7 @@ def main(args):
                                     args=runtime.plain(args), disc=disc.state_dict() if disc else {})
 
     sums, last_layer = {}, decoder.decoder_pred.weight
+    domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
     shown = augment if args.diffaug == "on" else torch.clone
     trained = [p for p in decoder.parameters() if p.requires_grad]
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
@@ -383,6 +384,9 @@ def main(args):
                     terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
                     (terms["disc"] / accumulate).backward()
             held.append((z, pixels if accumulate == 1 else None, grads))
+            first = step * args.batch + m * args.micro_batch            # the number of its first image
+            for k, error in enumerate((fake.detach() - real).abs().mean((1, 2, 3))):
+                domains[data.place(first + k)[0]] += torch.stack([error, torch.ones_like(error)])
             for name, value in {**terms, "loss": loss}.items():
                 sums.setdefault(name, []).append(value.detach())
         norms = runtime.all_mean(norms).flatten(1).norm(dim=1)          # of the losses, of the GAN
@@ -401,23 +405,27 @@ def main(args):
         if disc and step >= args.disc_start:               # its schedule covers its own life
             for p in disc.parameters():
                 p.grad = runtime.all_mean(p.grad)
-            at, life = step - args.disc_start, args.steps - args.disc_start
-            runtime.step_optimizers(disc_opts, disc, args.clip, terms["disc"], step, args.disc_lr * runtime.
-                                    lr_factor(at, args.disc_warmup, args.disc_warmup, life, args.lr_end, "cosine"))
+            span = args.disc_warmup, args.disc_warmup, args.steps - args.disc_start, args.lr_end, "cosine"
+            disc_lr = args.disc_lr * runtime.lr_factor(step - args.disc_start, *span)
+            runtime.step_optimizers(disc_opts, disc, args.clip, terms["disc"], step, disc_lr)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             means = {k: runtime.all_mean(torch.stack(v).mean()).item() for k, v in sums.items()}
-            log.step(done, means.pop("loss"), norm, lr, **means, **dict(gan_lambda=float(ratio)) if adversarial else {})
-            sums = {}
+            by_domain = (total / max(n, 1e-9) for total, n in runtime.all_mean(domains).tolist())
+            means |= {f"l1_{name}": x for name, x in zip(data.domains, by_domain) if len(data.domains) > 1}
+            means |= dict(gan_lambda=float(ratio)) if adversarial else {}
+            log.step(done, means.pop("loss"), norm, lr, **means)
+            sums, domains = {}, torch.zeros_like(domains)
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
             picture = reconstruction_picture(rae, eval_fid.real_images(val, range(12)))
             picture.save(f"{args.out}/preview_{done:07d}.png")
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            metrics = eval_fid.evaluate_reconstruction(rae, val, args.eval_n, rank, world)
-            log.write(dict(step=done, **metrics))
-            log.say(f"step {done} | held-out " + eval_fid.one_line(metrics))
+            for i, name in enumerate(val.domains):
+                metrics = eval_fid.evaluate_reconstruction(rae, val, args.eval_n, rank, world, domain=i)
+                log.write(dict(step=done, domain=name, **metrics))
+                log.say(f"step {done} | held-out {name} " + eval_fid.one_line(metrics))
 
 
 @torch.no_grad()
