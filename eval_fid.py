@@ -81,7 +81,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def features(encoder, images):
     """Mean-pooled tokens of uint8 images b H W 3: b c."""
-    device = next(encoder.parameters()).device
+    device = encoder.place.device
     x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
     return encoder.encode(x).mean((2, 3)).cpu()
 

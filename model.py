@@ -8,6 +8,7 @@ Shapes: b batch, h w latent grid, n = h*w tokens, c latent channels, d width, e 
 Time runs from data (t=0) to noise (t=1): x_t = (1-t)*x0 + t*eps, and the model predicts v = eps - x0.
 """
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -34,7 +35,10 @@ ENCODERS = {
     "dinov2-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 256, IMAGENET),
     "siglip2-b": ("vit_base_patch16_siglip_256.v2_webli", 256, HALF),
     "siglip2-so400m": ("vit_so400m_patch14_siglip_224.v2_webli", 256, HALF),
-    "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET)}
+    "mae-b": ("vit_base_patch16_224.mae", 256, IMAGENET),
+    "webssl-l": ("vit_large_patch14_dinov2.webssl", 256, IMAGENET),     # not in timm: read_webssl
+    "random": ("random", 64, HALF)}                                     # tiny's layout, never trained
+WEBSSL = "facebook/webssl-dino300m-full2b-224"
 # The shipped encoder (assets/make_tiny_encoder.py): 16 tokens x 192 channels. No CLS token, as in SigLIP.
 TINY = dict(img_size=64, patch_size=16, embed_dim=192, depth=5, num_heads=4, class_token=False,
             global_pool="", num_classes=0)
@@ -66,19 +70,73 @@ DECODER_HUB = "nyu-visionx/siglip2_decoder"
 # ------------------------------------------------------------------------------ encoder
 def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
-    if name in ENCODERS:
-        return ENCODERS[name][2]
+    if name in ENCODERS or re.fullmatch(r"pixel(:\d+)?|vae(:\d+:\d+)?|diffusers:.+", name):
+        return ENCODERS.get(name, (HALF,))[-1]
     if not timm.is_model(name) or not (config := timm.get_pretrained_cfg(name)):
         raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor in timm.list_models()")
     return config.mean, config.std
 
 
-class Encoder(nn.Module):
-    """A frozen vision transformer whose final tokens are the latents.
+class Pixels(nn.Module):
+    """No encoder: a patch's pixels are its token. forward_features: b 3 H W -> b n 3*patch*patch."""
+    num_prefix_tokens = 0
 
-    name: a key of ENCODERS, or any timm ViT. image_size: side of its images, pixels (default: ENCODERS, else
+    def __init__(self, patch):
+        super().__init__()
+        self.patch, self.embed_dim = patch, 3 * patch * patch
+
+    def forward_features(self, x):
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+
+
+class VAE(nn.Module):
+    """A small ViT that is trained together with the decoder, to a mean and a log-variance of each latent.
+
+    forward_features: b 3 H W -> means b n c; posterior: both.                       Source: arXiv 1312.6114
+    """
+    num_prefix_tokens = 0
+
+    def __init__(self, channels, patch, side):
+        super().__init__()
+        self.embed_dim = channels
+        self.vit = timm.models.VisionTransformer(**{**TINY, "img_size": side, "patch_size": patch})
+        self.moments = nn.Linear(self.vit.embed_dim, 2 * channels)
+
+    def posterior(self, x):
+        mean, logvar = self.moments(self.vit.forward_features(x)).float().chunk(2, -1)      # b n c
+        return mean, logvar.clamp(-30, 20)
+
+    def forward_features(self, x):
+        return self.posterior(x)[0]
+
+
+class DiffusersVAE(nn.Module):
+    """AutoencoderKL of diffusers, a folder or hub name: Stable Diffusion's, FLUX's. Means of its posterior."""
+    num_prefix_tokens = 0
+
+    def __init__(self, source):
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKL
+            self.vae = AutoencoderKL.from_pretrained(source)
+        except Exception as error:                          # of the import, the hub, the file
+            raise FileNotFoundError(f"--encoder diffusers:{source}: {type(error).__name__}; pip install "
+                                    f"diffusers, and connect or name a folder with its config.json and "
+                                    f"diffusion_pytorch_model.safetensors") from error
+        self.embed_dim = self.vae.config.latent_channels
+        self.patch_size = [2 ** (len(self.vae.config.block_out_channels) - 1)]
+
+    def forward_features(self, x):
+        return rearrange(self.vae.encode(x).latent_dist.mode(), "b c h w -> b (h w) c")
+
+
+class Encoder(nn.Module):
+    """A frozen vision transformer whose final tokens are the latents, or what papers compare it with.
+
+    name: a key of ENCODERS, any timm ViT, pixel:PATCH (its pixels), vae:CHANNELS:PATCH (to be trained) or
+        diffusers:SOURCE (an AutoencoderKL). image_size: side of its images, pixels (default: ENCODERS, else
         256); patch-14 models see 14/16 of it, so that 256 px give the same 16 x 16 grid as patch 16.
-    Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone (the timm model).
+    Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone (the timm model), trainable.
     Raises: ValueError (unknown name, size no multiple of patch), FileNotFoundError (no weights, no network).
     Source: [RAE] section 3.1: no CLS and registers, final LayerNorm without affine: each token has mean 0 and
         variance 1 over its channels. Images are resized bicubically without antialias, as in the release.
@@ -86,38 +144,55 @@ class Encoder(nn.Module):
     def __init__(self, name, image_size=None):
         super().__init__()
         self.mean, self.std = pixel_statistics(name)
+        kind, _, rest = name.partition(":")
         timm_name, side, _ = ENCODERS.get(name, (name, 256, None))
-        self.name, self.image_size = name, image_size or side
-        patch = 16 if name == "tiny" else timm.create_model(timm_name, depth=0).patch_embed.patch_size[0]
+        self.name, self.image_size, self.trainable = name, image_size or side, kind == "vae"
+        self.backbone = DiffusersVAE(rest) if kind == "diffusers" else None
+        numbers = [int(x) for x in rest.split(":") if x.isdigit()] or [16, 8]
+        patch = {"tiny": 16, "random": 16, "webssl-l": 14, "pixel": numbers[0], "vae": numbers[-1]}.get(kind) or \
+            (self.backbone or timm.create_model(timm_name, depth=0).patch_embed).patch_size[0]
         stride = 16 if patch == 14 else patch
         self.grid, self.input_size = self.image_size // stride, self.image_size * patch // stride
         if self.image_size % stride:
             raise ValueError(f"--size {self.image_size} must be a multiple of {stride} for --encoder {name}; "
                              f"try --size {max(stride, self.image_size // stride * stride)}")
-        self.backbone = load_vit(timm_name, self.input_size)
+        if kind in ("pixel", "vae"):
+            self.backbone = Pixels(patch) if kind == "pixel" else VAE(numbers[0], patch, self.image_size)
+        elif kind != "diffusers":
+            self.backbone = load_vit(timm_name, self.input_size)
+            self.backbone.norm = nn.LayerNorm(self.backbone.embed_dim, eps=1e-6, elementwise_affine=False)
         self.channels = self.backbone.embed_dim
-        self.backbone.norm = nn.LayerNorm(self.channels, eps=1e-6, elementwise_affine=False)
+        self.register_buffer("place", torch.empty(0), persistent=False)         # tells the device
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):                  # frozen: dropout and drop path stay off in any training loop
         return super().train(False)
 
-    @torch.no_grad()
-    def encode(self, images):         # b 3 H W in [0,1] -> b c h w, not by an RAE's statistics yet
+    def pixels(self, images):         # b 3 H W in [0,1] -> as the backbone wants them
         if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bicubic")
-        x = self.backbone.forward_features(normalize(images, self.mean, self.std))  # b prefix+n c
+        return normalize(images, self.mean, self.std)
+
+    @torch.no_grad()
+    def encode(self, images):         # b 3 H W in [0,1] -> b c h w, not by an RAE's statistics yet
+        x = self.backbone.forward_features(self.pixels(images))         # b prefix+n c
         x = x[:, self.backbone.num_prefix_tokens:]                      # b n c
         return rearrange(x, "b (h w) c -> b c h w", h=self.grid)
 
 
 def load_vit(name, size):
     """timm's ViT `name`, None: TINY, with its weights, its position table resampled to `size` pixels."""
-    if name is None:
-        vit = timm.models.VisionTransformer(**TINY)
+    if name in (None, "random"):
+        with torch.random.fork_rng():                       # always the same
+            torch.manual_seed(0)
+            vit = timm.models.VisionTransformer(**TINY)
         vit.norm = nn.Identity()                                        # its file has no affine at all
-        load_release(vit, HERE / "assets" / "tiny_encoder.safetensors").set_input_size(size)
+        if name is None:
+            load_release(vit, HERE / "assets" / "tiny_encoder.safetensors")
+        vit.set_input_size(size)
         return vit
+    if name.endswith(".webssl"):
+        return read_webssl(timm.create_model(name[:-7], num_classes=0, img_size=size))
     local = HERE / "weights" / f"{name}.safetensors"            # a file placed by hand wins over the download
     how = {"act_layer": "gelu_tanh"} if "siglip" in name else {} if ".mae" in name else {"img_size": size}
     try:
@@ -131,6 +206,28 @@ def load_vit(name, size):
         vit.pos_embed.data = timm.layers.resample_abs_pos_embed(
             vit.pos_embed, vit.patch_embed.grid_size, None, vit.num_prefix_tokens, antialias=False)
     return vit
+
+
+def read_webssl(vit):
+    """Weights of WebSSL's DINO, in transformers' names, into timm's ViT of the same layout."""
+    local = HERE / "weights" / "webssl-l.safetensors"
+    try:
+        path = local if local.exists() else huggingface_hub.hf_hub_download(WEBSSL, "model.safetensors")
+    except Exception as error:
+        raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
+                                f"huggingface.co/{WEBSSL} at weights/{local.name}") from error
+    state = runtime.load_checkpoint(path)
+    for old, new in (("embeddings.", ""), ("position_embeddings", "pos_embed"), ("encoder.layer.", "blocks."),
+                     ("patch_embeddings.projection", "patch_embed.proj"), (".attention.output.dense", ".attn.proj"),
+                     (".attention.attention.", ".attn."), ("layer_scale1.lambda1", "ls1.gamma"),
+                     ("layer_scale2.lambda1", "ls2.gamma"), ("layernorm.", "norm.")):
+        state = {k.replace(old, new): v for k, v in state.items()}
+    state.pop("mask_token", None)
+    for k in [k for k in state if ".attn.query." in k]:                 # timm: one matrix
+        state[k.replace("query", "qkv")] = torch.cat([state.pop(k.replace("query", x)) for x in ("query", "key", "value")])
+    state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        state["pos_embed"], vit.patch_embed.grid_size, None, vit.num_prefix_tokens, antialias=True)
+    return load_strict(vit, state, path)
 
 
 # ------------------------------------------------------------------------------ decoder and RAE
@@ -530,6 +627,8 @@ def unpack_rae(packed, encoder=True):
         decoder = build_decoder(packed, *packed["latent_var"].shape[:2])
     load_release(decoder.to_empty(device="cpu"), packed["decoder"], "the RAE's decoder")
     encoder = Encoder(packed["encoder"], packed["size"]) if encoder else packed["encoder"]
+    if "encoder_weights" in packed and isinstance(encoder, Encoder):    # of a VAE
+        load_strict(encoder.backbone, packed["encoder_weights"], "the RAE's encoder")
     return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()
 
 

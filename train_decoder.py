@@ -51,7 +51,8 @@ def parse_args(argv=None):
     p.add_argument("--hold_out", type=at_least(0), help="kept of each source to evaluate; default: eval_n")
     p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
-    p.add_argument("--encoder", default="tiny", help="tiny, dinov2-s|b|l, siglip2-b|so400m, mae-b, timm ViT")
+    p.add_argument("--encoder", default="tiny", help="tiny, dinov2-s|b|l, siglip2-b|so400m, mae-b, webssl-l, "
+                   "a timm ViT, random; pixel:PATCH, vae:CHANNELS:PATCH (trained), diffusers:FOLDER or name")
     p.add_argument("--decoder", choices=DECODER_SIZES, default="tiny", help="sets decoder_* to a named size")
     p.add_argument("--decoder_width", type=at_least(1), help="a multiple of 4 and of decoder_heads")
     p.add_argument("--decoder_depth", type=at_least(1))
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
     p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; papers 1, tiny encoder 0")
     p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
-    p.add_argument("--feature", type=at_least(0.0), help="of the distance in the tiny encoder; it alone: 0.1")
+    p.add_argument("--feature", type=at_least(0.0), help="of the distance in the tiny encoder; 64 px: 0.1")
     p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
     p.add_argument("--gan_start", type=at_least(0), help="step where it joins the loss; default steps / 2")
     p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"), help="what the discriminator sees with")
@@ -71,6 +72,7 @@ def parse_args(argv=None):
     p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
     p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
     p.add_argument("--checkpoint_activations", action="store_true", help="less memory, a quarter more time")
+    p.add_argument("--kl", type=at_least(0.0), default=1e-4, help="weight of a VAE's KL divergence, nats a value")
     p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
@@ -101,22 +103,19 @@ def parse_args(argv=None):
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
-    tiny = args.encoder == "tiny"
-    usual = dict(lpips=float(not tiny), feature=0.1 * tiny, disc="tiny" if tiny else "dino-s8",
-                 gan_start=args.steps // 2)
+    small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
+    usual = dict(lpips=float(not small), feature=0.1 * small, disc="tiny" if small else "dino-s8",
+                 gan_start=args.steps // 2, size=64 if small else 256)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     args.disc_start = args.gan_start * 3 // 4 if args.disc_start is None else args.disc_start
     for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.size = args.size or (64 if args.encoder == "tiny" else 256)
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
     if args.gan and not args.disc_start <= args.gan_start < args.steps:
         p.error(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and --steps {args.steps} must "
                 f"come in this order, the last alone; lower --gan_start, or give --gan 0")
-    if args.feature and not tiny:
-        p.error(f"--feature {args.feature} is of the tiny encoder, not of --encoder {args.encoder}; --lpips")
     try:
         require_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
         pixel_statistics(args.encoder)
@@ -135,7 +134,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
     running average of its last 20 batches instead.              Source: Chan et al. 1979; RAE section 3.1
     """
     moments = (0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
-    micro, device = max(1, min(batch, n // world)), next(encoder.parameters()).device
+    micro, device = max(1, min(batch, n // world)), encoder.place.device
     for _, _, images, _, _ in batches(data, micro * world, micro, 0, rank, world, workers,
                                       stop=n // (micro * world)):
         z = encoder.encode(images.to(device).float() / 255).double().cpu()
@@ -153,6 +152,13 @@ def join(a, b):
     return n, a[1] + delta * (b[0] / n), a[2] + b[2] + delta.square() * (a[0] * b[0] / n)
 
 
+def posterior(encoder, images, eps):
+    """Latents b c h w of a VAE, drawn with eps b n c, and their KL divergence from N(0,1), nats a value."""
+    mean, logvar = encoder.backbone.posterior(encoder.pixels(images))
+    kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+    return rearrange(mean + (logvar / 2).exp() * eps, "b (h w) c -> b c h w", h=encoder.grid), kl
+
+
 def add_noise(z, tau, law):
     """Noise-augmented decoding: z + sigma * N(0,1), one sigma per sample.  z: b c h w, not yet normalised.
 
@@ -167,17 +173,17 @@ def add_noise(z, tau, law):
 class Perceptual(nn.Module):
     """The terms of the reconstruction loss by name, means over a batch; those of weight 0 are left out.
 
-    weights: dict of l1, lpips, gram, feature. encoder: the frozen Encoder of `feature`.
+    weights: dict of l1, lpips, gram, feature.
     forward: images, target b 3 H W in [0,1] -> dict of scalars, not yet weighted. l1: mean |difference|.
     lpips: package lpips on VGG-16, a mean over images.                     Source: arXiv 1801.03924
     gram: mean over VGG's five maps F (c x hw) of mean (G(images) - G(target))^2, G = F F^T / (c hw).
         Source: arXiv 1603.08155, eq 3 and 4, as a mean; the normalisation behind Scale-RAE's 100 is unknown
-    feature: mean squared difference of the encoder's tokens after each block, LayerNorm without affine.
+    feature: mean squared difference of the tiny encoder's tokens after each block, each normalised.
     Raises FileNotFoundError if VGG's weights are neither there nor to be had.
     """
-    def __init__(self, weights, encoder=None):
+    def __init__(self, weights):
         super().__init__()
-        self.weights, self.encoder, self.vgg = weights, encoder, None
+        self.weights, self.vgg, self.encoder = weights, None, Encoder("tiny") if weights["feature"] else None
         if weights["lpips"] or weights["gram"]:
             try:
                 self.vgg = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
@@ -191,10 +197,9 @@ class Perceptual(nn.Module):
         return self.vgg.net(self.vgg.scaling_layer(2 * images - 1))
 
     def tokens(self, images):                    # b 3 H W -> a map b n c for each block
-        vit, side = self.encoder.backbone, self.encoder.input_size
-        x = normalize(eval_fid.resize(images, side), self.encoder.mean, self.encoder.std)
-        return [F.layer_norm(x, x.shape[2:]) for x in
-                vit.forward_intermediates(x, norm=False, output_fmt="NLC", intermediates_only=True)]
+        x = self.encoder.pixels(eval_fid.resize(images, self.encoder.input_size))
+        maps = self.encoder.backbone.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+        return [F.layer_norm(x, x.shape[2:]) for x in maps]
 
     def forward(self, images, target):
         terms = dict(l1=(images - target).abs().mean())
@@ -303,6 +308,7 @@ def main(args):
     val = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check(data, args.batch)
     eval_fid.check_n(args, val)
+    torch.manual_seed(args.seed)                           # a VAE starts at random
     encoder = Encoder(args.encoder, args.size).to(device)
     args.decoder_patch = args.decoder_patch or args.size // encoder.grid
     side = encoder.grid * args.decoder_patch               # of the decoder's images, 2 x size if it upsamples
@@ -311,45 +317,58 @@ def main(args):
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     decoder.checkpoint = args.checkpoint_activations
-    ema = copy.deepcopy(decoder).requires_grad_(False).eval()
-    opts = make_optimizers(decoder, args.optimizer, args.lr, args.weight_decay)
+    encoder.backbone.requires_grad_(encoder.trainable)
+    trained = nn.ModuleList([decoder] + [encoder.backbone] * encoder.trainable)
+    ema = copy.deepcopy(trained).requires_grad_(False).eval()
+    opts = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)
     weights = dict(l1=1.0, lpips=args.lpips, gram=args.gram, feature=args.feature)
-    perceptual, start = Perceptual(weights, encoder).to(device), 0
+    perceptual, start = Perceptual(weights).to(device), 0
     disc = Discriminator(args.disc).to(device).eval() if args.gan else None
     disc_opts = [torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0.0)] if disc else []
     if resumed:
         load_release(decoder, {"model": resumed["model"]})
-        load_release(ema, {"ema": resumed["ema"]})
+        load_release(ema[0], {"ema": resumed["ema"]})
+        if encoder.trainable:
+            encoder.backbone.load_state_dict(resumed["encoder"])
+            ema[1].load_state_dict(resumed["rae"]["encoder_weights"])
         for opt, state in zip(opts + disc_opts, resumed["opt"]):
             opt.load_state_dict(state)
         disc and disc.load_state_dict(resumed["disc"])
         start = resumed["step"]
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
-    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in decoder.parameters()))
+    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in trained.parameters()))
+    shown = encoder
+    if encoder.trainable:                                  # with the EMA's weights
+        shown = copy.deepcopy(encoder).requires_grad_(False)
+        shown.backbone = ema[1]
+    centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
+    n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
+    statistics = shown, centred, n, args.micro_batch, rank, world, args.workers
     if not resumed:
-        centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
-        n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
-        latent_mean, latent_var = latent_statistics(encoder, centred, n, args.micro_batch, rank, world,
-                                                    args.workers)
+        latent_mean, latent_var = latent_statistics(*statistics)
         log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
     step_model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
     if args.compile:
         step_model = torch.compile(step_model)
-    rae = RAE(encoder, ema, latent_mean, latent_var).to(device).eval()
+    rae = RAE(shown, ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step):
+        mean, var, more = latent_mean, latent_var, {}
+        if encoder.trainable:                              # the latents have changed
+            (mean, var), more = latent_statistics(*statistics), dict(encoder_weights=ema[1].state_dict())
         if rank == 0:
             sizes = {k: v for k, v in vars(args).items() if k.startswith("decoder_")}
-            packed = dict(encoder=args.encoder, size=args.size, decoder=ema.state_dict(), **sizes,
-                          latent_mean=latent_mean, latent_var=latent_var)            # for model.unpack_rae
-            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema.state_dict(),
+            packed = dict(encoder=args.encoder, size=args.size, decoder=ema[0].state_dict(), **sizes, **more,
+                          latent_mean=mean, latent_var=var)                          # for model.unpack_rae
+            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema[0].state_dict(),
                                     rae=packed, opt=[opt.state_dict() for opt in opts + disc_opts], step=step,
-                                    args=runtime.plain(args), disc=disc.state_dict() if disc else {})
+                                    args=runtime.plain(args), disc=disc.state_dict() if disc else {},
+                                    encoder=trained[1].state_dict() if encoder.trainable else {})
 
     sums, last_layer = {}, decoder.decoder_pred.weight
     domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
-    shown = augment if args.diffaug == "on" else torch.clone
-    trained = [p for p in decoder.parameters() if p.requires_grad]
+    view = augment if args.diffaug == "on" else torch.clone
+    learned, alone = [p for p in decoder.parameters() if p.requires_grad], accumulate == 1 and not encoder.trainable
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
     for step, parts in groupby(stream, key=lambda part: part[0]):
         adversarial, held = args.gan > 0 and step >= args.gan_start, []
@@ -359,31 +378,33 @@ def main(args):
         # of the gradients of the two losses at the last layer. Then the decoder's, which costs a second forward
         # pass unless there is one part alone; no graph of VGG or discriminator is alive by then.
         norms = torch.zeros(2, *last_layer.shape, device=device)
-        for p in trained:
-            p.requires_grad_(accumulate == 1 or p is last_layer)
+        for p in learned:
+            p.requires_grad_(alone or p is last_layer)
         for _, m, images, _, _ in parts:
             images = images.to(device).float() / 255
-            with runtime.autocast(device, args.dtype):
-                z = encoder.encode(eval_fid.resize(images, args.size)).float()   # b c h w, not normalised
+            x, real = eval_fid.resize(images, args.size), eval_fid.resize(images, side)
             runtime.seed_step(args.seed, step, m)
-            z, real = add_noise(z, args.tau, args.noise_law), eval_fid.resize(images, side)
+            eps = torch.randn(len(x), encoder.grid ** 2, encoder.channels, device=device) * encoder.trainable
+            with runtime.autocast(device, args.dtype), torch.no_grad():
+                z = posterior(encoder, x, eps)[0] if encoder.trainable else encoder.encode(x).float()  # b c h w
+            noisy = add_noise(z, args.tau, args.noise_law)              # not normalised
             with runtime.autocast(device, args.dtype):
-                pixels = (step_model if accumulate == 1 else decoder)(z) * rae.pixel_std + rae.pixel_mean
+                pixels = (step_model if alone else decoder)(noisy) * rae.pixel_std + rae.pixel_mean
                 fake = pixels.detach().requires_grad_()                 # b 3 H W in [0,1]
                 terms = perceptual(fake, real)
                 loss = sum(perceptual.weights[k] * v for k, v in terms.items())
                 grads = [torch.autograd.grad(loss / accumulate, fake)[0]]
                 if adversarial:
-                    terms["gan"] = -disc(shown(fake)).mean()
+                    terms["gan"] = -disc(view(fake)).mean()
                     grads += torch.autograd.grad(terms["gan"] / accumulate, fake)
                     for norm, g in zip(norms, grads):
                         norm += torch.autograd.grad(pixels, last_layer, g, retain_graph=True)[0]
                 if disc and step >= args.disc_start:       # the same noise as the decoder's, rounded to 8 bits
                     seen = ((fake.detach().clamp(0, 1) * 255).round() / 255, real)
-                    no, yes = (disc(shown(x)) for x in seen)
+                    no, yes = (disc(view(x)) for x in seen)
                     terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
                     (terms["disc"] / accumulate).backward()
-            held.append((z, pixels if accumulate == 1 else None, grads))
+            held.append((x, eps, noisy, noisy - z, pixels if alone else None, grads))
             first = step * args.batch + m * args.micro_batch            # the number of its first image
             for k, error in enumerate((fake.detach() - real).abs().mean((1, 2, 3))):
                 domains[data.place(first + k)[0]] += torch.stack([error, torch.ones_like(error)])
@@ -391,17 +412,23 @@ def main(args):
                 sums.setdefault(name, []).append(value.detach())
         norms = runtime.all_mean(norms).flatten(1).norm(dim=1)          # of the losses, of the GAN
         ratio = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)           # lambda
-        for p in trained:
+        for p in learned:
             p.requires_grad_(True)
-        for k, (z, pixels, grads) in enumerate(held):
+        for k, (x, eps, z, noise, pixels, grads) in enumerate(held):
             with contextlib.nullcontext() if world == 1 or k == len(held) - 1 else step_model.no_sync():
-                if pixels is None:
-                    with runtime.autocast(device, args.dtype):
-                        pixels = step_model(z) * rae.pixel_std + rae.pixel_mean
+                with runtime.autocast(device, args.dtype):
+                    if encoder.trainable:
+                        z, kl = posterior(encoder, x, eps)
+                        sums.setdefault("kl", []).append(kl.detach())
+                        (args.kl * kl / accumulate).backward(retain_graph=True)
+                        z = z + noise
+                    pixels = step_model(z) * rae.pixel_std + rae.pixel_mean if pixels is None else pixels
                 pixels.backward(grads[0] + args.gan * ratio * grads[1] if adversarial else grads[0])
+        for p in trained[1:].parameters():                 # DDP averages the decoder's gradients
+            p.grad = runtime.all_mean(p.grad)
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
-        norm = runtime.step_optimizers(opts, decoder, args.clip, loss, step, lr)
-        runtime.update_ema(ema, decoder, args.ema, step)
+        norm = runtime.step_optimizers(opts, trained, args.clip, loss, step, lr)
+        runtime.update_ema(ema, trained, args.ema, step)
         if disc and step >= args.disc_start:               # its schedule covers its own life
             for p in disc.parameters():
                 p.grad = runtime.all_mean(p.grad)

@@ -13,11 +13,15 @@ import lpips
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from scipy import ndimage
 
 import model
 import runtime
 import train_decoder
 from conftest import ROOT
+from data import open_data
+from shapes import Text
 from test_train import DECODER, difference, go, load, load_at
 from train_decoder import Discriminator, Perceptual, augment, gram
 
@@ -68,12 +72,12 @@ def test_missing_vgg_weights_say_which_file_goes_where(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth into .*checkpoints/, or give --lpips 0"):
         Perceptual({**NONE, "lpips": 1.0})
-    Perceptual({**NONE, "feature": 1.0}, model.Encoder("tiny"))        # needs none
+    Perceptual({**NONE, "feature": 1.0})        # needs none
 
 
 def test_feature_distance_is_the_frozen_encoder_s():
     encoder = model.Encoder("tiny")
-    loss, (x, y) = Perceptual({**NONE, "feature": 1.0}, encoder), pair()
+    loss, (x, y) = Perceptual({**NONE, "feature": 1.0}), pair()
     assert len(loss.tokens(x)) == len(encoder.backbone.blocks)
     last, latents = loss.tokens(y)[-1], encoder.encode(y)  # the last map, normalised, is the latents
     assert torch.allclose(last, latents.flatten(2).mT, atol=1e-4)
@@ -126,7 +130,7 @@ def gradients(monkeypatch, tmp_path, *flags):
     seen = {}
 
     def keep(opts, net, clip, loss, step, lr):
-        seen[type(net).__name__, step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
+        seen["Discriminator" if type(net) is Discriminator else "Decoder", step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
         return runtime_step(opts, net, clip, loss, step, lr)
     runtime_step = runtime.step_optimizers
     monkeypatch.setattr(runtime, "step_optimizers", keep)
@@ -200,6 +204,113 @@ def test_nan_in_the_discriminator_alone_leaves_the_decoder_training(monkeypatch,
     assert state["opt"][-1]["state"][0]["step"] == 3       # of the four steps of the discriminator
 
 
+@pytest.mark.parametrize("encoder", ["vae:8:16", "pixel", "random"])
+def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
+    """A VAE's encoder learns, too, is part of the checkpoint, and its statistics are of the final weights."""
+    flags = [*GAN, "--encoder", encoder, "--feature", 0]
+    go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "straight")
+    go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "twice", "--save_every", 4)
+    torch.save(load_at(train_decoder, flags, tmp_path, 4), tmp_path / "twice" / "last.pt")
+    go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "twice", "--resume")
+    state = load(tmp_path / "straight")
+    assert difference(state, load(tmp_path / "twice")) == 0
+    rae, x = model.unpack_rae(state["rae"]), torch.rand(2, 3, 64, 64)
+    channels = {"vae": 8, "pixel": 768, "random": 192}[encoder.split(":")[0]]
+    assert rae.encode(x).shape == (2, channels, 4, 4) and rae.decode(rae.encode(x)).shape == x.shape
+    if encoder == "vae:8:16":
+        first = load_at(train_decoder, [*flags, "--save_every", 2], tmp_path, 2)
+        assert difference(first["encoder"], state["encoder"]) > 1e-4
+        assert difference(first["rae"]["latent_var"], state["rae"]["latent_var"]) > 1e-6
+        rows = [json.loads(r) for r in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
+        assert rows[-1]["kl"] > 0
+    else:
+        assert state["encoder"] == {} and "encoder_weights" not in state["rae"]
+    if encoder == "pixel":
+        z = model.Encoder("pixel").encode(x)
+        assert torch.allclose(z[0, :3, 0, 1], 2 * x[0, :, 0, 16] - 1)  # token (0, 1): its first pixel's rgb
+    if encoder == "random":
+        assert torch.equal(model.Encoder("random").encode(x), model.Encoder("random").encode(x))
+
+
+def test_a_vae_in_parts_is_the_whole(monkeypatch, tmp_path):
+    flags = "--encoder vae:8:16 --disc_start 0 --gan_start 0 --feature 0 --kl 1".split()
+    monkeypatch.setattr(torch, "randn", lambda *shape, **how: torch.ones(*shape, **how))     # the same for any parts
+    whole = gradients(monkeypatch, tmp_path, *flags)["Decoder", 0][0]
+    parts = gradients(monkeypatch, tmp_path, *flags, "--micro_batch", 2)["Decoder", 0][0]
+    for a, b in zip(whole, parts, strict=True):
+        assert (a - b).abs().max() < 1e-7 + 1e-4 * a.abs().max()
+    assert sum(float(g.abs().sum()) > 0 for g in whole) > 30           # the encoder's, too
+
+
+def test_webssl_equals_transformers(tmp_path, monkeypatch):
+    """Its file, in transformers' names, read into timm's layout: the tokens of transformers' own model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, image_size=224)
+    judge = transformers.Dinov2Model(config).eval()
+    for p in judge.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    judge.layernorm.weight.data.fill_(1), judge.layernorm.bias.data.zero_()
+    (tmp_path / "weights").mkdir()
+    save_file(judge.state_dict(), tmp_path / "weights" / "webssl-l.safetensors")
+    monkeypatch.setattr(model, "HERE", tmp_path)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, **how: create(*names, **{**how, "depth": 2}))
+    encoder = model.Encoder("webssl-l", 256)
+    images = torch.rand(1, 3, 224, 224)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in model.IMAGENET)
+    with torch.no_grad():
+        expected = judge((images - mean) / std).last_hidden_state[:, 1:]
+    assert encoder.grid == 16
+    torch.testing.assert_close(encoder.encode(images).flatten(2).mT, expected, atol=1e-4, rtol=0)
+
+
+def test_diffusers_vae_is_frozen_and_its_means_are_the_latents(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+                                  up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(tmp_path)
+    encoder, x = model.Encoder(f"diffusers:{tmp_path}", 64), torch.rand(2, 3, 64, 64)
+    assert encoder.grid == 16 and not any(p.requires_grad for p in encoder.parameters())
+    with torch.no_grad():
+        assert torch.allclose(encoder.encode(x), vae.encode(2 * x - 1).latent_dist.mean, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors"):
+        model.Encoder(f"diffusers:{tmp_path}/nowhere", 64)
+
+
+# ---------------------------------------------------------------------------------- text
+def test_text_is_read_back_letter_by_letter():
+    words = [Text.random(0, k) for k in range(60)]
+    images = [one.render() for one in words]
+    assert sum(one.read(image) for one, image in zip(words, images)) > 59
+    assert sum(one.read(image) for one, image in zip(words, images[1:] + images[:1])) < 3
+    blurred = [ndimage.gaussian_filter(image, (3, 3, 0)) for image in images]
+    assert sum(one.read(image) for one, image in zip(words, blurred)) < 20
+    assert words[3] == Text.random(0, 3) != Text.random(1, 3)
+    half = words[0].render(128).reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert abs(half - images[0]).mean() < 4                            # the same picture at any size
+    tilted = Text(("AB", "CD"), 0.25, 8.0)
+    assert tilted.read(tilted.render()) == 1 and tilted.read(Text(("AC", "CD"), 0.25, 8.0).render()) == 0.75
+
+
+def test_a_mixture_is_logged_and_evaluated_by_domain(tmp_path):
+    go(train_decoder, *DECODER, "--data", "draw=shapes:0.75", "write=text:0.25", "--steps", 4, "--eval_every", 4,
+       "--feature", 0, "--out", tmp_path)
+    rows = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "l1" in r]
+    assert all(r["l1_draw"] > 0 and r["l1_write"] > 0 for r in steps)
+    assert min(r["l1"] - min(r["l1_draw"], r["l1_write"]) for r in steps) > 0      # a mean of both
+    held_out = {r["domain"]: r for r in rows if "domain" in r}
+    assert held_out.keys() == {"draw", "write"} and held_out["write"]["n"] == 4
+    assert all(0 <= r["readable"] <= 1 and r["psnr"] > 5 for r in held_out.values())
+    data = open_data(["draw=shapes:0.75", "write=text:0.25"], 64, split="val")
+    k = next(k for k in range(99) if data.place(k)[0] == 1)
+    assert data.drawn(k).read(data[k]["image"].movedim(0, 2).numpy()) > 0.9
+    with pytest.raises(ValueError, match="text has no conversations"):
+        open_data("text", 64, chat=lambda *_: None)
+
+
 @pytest.mark.parametrize("recipe, wanted", [
     ("rae", dict(encoder="dinov2-b", decoder_width=1152, batch=512, steps=40032, lr=2e-4, lr_end=0.1, warmup=2502,
                  ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016, disc="dino-s8",
@@ -215,8 +326,7 @@ def test_recipes_are_the_papers_and_a_flag_overrides(recipe, wanted):
 @pytest.mark.parametrize("flags, message", [
     ("--lpips -1", "must be at least 0"), ("--gan -0.5", "must be at least 0"),
     ("--gan 1 --gan_start 2000", "lower --gan_start, or give --gan 0"),
-    ("--gan 1 --disc_start 9 --gan_start 8", "must come in this order"),
-    ("--encoder dinov2-b --feature 1", "--feature 1.0 is of the tiny encoder")])
+    ("--gan 1 --disc_start 9 --gan_start 8", "must come in this order")])
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_decoder.parse_args(flags.split())
