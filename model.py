@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.mean, self.std = pixel_statistics(name)
         kind, _, rest = name.partition(":")
-        timm_name, side, _ = ENCODERS.get(name, (name, 256, None))
+        timm_name, side, _ = ENCODERS.get(name, (name, 64 if kind in ("pixel", "vae") else 256, None))
         self.name, self.image_size, self.trainable = name, image_size or side, kind == "vae"
         self.backbone = DiffusersVAE(rest) if kind == "diffusers" else None
         numbers = [int(x) for x in rest.split(":") if x.isdigit()] or [16, 8]
@@ -217,9 +217,9 @@ def read_webssl(vit):
         raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
                                 f"huggingface.co/{WEBSSL} at weights/{local.name}") from error
     state = runtime.load_checkpoint(path)
-    for old, new in (("embeddings.", ""), ("position_embeddings", "pos_embed"), ("encoder.layer.", "blocks."),
-                     ("patch_embeddings.projection", "patch_embed.proj"), (".attention.output.dense", ".attn.proj"),
-                     (".attention.attention.", ".attn."), ("layer_scale1.lambda1", "ls1.gamma"),
+    for old, new in (("patch_embeddings.projection", "patch_embed.proj"), ("position_embeddings", "pos_embed"),
+                     ("embeddings.", ""), ("encoder.layer.", "blocks."), (".attention.attention.", ".attn."),
+                     (".attention.output.dense", ".attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
                      ("layer_scale2.lambda1", "ls2.gamma"), ("layernorm.", "norm.")):
         state = {k.replace(old, new): v for k, v in state.items()}
     state.pop("mask_token", None)

@@ -13,7 +13,6 @@ import lpips
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from scipy import ndimage
 
 import model
@@ -218,7 +217,7 @@ def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
     channels = {"vae": 8, "pixel": 768, "random": 192}[encoder.split(":")[0]]
     assert rae.encode(x).shape == (2, channels, 4, 4) and rae.decode(rae.encode(x)).shape == x.shape
     if encoder == "vae:8:16":
-        first = load_at(train_decoder, [*flags, "--save_every", 2], tmp_path, 2)
+        first = load_at(train_decoder, [*flags, "--save_every", 2, "--overwrite"], tmp_path, 2)
         assert difference(first["encoder"], state["encoder"]) > 1e-4
         assert difference(first["rae"]["latent_var"], state["rae"]["latent_var"]) > 1e-6
         rows = [json.loads(r) for r in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
@@ -252,7 +251,8 @@ def test_webssl_equals_transformers(tmp_path, monkeypatch):
         p.data += 0.02 * torch.randn_like(p)
     judge.layernorm.weight.data.fill_(1), judge.layernorm.bias.data.zero_()
     (tmp_path / "weights").mkdir()
-    save_file(judge.state_dict(), tmp_path / "weights" / "webssl-l.safetensors")
+    judge.save_pretrained(tmp_path)                        # in the names of the hub's files
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights" / "webssl-l.safetensors")
     monkeypatch.setattr(model, "HERE", tmp_path)
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *names, **how: create(*names, **{**how, "depth": 2}))
@@ -288,8 +288,7 @@ def test_text_is_read_back_letter_by_letter():
     blurred = [ndimage.gaussian_filter(image, (3, 3, 0)) for image in images]
     assert sum(one.read(image) for one, image in zip(words, blurred)) < 20
     assert words[3] == Text.random(0, 3) != Text.random(1, 3)
-    half = words[0].render(128).reshape(64, 2, 64, 2, 3).mean((1, 3))
-    assert abs(half - images[0]).mean() < 4                            # the same picture at any size
+    assert words[0].read(words[0].render(128)) == 1
     tilted = Text(("AB", "CD"), 0.25, 8.0)
     assert tilted.read(tilted.render()) == 1 and tilted.read(Text(("AC", "CD"), 0.25, 8.0).render()) == 0.75
 
