@@ -125,7 +125,7 @@ def list_source(paths, train, hold_out, objects, chat):  # rows, order of the sp
 class open_data(Dataset):      # a verb, where it is called, as functools.partial is
     """The images, listed and checked; data[k] reads number k = 0, 1, ... without end.
 
-    specs: shapes, text, a folder (flat or of class folders), .tar shards, .jsonl, or a mixture: name=PATH:weight
+    specs: shapes, text, a folder (flat or of class folders), .tar shards, .jsonl; or several name=PATH:weight
     size: side in pixels; seed: of order, crop and flip; crop: centre or random; flip: mirror half of them
     split: train or val; hold_out: images of each source in val, not train, for any seed; 0: all are in both
     objects: count(s) of objects in scenes of shapes, labelled if 1. Raises ValueError, FileNotFoundError.

@@ -278,8 +278,8 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
 def same(a, b):
     """Whether read_scene finds the same objects, by name, in two uint8 images H W 3."""
-    a, b = (sorted(o.name for o in objects) if (objects := read_scene(x)) is not None else None for x in (a, b))
-    return a is not None and a == b
+    found = read_scene(a), read_scene(b)
+    return None not in found and sorted(o.name for o in found[0]) == sorted(o.name for o in found[1])
 
 
 def resize(images, side):

@@ -111,7 +111,7 @@ class VAE(nn.Module):
 
 
 class DiffusersVAE(nn.Module):
-    """AutoencoderKL of diffusers, a folder or hub name: Stable Diffusion's, FLUX's. Means of its posterior."""
+    """AutoencoderKL of diffusers, a folder or a hub's name: Stable Diffusion's, FLUX's. Posterior means."""
     num_prefix_tokens = 0
 
     def __init__(self, source):
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
     name: a key of ENCODERS, any timm ViT, pixel:PATCH (its pixels), vae:CHANNELS:PATCH (to be trained) or
         diffusers:SOURCE (an AutoencoderKL). image_size: side of its images, pixels (default: ENCODERS, else
         256); patch-14 models see 14/16 of it, so that 256 px give the same 16 x 16 grid as patch 16.
-    Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone (the timm model), trainable.
+    Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone, trainable (a VAE).
     Raises: ValueError (unknown name, size no multiple of patch), FileNotFoundError (no weights, no network).
     Source: [RAE] section 3.1: no CLS and registers, final LayerNorm without affine: each token has mean 0 and
         variance 1 over its channels. Images are resized bicubically without antialias, as in the release.
@@ -149,7 +149,8 @@ class Encoder(nn.Module):
         self.name, self.image_size, self.trainable = name, image_size or side, kind == "vae"
         self.backbone = DiffusersVAE(rest) if kind == "diffusers" else None
         numbers = [int(x) for x in rest.split(":") if x.isdigit()] or [16, 8]
-        patch = {"tiny": 16, "random": 16, "webssl-l": 14, "pixel": numbers[0], "vae": numbers[-1]}.get(kind) or \
+        known = {"tiny": 16, "random": 16, "webssl-l": 14, "pixel": numbers[0], "vae": numbers[-1]}
+        patch = known[kind] if kind in known else \
             (self.backbone or timm.create_model(timm_name, depth=0).patch_embed).patch_size[0]
         stride = 16 if patch == 14 else patch
         self.grid, self.input_size = self.image_size // stride, self.image_size * patch // stride
@@ -217,14 +218,16 @@ def read_webssl(vit):
         raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
                                 f"huggingface.co/{WEBSSL} at weights/{local.name}") from error
     state = runtime.load_checkpoint(path)
-    for old, new in (("patch_embeddings.projection", "patch_embed.proj"), ("position_embeddings", "pos_embed"),
-                     ("embeddings.", ""), ("encoder.layer.", "blocks."), (".attention.attention.", ".attn."),
-                     (".attention.output.dense", ".attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
-                     ("layer_scale2.lambda1", "ls2.gamma"), ("layernorm.", "norm.")):
+    for old, new in (("patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_", "pos_"),
+                     ("pos_embeddings", "pos_embed"), ("embeddings.", ""), ("encoder.layer.", "blocks."),
+                     (".attention.attention.", ".attn."), (".attention.output.dense", ".attn.proj"),
+                     ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+                     ("layernorm.", "norm.")):
         state = {k.replace(old, new): v for k, v in state.items()}
     state.pop("mask_token", None)
     for k in [k for k in state if ".attn.query." in k]:                 # timm: one matrix
-        state[k.replace("query", "qkv")] = torch.cat([state.pop(k.replace("query", x)) for x in ("query", "key", "value")])
+        parts = [state.pop(k.replace("query", part)) for part in ("query", "key", "value")]
+        state[k.replace("query", "qkv")] = torch.cat(parts)
     state["pos_embed"] = timm.layers.resample_abs_pos_embed(
         state["pos_embed"], vit.patch_embed.grid_size, None, vit.num_prefix_tokens, antialias=True)
     return load_strict(vit, state, path)

@@ -247,7 +247,8 @@ class Text:
 
     def cells(self):
         """(letter, x, y) of each letter; x, y: its centre before the turn, from the image's centre."""
-        return [(letter, (c - (len(line) - 1) / 2) * self.pitch, (r - (len(self.lines) - 1) / 2) * 1.3 * self.pitch)
+        height, middle = 1.3 * self.pitch, (len(self.lines) - 1) / 2
+        return [(letter, (c - (len(line) - 1) / 2) * self.pitch, (r - middle) * height)
                 for r, line in enumerate(self.lines) for c, letter in enumerate(line)]
 
     def render(self, size=64):
@@ -260,10 +261,10 @@ class Text:
         return (back + mask * (np.float32(self.ink) - back) + 0.5).astype(np.uint8)
 
     def read(self, image):
-        """Share of the letters that look most alike in their own cells of a uint8 image, among all letters."""
+        """Share of its letters that, of all letters, are the most like their cells of a uint8 image."""
         size, turn, cells = len(image), np.deg2rad(self.turn), self.cells()
         each = np.stack([replace(self, lines=tuple(x * len(line) for line in self.lines)).render(size)
-                         for x in LETTERS]).astype(np.float32)                   # an image of each letter alone
+                         for x in LETTERS]).astype(np.float32)         # an image of each letter alone
         error, right = np.square(each - image.astype(np.float32)).sum(3), 0      # letters H W
         for letter, x, y in cells:
             x, y = x * cos(turn) + y * sin(turn), y * cos(turn) - x * sin(turn)

@@ -30,8 +30,8 @@ from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, l
 from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature gan gan_start "
-           "disc disc_start diffaug").split()              # fixed in a run
+           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature kl gan "
+           "gan_start disc disc_start diffaug").split()    # fixed in a run
 COMMON = dict(decoder="XL", batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
 RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epoch; 2601.16208, table 7, 2500
     "rae": dict(COMMON, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, ema=0.9978, tau=0.8,
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
     p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
     p.add_argument("--checkpoint_activations", action="store_true", help="less memory, a quarter more time")
-    p.add_argument("--kl", type=at_least(0.0), default=1e-4, help="weight of a VAE's KL divergence, nats a value")
+    p.add_argument("--kl", type=at_least(0.0), default=1e-4, help="weight of a VAE's KL, nats a value")
     p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
                    help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
@@ -270,7 +270,7 @@ class Discriminator(nn.Module):
 
 
 def augment(images):
-    """DiffAug: brightness, saturation, contrast and a shift by up to 1/8, each image its own. b 3 H W in [0,1].
+    """DiffAug: brightness, saturation, contrast, a shift by up to 1/8, each image's own. b 3 H W in [0,1].
 
     Source: arXiv 2006.10738, strengths of the release; its cutout is off there, and not here at all.
     """
@@ -324,7 +324,7 @@ def main(args):
     weights = dict(l1=1.0, lpips=args.lpips, gram=args.gram, feature=args.feature)
     perceptual, start = Perceptual(weights).to(device), 0
     disc = Discriminator(args.disc).to(device).eval() if args.gan else None
-    disc_opts = [torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0.0)] if disc else []
+    disc_opts = [torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0)] * bool(disc)
     if resumed:
         load_release(decoder, {"model": resumed["model"]})
         load_release(ema[0], {"ema": resumed["ema"]})
@@ -360,7 +360,7 @@ def main(args):
             sizes = {k: v for k, v in vars(args).items() if k.startswith("decoder_")}
             packed = dict(encoder=args.encoder, size=args.size, decoder=ema[0].state_dict(), **sizes, **more,
                           latent_mean=mean, latent_var=var)                          # for model.unpack_rae
-            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=ema[0].state_dict(),
+            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=packed["decoder"],
                                     rae=packed, opt=[opt.state_dict() for opt in opts + disc_opts], step=step,
                                     args=runtime.plain(args), disc=disc.state_dict() if disc else {},
                                     encoder=trained[1].state_dict() if encoder.trainable else {})
@@ -368,15 +368,16 @@ def main(args):
     sums, last_layer = {}, decoder.decoder_pred.weight
     domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
     view = augment if args.diffaug == "on" else torch.clone
-    learned, alone = [p for p in decoder.parameters() if p.requires_grad], accumulate == 1 and not encoder.trainable
+    learned = [p for p in decoder.parameters() if p.requires_grad]
+    alone = accumulate == 1 and not encoder.trainable
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
     for step, parts in groupby(stream, key=lambda part: part[0]):
         adversarial, held = args.gan > 0 and step >= args.gan_start, []
         if disc and step >= args.disc_start:
             disc.renew()
-        # First the gradient at the pixels, part by part, since lambda is a ratio of norms over the whole batch:
-        # of the gradients of the two losses at the last layer. Then the decoder's, which costs a second forward
-        # pass unless there is one part alone; no graph of VGG or discriminator is alive by then.
+        # First the gradient at the pixels, part by part, since lambda is a ratio over the whole batch, of the
+        # two losses' gradients at the last layer. Then the decoder's, which costs a second forward pass unless
+        # there is one part alone; no graph of VGG or discriminator is alive by then.
         norms = torch.zeros(2, *last_layer.shape, device=device)
         for p in learned:
             p.requires_grad_(alone or p is last_layer)
@@ -386,7 +387,7 @@ def main(args):
             runtime.seed_step(args.seed, step, m)
             eps = torch.randn(len(x), encoder.grid ** 2, encoder.channels, device=device) * encoder.trainable
             with runtime.autocast(device, args.dtype), torch.no_grad():
-                z = posterior(encoder, x, eps)[0] if encoder.trainable else encoder.encode(x).float()  # b c h w
+                z = posterior(encoder, x, eps)[0] if encoder.trainable else encoder.encode(x).float()
             noisy = add_noise(z, args.tau, args.noise_law)              # not normalised
             with runtime.autocast(device, args.dtype):
                 pixels = (step_model if alone else decoder)(noisy) * rae.pixel_std + rae.pixel_mean
@@ -399,7 +400,7 @@ def main(args):
                     grads += torch.autograd.grad(terms["gan"] / accumulate, fake)
                     for norm, g in zip(norms, grads):
                         norm += torch.autograd.grad(pixels, last_layer, g, retain_graph=True)[0]
-                if disc and step >= args.disc_start:       # the same noise as the decoder's, rounded to 8 bits
+                if disc and step >= args.disc_start:       # fakes of the same noise, rounded to 8 bits
                     seen = ((fake.detach().clamp(0, 1) * 255).round() / 255, real)
                     no, yes = (disc(view(x)) for x in seen)
                     terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2

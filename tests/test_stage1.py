@@ -129,12 +129,13 @@ def gradients(monkeypatch, tmp_path, *flags):
     seen = {}
 
     def keep(opts, net, clip, loss, step, lr):
-        seen["Discriminator" if type(net) is Discriminator else "Decoder", step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
+        name = "Discriminator" if type(net) is Discriminator else "Decoder"
+        seen[name, step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
         return runtime_step(opts, net, clip, loss, step, lr)
     runtime_step = runtime.step_optimizers
     monkeypatch.setattr(runtime, "step_optimizers", keep)
-    go(train_decoder, *GAN, "--tau", 0, "--diffaug", "off", "--optimizer", "adamw", "--log_every", 1, "--steps", 4,
-       "--out", tmp_path, "--overwrite", *flags)
+    go(train_decoder, *GAN, "--tau", 0, "--diffaug", "off", "--optimizer", "adamw", "--log_every", 1,
+       "--steps", 4, "--out", tmp_path, "--overwrite", *flags)
     monkeypatch.setattr(runtime, "step_optimizers", runtime_step)
     return seen
 
@@ -151,8 +152,8 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(monkeypatch, tmp_path):
 
 
 def test_lambda_balances_both_losses_at_the_last_layer(monkeypatch, tmp_path):
-    """Of the step in which the GAN joins: gradient with it minus without = gan x lambda x the GAN's, and at the
-    last layer its norm is gan x that of the reconstruction's."""
+    """In the step in which the GAN joins, its part of the gradient at the last layer is gan x as long as the
+    reconstruction's."""
     with_gan = gradients(monkeypatch, tmp_path)["Decoder", 2][0]
     without = gradients(monkeypatch, tmp_path, "--gan_start", 3)["Decoder", 2][0]
     ratio = (with_gan[-2] - without[-2]).norm() / without[-2].norm()
@@ -160,8 +161,8 @@ def test_lambda_balances_both_losses_at_the_last_layer(monkeypatch, tmp_path):
 
 
 def test_the_discriminator_s_schedule_covers_its_own_life(monkeypatch, tmp_path):
-    seen = gradients(monkeypatch, tmp_path, "--steps", 12, "--disc_start", 4, "--gan_start", 6, "--disc_warmup", 2,
-                     "--lr_end", 0.1)
+    seen = gradients(monkeypatch, tmp_path, "--steps", 12, "--disc_start", 4, "--gan_start", 6,
+                     "--disc_warmup", 2, "--lr_end", 0.1)
     rates = [lr for (name, step), (_, lr) in seen.items() if name == "Discriminator"]
     assert [step for name, step in seen if name == "Discriminator"] == [*range(4, 12)]
     assert rates[0] == pytest.approx(0.5e-3) and rates[2] == pytest.approx(1e-3) and rates[-1] < 2.5e-4
@@ -233,7 +234,7 @@ def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
 
 def test_a_vae_in_parts_is_the_whole(monkeypatch, tmp_path):
     flags = "--encoder vae:8:16 --disc_start 0 --gan_start 0 --feature 0 --kl 1".split()
-    monkeypatch.setattr(torch, "randn", lambda *shape, **how: torch.ones(*shape, **how))     # the same for any parts
+    monkeypatch.setattr(torch, "randn", torch.ones)                    # the same for any parts
     whole = gradients(monkeypatch, tmp_path, *flags)["Decoder", 0][0]
     parts = gradients(monkeypatch, tmp_path, *flags, "--micro_batch", 2)["Decoder", 0][0]
     for a, b in zip(whole, parts, strict=True):
@@ -245,7 +246,8 @@ def test_webssl_equals_transformers(tmp_path, monkeypatch):
     """Its file, in transformers' names, read into timm's layout: the tokens of transformers' own model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, image_size=224)
+    config = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16,
+                                       image_size=224)
     judge = transformers.Dinov2Model(config).eval()
     for p in judge.parameters():
         p.data += 0.02 * torch.randn_like(p)
@@ -269,7 +271,7 @@ def test_diffusers_vae_is_frozen_and_its_means_are_the_latents(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
-                                  up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, latent_channels=4)
+                                  up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4)
     vae.save_pretrained(tmp_path)
     encoder, x = model.Encoder(f"diffusers:{tmp_path}", 64), torch.rand(2, 3, 64, 64)
     assert encoder.grid == 16 and not any(p.requires_grad for p in encoder.parameters())
@@ -294,8 +296,8 @@ def test_text_is_read_back_letter_by_letter():
 
 
 def test_a_mixture_is_logged_and_evaluated_by_domain(tmp_path):
-    go(train_decoder, *DECODER, "--data", "draw=shapes:0.75", "write=text:0.25", "--steps", 4, "--eval_every", 4,
-       "--feature", 0, "--out", tmp_path)
+    go(train_decoder, *DECODER, "--data", "draw=shapes:0.75", "write=text:0.25", "--steps", 4,
+       "--eval_every", 4, "--feature", 0, "--out", tmp_path)
     rows = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "l1" in r]
     assert all(r["l1_draw"] > 0 and r["l1_write"] > 0 for r in steps)
@@ -311,9 +313,9 @@ def test_a_mixture_is_logged_and_evaluated_by_domain(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, wanted", [
-    ("rae", dict(encoder="dinov2-b", decoder_width=1152, batch=512, steps=40032, lr=2e-4, lr_end=0.1, warmup=2502,
-                 ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016, disc="dino-s8",
-                 disc_start=15012, disc_lr=2e-4, feature=0.0, clip=0.0)),
+    ("rae", dict(encoder="dinov2-b", decoder_width=1152, batch=512, steps=40032, lr=2e-4, lr_end=0.1,
+                 warmup=2502, ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016,
+                 disc="dino-s8", disc_start=15012, disc_lr=2e-4, feature=0.0, clip=0.0)),
     ("scale_rae", dict(encoder="siglip2-so400m", steps=200_000, lr=4e-4, warmup=5000, tau=0.0, gram=100.0,
                        gan=10.0, gan_start=20_000, disc="dino-s16", disc_start=17_500, disc_lr=5e-5))])
 def test_recipes_are_the_papers_and_a_flag_overrides(recipe, wanted):
