@@ -11,7 +11,6 @@ import time
 from itertools import count, islice, permutations
 from pathlib import Path
 
-import lpips
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -213,8 +212,9 @@ def real_images(data, numbers):
 
 def check_n(args, val):
     """Refuse a training script's --eval_n beyond its held-out images, before anything is built."""
-    if args.eval_every and args.eval_n > len(val):
-        raise ValueError(f"--eval_n {args.eval_n} is more than the {len(val)} held-out images; lower it, or "
+    least = min(map(len, val.order))                       # of a mixture, each source is evaluated
+    if args.eval_every and args.eval_n > least:
+        raise ValueError(f"--eval_n {args.eval_n} is more than the {least} held-out images; lower it, or "
                          f"raise --hold_out")
 
 
@@ -243,16 +243,15 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
 
 
 @torch.no_grad()
-def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0):
+def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0,
+                            vgg=None):
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict.
 
     domain: the source of a mixture that they are of. readable: of scenes, the share that read_scene reads as
-    before; of text, of its letters. lpips: where VGG's weights are on the disk (package lpips).
+    before; of text, of its letters. vgg: lpips.LPIPS, for the distance of that name.
     """
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
     numbers = [*islice((k for k in count() if val.place(k)[0] == domain), n)]
-    world_of, vgg = val.rows[domain], Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").exists()
-    vgg = vgg and lpips.LPIPS(net="vgg", verbose=False).to(device)
     sums = torch.zeros(4, dtype=torch.float64)
     chunks = sample.share(n, rank, world, batch)
     for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
@@ -265,7 +264,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
         images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu() for y in (x, back))
         sums[:2] += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
         for k, a, b in zip(chunk, images.numpy(), back.numpy()):
-            sums[3] += val.drawn(k).read(b) if world_of is Text else world_of is Scene and same(a, b)
+            sums[3] += readable(val, k, a, b)
         real.add(features(rae.encoder, images))
         fake.add(features(rae.encoder, back))
     real.merge(), fake.merge()
@@ -273,13 +272,16 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     metrics = dict(n=n, psnr=values[0], ssim=values[1],
                    frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
     return metrics | (dict(lpips=values[2]) if vgg else {}) | (
-        dict(readable=values[3]) if world_of in (Scene, Text) else {})
+        dict(readable=values[3]) if val.rows[domain] in (Scene, Text) else {})
 
 
-def same(a, b):
-    """Whether read_scene finds the same objects, by name, in two uint8 images H W 3."""
-    found = read_scene(a), read_scene(b)
-    return None not in found and sorted(o.name for o in found[0]) == sorted(o.name for o in found[1])
+def readable(val, k, image, back):
+    """Share of what image k of a built-in world shows that its reconstruction still shows: uint8 H W 3."""
+    if val.rows[val.place(k)[0]] is Text:
+        return val.drawn(k).read(back)
+    if val.rows[val.place(k)[0]] is not Scene or None in (found := (read_scene(image), read_scene(back))):
+        return 0.0
+    return float(sorted(o.name for o in found[0]) == sorted(o.name for o in found[1]))
 
 
 def resize(images, side):
@@ -338,8 +340,12 @@ def main(args):
         if n > len(val):
             raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n {len(val)}")
         more = rank, world, args.batch
-        metrics = evaluate_reconstruction(rae, val, n, *more, args.dtype) if args.reconstruct else \
-            evaluate_generation(model, rae, val, args, n, *more, weak, args.dtype)
+        if args.reconstruct:
+            parts = [evaluate_reconstruction(rae, val, min(n, len(order)), *more, args.dtype, i)
+                     for i, order in enumerate(val.order)]
+            metrics = parts[0] if len(parts) == 1 else dict(zip(val.domains, parts))
+        else:
+            metrics = evaluate_generation(model, rae, val, args, n, *more, weak, args.dtype)
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
     if rank == 0:
         for key, value in metrics.items():

@@ -70,7 +70,7 @@ DECODER_HUB = "nyu-visionx/siglip2_decoder"
 # ------------------------------------------------------------------------------ encoder
 def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
-    if name in ENCODERS or re.fullmatch(r"pixel(:\d+)?|vae(:\d+:\d+)?|diffusers:.+", name):
+    if name in ENCODERS or re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*){2}|vae|diffusers:.+", name):
         return ENCODERS.get(name, (HALF,))[-1]
     if not timm.is_model(name) or not (config := timm.get_pretrained_cfg(name)):
         raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor in timm.list_models()")
@@ -118,7 +118,8 @@ class DiffusersVAE(nn.Module):
         super().__init__()
         try:
             from diffusers import AutoencoderKL
-            self.vae = AutoencoderKL.from_pretrained(source)
+            folder = "vae" if source.endswith("/vae") else None         # of a whole pipeline
+            self.vae = AutoencoderKL.from_pretrained(source.removesuffix("/vae"), subfolder=folder)
         except Exception as error:                          # of the import, the hub, the file
             raise FileNotFoundError(f"--encoder diffusers:{source}: {type(error).__name__}; pip install "
                                     f"diffusers, and connect or name a folder with its config.json and "
@@ -184,8 +185,8 @@ class Encoder(nn.Module):
 def load_vit(name, size):
     """timm's ViT `name`, None: TINY, with its weights, its position table resampled to `size` pixels."""
     if name in (None, "random"):
-        with torch.random.fork_rng():                       # always the same
-            torch.manual_seed(0)
+        with torch.random.fork_rng([], name is not None):   # the random one is always the same
+            name and torch.manual_seed(0)
             vit = timm.models.VisionTransformer(**TINY)
         vit.norm = nn.Identity()                                        # its file has no affine at all
         if name is None:
@@ -286,7 +287,10 @@ class Decoder(nn.Module):
     def positions(self):                                                # 1 1+n d, zero for the CLS token
         return F.pad(sincos_2d(self.decoder_embed.out_features, self.grid), (0, 0, 1, 0))[None]
 
-    def forward(self, z):                                               # b c h w
+    def forward(self, z):                                               # b c h w -> b 3 H W
+        return self.pixels(self.tokens(z))
+
+    def tokens(self, z):                                                # b c h w
         x = self.decoder_embed(rearrange(z, "b c h w -> b h w c"))      # b h w d
         if x.shape[1:3] != (self.grid, self.grid):
             x = F.interpolate(x.movedim(3, 1), size=(self.grid, self.grid), mode="bilinear").movedim(1, 3)
@@ -294,6 +298,9 @@ class Decoder(nn.Module):
         x = x + self.decoder_pos_embed                                  # b 1+n d
         for layer in self.decoder_layers:                               # b 1+n d
             x = checkpoint(layer, x, use_reentrant=False) if self.checkpoint and self.training else layer(x)
+        return x
+
+    def pixels(self, x):                                                # b 1+n d
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:].float()      # b n p*p*3
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 

@@ -262,7 +262,8 @@ class Text:
 
     def read(self, image):
         """Share of its letters that, of all letters, are the most like their cells of a uint8 image."""
-        size, turn, cells = len(image), np.deg2rad(self.turn), self.cells()
+        image = np.asarray(Image.fromarray(image).resize((READ, READ), Image.BOX))
+        size, turn, cells = READ, np.deg2rad(self.turn), self.cells()
         each = np.stack([replace(self, lines=tuple(x * len(line) for line in self.lines)).render(size)
                          for x in LETTERS]).astype(np.float32)         # an image of each letter alone
         error, right = np.square(each - image.astype(np.float32)).sum(3), 0      # letters H W

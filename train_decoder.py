@@ -38,7 +38,7 @@ RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epo
                 gan=0.75, gan_start=8 * 2502, disc="dino-s8", disc_start=6 * 2502, disc_lr=2e-4,
                 disc_warmup=2502),
     "scale_rae": dict(COMMON, encoder="siglip2-so400m", steps=80 * 2500, lr=4e-4, warmup=5000, tau=0.0,
-                      ema=0.9978, gram=100.0, gan=10.0, gan_start=8 * 2500, disc="dino-s16",
+                      ema=0.9978, decoder_patch=14, gram=100.0, gan=10.0, gan_start=8 * 2500, disc="dino-s16",
                       disc_start=7 * 2500, disc_lr=5e-5, disc_warmup=2500)}
 
 
@@ -105,15 +105,16 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
     usual = dict(lpips=float(not small), feature=0.1 * small, disc="tiny" if small else "dino-s8",
-                 gan_start=args.steps // 2, size=64 if small else 256)
+                 size=64 if small else 256)
+    if not args.resume:                                    # a resumed run's are its checkpoint's
+        usual |= dict(gan_start=args.steps // 2, disc_start=(args.gan_start or args.steps // 2) * 3 // 4)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
-    args.disc_start = args.gan_start * 3 // 4 if args.disc_start is None else args.disc_start
     for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
-    if args.gan and not args.disc_start <= args.gan_start < args.steps:
+    if args.gan and not args.resume and not args.disc_start <= args.gan_start < args.steps:
         p.error(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and --steps {args.steps} must "
                 f"come in this order, the last alone; lower --gan_start, or give --gan 0")
     try:
@@ -204,21 +205,22 @@ class Perceptual(nn.Module):
     def forward(self, images, target):
         terms = dict(l1=(images - target).abs().mean())
         if self.vgg:
-            pairs = [*zip(self.maps(images), map(torch.Tensor.detach, self.maps(target)))]
+            pairs = [*zip(self.maps(images), self.maps(target))]
         if self.weights["lpips"]:
-            unit = [[lpips.normalize_tensor(x) for x in pair] for pair in pairs]
-            terms["lpips"] = sum(lin((x - y).square()).mean() for lin, (x, y) in zip(self.vgg.lins, unit))
+            terms["lpips"] = sum(lin((F.normalize(x) - F.normalize(y)).square()).mean().float()
+                                 for lin, (x, y) in zip(self.vgg.lins, pairs))
         if self.weights["gram"]:
             terms["gram"] = sum((gram(x) - gram(y)).square().mean() for x, y in pairs) / len(pairs)
         if self.weights["feature"]:
-            pairs = [*zip(self.tokens(images), map(torch.Tensor.detach, self.tokens(target)))]
+            pairs = [*zip(self.tokens(images), self.tokens(target))]
             terms["feature"] = sum(F.mse_loss(x, y) for x, y in pairs) / len(pairs)
         return terms
 
 
-def gram(x):                                     # b c h w -> b c c
-    x = x.float().flatten(2)
-    return x @ x.mT / x[0].numel()
+def gram(x):                                     # b c h w -> b c c, in fp32: nearly equal ones are subtracted
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float().flatten(2)
+        return x @ x.mT / x[0].numel()
 
 
 class Head(nn.Module):
@@ -236,37 +238,33 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Five heads on blocks of a frozen ViT, spectral norm in all of their layers.
+    """Five heads on blocks of a frozen ViT, spectral norm in all of their layers; only `heads` learn.
 
     name: tiny (the shipped encoder), dino-s8 or dino-s16. forward: images b 3 H W in [0,1] -> logits b 5n.
-    The state dict holds the heads alone. Source: [RAE] and release; StyleGAN-T arXiv 2301.09515. The release
-        zeroes the keys' bias, which attention doesn't feel, and takes tanh-GELUs; ours are DINO's own.
+    Source: [RAE] and release; StyleGAN-T, arXiv 2301.09515. The release zeroes the keys' bias, which no
+        attention feels, and takes tanh-GELUs; ours are DINO's own.
     """
     def __init__(self, name):
         super().__init__()
         patch = {"dino-s8": 8, "dino-s16": 16}.get(name)
-        vit = load_vit(patch and f"vit_small_patch{patch}_224.dino", 224 if patch else 64)
-        self.frozen = [vit.requires_grad_(False).eval()]                # in a list: not part of the state
         self.side, (self.mean, self.std) = 224 if patch else 64, IMAGENET if patch else HALF
-        last = len(vit.blocks) - 1
-        self.at = [last] + [(last + 1) * k // 4 - 1 for k in (1, 2, 3, 4)]      # of 12: 11, 2, 5, 8, 11
-        self.heads = nn.ModuleList(Head(vit.embed_dim) for _ in self.at)
-
-    def _apply(self, function, recurse=True):    # to(device) moves the frozen part, too
-        self.frozen[0]._apply(function, recurse)
-        return super()._apply(function, recurse)
+        self.vit = load_vit(patch and f"vit_small_patch{patch}_224.dino", self.side).requires_grad_(False)
+        last = len(self.vit.blocks)
+        self.at = [last - 1] + [last * k // 4 - 1 for k in (1, 2, 3, 4)]        # of 12: 11, 2, 5, 8, 11
+        self.heads = nn.ModuleList(Head(self.vit.embed_dim) for _ in self.at)
+        self.eval()
 
     def forward(self, images):
-        x = F.interpolate(images, size=(self.side, self.side), mode="bilinear")         # b 3 s s
-        maps = self.frozen[0].forward_intermediates(normalize(x, self.mean, self.std), norm=False,
-                                                    output_fmt="NLC", intermediates_only=True)
-        return torch.cat([head(maps[k].float().mT) for head, k in zip(self.heads, self.at)], 1)
+        x = F.interpolate(images, size=(self.side, self.side), mode="bilinear",
+                          antialias=images.shape[-1] > 2 * self.side)           # b 3 s s
+        maps = self.vit.forward_intermediates(normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+                                              intermediates_only=True)
+        return torch.cat([head(maps[k].mT).float() for head, k in zip(self.heads, self.at)], 1)
 
     def renew(self):                             # one power iteration of the spectral norms, once a step
-        self.train()
-        for m in self.modules():
+        for m in self.heads.train().modules():
             hasattr(m, "parametrizations") and m.weight
-        return self.eval()
+        self.heads.eval()
 
 
 def augment(images):
@@ -323,8 +321,12 @@ def main(args):
     opts = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)
     weights = dict(l1=1.0, lpips=args.lpips, gram=args.gram, feature=args.feature)
     perceptual, start = Perceptual(weights).to(device), 0
-    disc = Discriminator(args.disc).to(device).eval() if args.gan else None
-    disc_opts = [torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0)] * bool(disc)
+    disc, heads, disc_opts = None, nn.ModuleList(), []
+    if args.gan:
+        disc = Discriminator(args.disc).to(device)
+        disc.vit.set_grad_checkpointing(args.checkpoint_activations)
+        heads = disc.heads
+        disc_opts = [torch.optim.AdamW(heads.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0.0)]
     if resumed:
         load_release(decoder, {"model": resumed["model"]})
         load_release(ema[0], {"ema": resumed["ema"]})
@@ -333,7 +335,7 @@ def main(args):
             ema[1].load_state_dict(resumed["rae"]["encoder_weights"])
         for opt, state in zip(opts + disc_opts, resumed["opt"]):
             opt.load_state_dict(state)
-        disc and disc.load_state_dict(resumed["disc"])
+        heads.load_state_dict(resumed["disc"])
         start = resumed["step"]
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in trained.parameters()))
@@ -362,86 +364,87 @@ def main(args):
                           latent_mean=mean, latent_var=var)                          # for model.unpack_rae
             runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=packed["decoder"],
                                     rae=packed, opt=[opt.state_dict() for opt in opts + disc_opts], step=step,
-                                    args=runtime.plain(args), disc=disc.state_dict() if disc else {},
+                                    args=runtime.plain(args), disc=heads.state_dict(),
                                     encoder=trained[1].state_dict() if encoder.trainable else {})
 
-    sums, last_layer = {}, decoder.decoder_pred.weight
-    domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
+    def latents(x, m):             # noisy, b c h w, and the KL divergence of a VAE: the same at each call
+        runtime.seed_step(args.seed, step, m)
+        if encoder.trainable:
+            eps = torch.randn(len(x), encoder.grid ** 2, encoder.channels, device=device)
+            z, kl = posterior(encoder, x, eps)
+        else:
+            z, kl = encoder.encode(x).float(), torch.zeros((), device=device)
+        return add_noise(z, args.tau, args.noise_law), kl               # not normalised
+
     view = augment if args.diffaug == "on" else torch.clone
-    learned = [p for p in decoder.parameters() if p.requires_grad]
-    alone = accumulate == 1 and not encoder.trainable
+    last_layer, std, mean, sums = decoder.decoder_pred.weight, rae.pixel_std, rae.pixel_mean, {}
+    domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
     for step, parts in groupby(stream, key=lambda part: part[0]):
-        adversarial, held = args.gan > 0 and step >= args.gan_start, []
-        if disc and step >= args.disc_start:
-            disc.renew()
-        # First the gradient at the pixels, part by part, since lambda is a ratio over the whole batch, of the
-        # two losses' gradients at the last layer. Then the decoder's, which costs a second forward pass unless
-        # there is one part alone; no graph of VGG or discriminator is alive by then.
-        norms = torch.zeros(2, *last_layer.shape, device=device)
-        for p in learned:
-            p.requires_grad_(alone or p is last_layer)
+        adversarial, teaching = (args.gan > 0 and step >= at for at in (args.gan_start, args.disc_start))
+        held, norms = [], torch.zeros(2, *last_layer.shape, device=device)
+        teaching and disc.renew()
         for _, m, images, _, _ in parts:
             images = images.to(device).float() / 255
             x, real = eval_fid.resize(images, args.size), eval_fid.resize(images, side)
-            runtime.seed_step(args.seed, step, m)
-            eps = torch.randn(len(x), encoder.grid ** 2, encoder.channels, device=device) * encoder.trainable
-            with runtime.autocast(device, args.dtype), torch.no_grad():
-                z = posterior(encoder, x, eps)[0] if encoder.trainable else encoder.encode(x).float()
-            noisy = add_noise(z, args.tau, args.noise_law)              # not normalised
-            with runtime.autocast(device, args.dtype):
-                pixels = (step_model if alone else decoder)(noisy) * rae.pixel_std + rae.pixel_mean
-                fake = pixels.detach().requires_grad_()                 # b 3 H W in [0,1]
-                terms = perceptual(fake, real)
-                loss = sum(perceptual.weights[k] * v for k, v in terms.items())
-                grads = [torch.autograd.grad(loss / accumulate, fake)[0]]
+            last = m // world == accumulate - 1
+            with contextlib.nullcontext() if world == 1 or last or adversarial else step_model.no_sync():
+                with runtime.autocast(device, args.dtype), torch.set_grad_enabled(not adversarial):
+                    z, kl = latents(x, m)
+                    pixels = step_model(z) if not adversarial else decoder.tokens(z)
+                with runtime.autocast(device, args.dtype):
+                    # With the GAN, first the gradients at the pixels, since lambda is a ratio over the whole
+                    # batch, of both losses' gradients at the last layer; then the decoder's, after a second
+                    # forward pass: no graph of VGG or discriminator is alive by then.
+                    pixels = (decoder.pixels(pixels) if adversarial else pixels) * std + mean    # b 3 H W
+                    fake = pixels.detach().requires_grad_() if adversarial else pixels
+                    terms = perceptual(fake, real)
+                    loss = sum(perceptual.weights[k] * v for k, v in terms.items())
+                    if adversarial:
+                        terms["gan"] = -disc(view(fake)).mean()
                 if adversarial:
-                    terms["gan"] = -disc(view(fake)).mean()
-                    grads += torch.autograd.grad(terms["gan"] / accumulate, fake)
+                    grads = [torch.autograd.grad(x / accumulate, fake)[0] for x in (loss, terms["gan"])]
                     for norm, g in zip(norms, grads):
                         norm += torch.autograd.grad(pixels, last_layer, g, retain_graph=True)[0]
-                if disc and step >= args.disc_start:       # fakes of the same noise, rounded to 8 bits
-                    seen = ((fake.detach().clamp(0, 1) * 255).round() / 255, real)
-                    no, yes = (disc(view(x)) for x in seen)
-                    terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
-                    (terms["disc"] / accumulate).backward()
-            held.append((x, eps, noisy, noisy - z, pixels if alone else None, grads))
-            first = step * args.batch + m * args.micro_batch            # the number of its first image
-            for k, error in enumerate((fake.detach() - real).abs().mean((1, 2, 3))):
-                domains[data.place(first + k)[0]] += torch.stack([error, torch.ones_like(error)])
-            for name, value in {**terms, "loss": loss}.items():
-                sums.setdefault(name, []).append(value.detach())
-        norms = runtime.all_mean(norms).flatten(1).norm(dim=1)          # of the losses, of the GAN
-        ratio = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)           # lambda
-        for p in learned:
-            p.requires_grad_(True)
-        for k, (x, eps, z, noise, pixels, grads) in enumerate(held):
-            with contextlib.nullcontext() if world == 1 or k == len(held) - 1 else step_model.no_sync():
+                    held.append((x, m, z, *grads))
+                else:
+                    ((loss + args.kl * kl) / accumulate).backward()
+            if teaching:                                   # fakes of the same noise; both in 8 bits
                 with runtime.autocast(device, args.dtype):
-                    if encoder.trainable:
-                        z, kl = posterior(encoder, x, eps)
-                        sums.setdefault("kl", []).append(kl.detach())
-                        (args.kl * kl / accumulate).backward(retain_graph=True)
-                        z = z + noise
-                    pixels = step_model(z) * rae.pixel_std + rae.pixel_mean if pixels is None else pixels
-                pixels.backward(grads[0] + args.gan * ratio * grads[1] if adversarial else grads[0])
-        for p in trained[1:].parameters():                 # DDP averages the decoder's gradients
-            p.grad = runtime.all_mean(p.grad)
+                    no, yes = (disc(view((x.detach().clamp(0, 1) * 255).round() / 255)) for x in (fake, real))
+                    terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
+                (terms["disc"] / accumulate).backward()
+            source = [data.place(step * args.batch + m * args.micro_batch + k)[0] for k in range(len(real))]
+            error = (fake.detach() - real).abs().mean((1, 2, 3))        # b
+            domains.index_add_(0, torch.tensor(source, device=device), torch.stack([error, error * 0 + 1], 1))
+            for name, value in {**terms, "loss": loss, **({"kl": kl} if encoder.trainable else {})}.items():
+                sums.setdefault(name, []).append(value.detach())
+        if adversarial:
+            losses_norm, gan_norm = runtime.all_mean(norms).flatten(1).norm(dim=1)
+            ratio = (losses_norm / (gan_norm + 1e-6)).clamp(max=1e4)    # lambda
+            sums.setdefault("gan_lambda", []).append(ratio)
+        for x, m, z, grad, more in held:
+            last, weight = m // world == accumulate - 1, torch.tensor(args.kl / accumulate, device=device)
+            with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
+                with runtime.autocast(device, args.dtype):
+                    z, kl = latents(x, m) if encoder.trainable else (z, None)
+                    pixels = step_model(z) * std + mean
+                ends = (pixels, grad + args.gan * ratio * more), (kl, weight)
+                torch.autograd.backward(*zip(*ends[:1 + encoder.trainable]))
+        for p in [*trained[1:].parameters()] + [*heads.parameters()] * teaching:
+            p.grad = runtime.all_mean(p.grad)              # DDP averages the decoder's gradients alone
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
         norm = runtime.step_optimizers(opts, trained, args.clip, loss, step, lr)
         runtime.update_ema(ema, trained, args.ema, step)
-        if disc and step >= args.disc_start:               # its schedule covers its own life
-            for p in disc.parameters():
-                p.grad = runtime.all_mean(p.grad)
+        if teaching:                                       # its schedule covers its own life
             span = args.disc_warmup, args.disc_warmup, args.steps - args.disc_start, args.lr_end, "cosine"
             disc_lr = args.disc_lr * runtime.lr_factor(step - args.disc_start, *span)
-            runtime.step_optimizers(disc_opts, disc, args.clip, terms["disc"], step, disc_lr)
+            runtime.step_optimizers(disc_opts, heads, args.clip, terms["disc"], step, disc_lr)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             means = {k: runtime.all_mean(torch.stack(v).mean()).item() for k, v in sums.items()}
-            by_domain = (total / max(n, 1e-9) for total, n in runtime.all_mean(domains).tolist())
-            means |= {f"l1_{name}": x for name, x in zip(data.domains, by_domain) if len(data.domains) > 1}
-            means |= dict(gan_lambda=float(ratio)) if adversarial else {}
+            means |= {f"l1_{name}": total / n for name, (total, n) in zip(
+                data.domains, runtime.all_mean(domains).tolist()) if n and len(domains) > 1}
             log.step(done, means.pop("loss"), norm, lr, **means)
             sums, domains = {}, torch.zeros_like(domains)
         if done % args.save_every == 0 or done == args.steps:
@@ -451,7 +454,8 @@ def main(args):
             picture.save(f"{args.out}/preview_{done:07d}.png")
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             for i, name in enumerate(val.domains):
-                metrics = eval_fid.evaluate_reconstruction(rae, val, args.eval_n, rank, world, domain=i)
+                metrics = eval_fid.evaluate_reconstruction(
+                    rae, val, args.eval_n, rank, world, args.micro_batch, domain=i, vgg=perceptual.vgg)
                 log.write(dict(step=done, domain=name, **metrics))
                 log.say(f"step {done} | held-out {name} " + eval_fid.one_line(metrics))
 

@@ -89,7 +89,7 @@ def test_discriminator_has_five_spectral_heads_on_a_frozen_vit():
     disc = Discriminator("tiny")
     x = torch.rand(2, 3, 64, 64, requires_grad=True)
     assert disc(x).shape == (2, 5 * 16) and disc.at == [4, 0, 1, 2, 4]
-    assert not [k for k in disc.state_dict() if "blocks" in k]
+    assert not any(p.requires_grad for p in disc.vit.parameters())
     assert torch.autograd.grad(disc(x).sum(), x)[0].abs().max() > 0
     for _ in range(200):
         disc.renew()
@@ -105,7 +105,8 @@ def test_discriminator_of_the_papers(monkeypatch):
     monkeypatch.setattr(train_decoder, "load_vit", lambda name, size: timm.create_model(
         name, pretrained=False, num_classes=0, img_size=size))
     disc = Discriminator("dino-s8")
-    assert round(sum(p.numel() for p in disc.parameters()) / 1e6, 2) == 7.39 and disc.at == [11, 2, 5, 8, 11]
+    assert round(sum(p.numel() for p in disc.heads.parameters()) / 1e6, 2) == 7.39
+    assert disc.at == [11, 2, 5, 8, 11]
     assert Discriminator("dino-s16")(torch.rand(1, 3, 256, 256)).shape == (1, 5 * 196)
 
 
@@ -129,7 +130,7 @@ def gradients(monkeypatch, tmp_path, *flags):
     seen = {}
 
     def keep(opts, net, clip, loss, step, lr):
-        name = "Discriminator" if type(net) is Discriminator else "Decoder"
+        name = "Discriminator" if isinstance(net[0], train_decoder.Head) else "Decoder"
         seen[name, step] = [p.grad.clone() for p in net.parameters() if p.requires_grad], lr
         return runtime_step(opts, net, clip, loss, step, lr)
     runtime_step = runtime.step_optimizers
@@ -171,6 +172,14 @@ def test_the_discriminator_s_schedule_covers_its_own_life(monkeypatch, tmp_path)
     assert ["gan_lambda" in r for r in rows] == [False] * 6 + [True] * 6
 
 
+def test_more_steps_on_resume_keep_the_start_of_the_gan(tmp_path):
+    go(train_decoder, *DECODER, "--gan", 1, "--steps", 4, "--out", tmp_path)
+    go(train_decoder, *DECODER, "--gan", 1, "--steps", 6, "--out", tmp_path, "--resume")
+    assert load(tmp_path)["step"] == 6 and load(tmp_path)["args"]["gan_start"] == 2
+    with pytest.raises(ValueError, match="--gan_start 3 differs from the checkpoint's 2"):
+        go(train_decoder, *DECODER, "--gan", 1, "--steps", 8, "--out", tmp_path, "--resume", "--gan_start", 3)
+
+
 def test_resume_with_the_gan_is_exact_to_the_bit(tmp_path):
     go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "straight")
     go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "twice", "--save_every", 4)
@@ -181,7 +190,7 @@ def test_resume_with_the_gan_is_exact_to_the_bit(tmp_path):
 
 
 def test_two_processes_have_one_discriminator(tmp_path):
-    common = [*GAN, "--micro_batch", "4", "--steps", "5", "--optimizer", "adamw"]
+    common = [*GAN, "--batch", "16", "--micro_batch", "4", "--steps", "5", "--optimizer", "adamw"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # as torchrun does
     go(train_decoder, *common, "--out", tmp_path / "one")
@@ -190,7 +199,9 @@ def test_two_processes_have_one_discriminator(tmp_path):
                     "train_decoder.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
-    assert difference(one["model"], two["model"]) < 2e-4 and difference(one["disc"], two["disc"]) < 2e-4
+    for part in ("model", "disc"):                         # Adam makes steps of a rounding where no gradient is
+        keys = [k for k in one[part] if not k.endswith("key.bias")]
+        assert max(difference(one[part][k], two[part][k]) for k in keys) < 1e-3, part
 
 
 def test_nan_in_the_discriminator_alone_leaves_the_decoder_training(monkeypatch, tmp_path, capsys):

@@ -210,7 +210,7 @@ def test_preview_evaluation_and_upsampling(tmp_path):
 def test_upsampling_decoder_learns_from_images_of_its_own_side(tmp_path, monkeypatch):
     """Twice the patch: the encoder sees 64 px, the target is the image at 128 px and not 64 px blown up."""
     seen, encode = [], train_decoder.Encoder.encode
-    monkeypatch.setattr(train_decoder, "losses", lambda images, target:
+    monkeypatch.setattr(train_decoder.Perceptual, "forward", lambda self, images, target:
                         seen.append(target) or dict(l1=(images - target).abs().mean()))
     monkeypatch.setattr(train_decoder.Encoder, "encode", lambda self, x: seen.append(x) or encode(self, x))
     go(train_decoder, *DECODER, "--steps", 1, "--decoder_patch", 32, "--out", tmp_path)
