@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
     p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; papers 1, tiny encoder 0")
     p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
-    p.add_argument("--feature", type=at_least(0.0), help="of the distance in the tiny encoder; 64 px: 0.1")
+    p.add_argument("--feature", type=at_least(0.0), default=0.0, help="of the distance in the tiny encoder")
     p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
     p.add_argument("--gan_start", type=at_least(0), help="step where it joins the loss; default steps / 2")
     p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"), help="what the discriminator sees with")
@@ -104,7 +104,7 @@ def parse_args(argv=None):
     p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
     small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
-    usual = dict(lpips=float(not small), feature=0.1 * small, disc="tiny" if small else "dino-s8",
+    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8",
                  size=64 if small else 256)
     if not args.resume:                                    # a resumed run's are its checkpoint's
         usual |= dict(gan_start=args.steps // 2, disc_start=(args.gan_start or args.steps // 2) * 3 // 4)
