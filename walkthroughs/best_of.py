@@ -57,7 +57,7 @@ for name, curve in curves.items():
     axes.plot(counts, [100 * x for x in curve], "o-", label=name)
 axes.set(xscale="log", xlabel="candidates N", ylabel="right, %", xticks=counts, xticklabels=counts)
 axes.minorticks_off()
-axes.legend()
+figure.legend(loc="outside lower center", ncols=2)
 figure.savefig(options.out / "best_of.png", dpi=120)
 print("candidates N".ljust(26), *(f"{n:>6}" for n in counts))
 for name, curve in curves.items():
