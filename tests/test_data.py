@@ -644,7 +644,7 @@ def test_mixtures_need_names_and_weights(folder):
         open_data([folder, "b=shapes:1"], 8)
     with pytest.raises(ValueError, match="the same for a name"):
         open_data([f"a={folder}:1", "a=shapes:2"], 8)
-    with pytest.raises(FileNotFoundError, match="give shapes \\(alone\\)"):
+    with pytest.raises(FileNotFoundError, match="give shapes or text"):
         open_data([folder, "shapes"], 8)
     with pytest.raises(ValueError, match="at least 1/1000 of their sum"):
         open_data([f"a={folder}:0.0001", "b=shapes:1"], 8)

@@ -239,7 +239,7 @@ def test_a_line_that_is_no_utf_8_and_an_empty_file(tmp_path):
     talk = jsonl(tmp_path / "c.jsonl", [{"conversations": [ASK, TELL]}])
     assert len(open_data(talk, 8, chat=chat)) == 1
     fails("must hold images", talk, 8, chat=None)
-    with pytest.raises(FileNotFoundError, match=r"d\.jsonl does not exist; give shapes \(alone\), .*\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"d\.jsonl does not exist; give shapes or text, .*\.jsonl"):
         open_data(str(tmp_path / "d.jsonl"), 8, chat=chat)
 
 
