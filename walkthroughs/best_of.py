@@ -23,15 +23,18 @@ import sample
 from shapes import read_scene
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-parser.add_argument("--n", type=int, default=150, help="images; prompt i % 300 of ShapesEval")
-parser.add_argument("--candidates", type=int, default=32, help="latents drawn for each image")
+parser.add_argument("--n", type=runtime.at_least(1), default=150, help="images; prompt i % 300 of ShapesEval")
+parser.add_argument("--candidates", type=runtime.at_least(2), default=32, help="latents drawn for each image")
 parser.add_argument("--out", type=Path, default=Path("runs/best_of"), help="folder of the picture")
 parser.add_argument("--ckpt", help="checkpoint of train_t2i.py; default: the shipped one")
 options = parser.parse_args()
 runtime.setup()
-flags = ["--prompt", "-"] + (["--ckpt", options.ckpt] if options.ckpt else [])
-args = sample.parse_args(flags)
-model, rae, state, _ = sample.load_models(args, "cpu")
+flags = ["--prompt", "-", "--best_of", str(options.candidates)]
+args = sample.parse_args(flags + (["--ckpt", options.ckpt] if options.ckpt else []))
+try:
+    model, rae, state, _ = sample.load_models(args, "cpu")
+except (OSError, ValueError) as error:                     # no such file; a model that was never asked
+    parser.error(str(error))
 
 # %% Draw all candidates once, score them by every verifier, and look which ones are right
 tests = eval_fid.shapes_eval()
