@@ -80,7 +80,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def features(encoder, images):
     """Mean-pooled tokens of uint8 images b H W 3: b c."""
-    device = encoder.place.device
+    device = next(encoder.parameters(), torch.empty(0)).device         # pixels have none
     x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
     return encoder.encode(x).mean((2, 3)).cpu()
 

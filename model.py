@@ -164,7 +164,6 @@ class Encoder(nn.Module):
             self.backbone = load_vit(timm_name, self.input_size)
             self.backbone.norm = nn.LayerNorm(self.backbone.embed_dim, eps=1e-6, elementwise_affine=False)
         self.channels = self.backbone.embed_dim
-        self.register_buffer("place", torch.empty(0), persistent=False)         # tells the device
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):                  # frozen: dropout and drop path stay off in any training loop

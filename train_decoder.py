@@ -135,7 +135,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
     running average of its last 20 batches instead.              Source: Chan et al. 1979; RAE section 3.1
     """
     moments = (0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
-    micro, device = max(1, min(batch, n // world)), encoder.place.device
+    micro, device = max(1, min(batch, n // world)), next(encoder.parameters(), torch.empty(0)).device
     for _, _, images, _, _ in batches(data, micro * world, micro, 0, rank, world, workers,
                                       stop=n // (micro * world)):
         z = encoder.encode(images.to(device).float() / 255).double().cpu()

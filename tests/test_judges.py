@@ -114,7 +114,9 @@ def test_encoder_equals_transformers(name, side, pixels, tmp_path, monkeypatch):
 
 def test_pixel_statistics_are_those_of_the_judges():
     constants = pytest.importorskip("transformers").image_utils
-    for name, (timm_name, _, ours) in list(ENCODERS.items())[1:]:      # all but tiny
+    for name, (timm_name, _, ours) in ENCODERS.items():
+        if name in ("tiny", "random", "webssl-l"):                     # not timm's
+            continue
         theirs = timm.get_pretrained_cfg(timm_name)
         assert ours == (theirs.mean, theirs.std) == pixel_statistics(constants, name)
 
