@@ -251,6 +251,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     before; of text, of its letters. vgg: lpips.LPIPS, for the distance of that name.
     """
     device, real, fake = rae.pixel_mean.device, Moments(), Moments()
+    built_in = val.rows[domain] in (Scene, Text)
     numbers = [*islice((k for k in count() if val.place(k)[0] == domain), n)]
     sums = torch.zeros(4, dtype=torch.float64)
     chunks = sample.share(n, rank, world, batch)
@@ -263,8 +264,8 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
         sums[2] += vgg(x, back, normalize=True).sum().cpu() if vgg else 0
         images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu() for y in (x, back))
         sums[:2] += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
-        for k, a, b in zip(chunk, images.numpy(), back.numpy()):
-            sums[3] += readable(val, k, a, b)
+        for k, a, b in zip(chunk, images.numpy(), back.numpy()) if built_in else ():
+            sums[3] += readable(val.drawn(k), a, b)
         real.add(features(rae.encoder, images))
         fake.add(features(rae.encoder, back))
     real.merge(), fake.merge()
@@ -272,16 +273,15 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     metrics = dict(n=n, psnr=values[0], ssim=values[1],
                    frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
     return metrics | (dict(lpips=values[2]) if vgg else {}) | (
-        dict(readable=values[3]) if val.rows[domain] in (Scene, Text) else {})
+        dict(readable=values[3]) if built_in else {})
 
 
-def readable(val, k, image, back):
-    """Share of what image k of a built-in world shows that its reconstruction still shows: uint8 H W 3."""
-    if val.rows[val.place(k)[0]] is Text:
-        return val.drawn(k).read(back)
-    if val.rows[val.place(k)[0]] is not Scene or None in (found := (read_scene(image), read_scene(back))):
-        return 0.0
-    return float(sorted(o.name for o in found[0]) == sorted(o.name for o in found[1]))
+def readable(seen, image, back):
+    """Share of the Scene or Text of an image that its reconstruction still shows: both uint8 H W 3."""
+    if isinstance(seen, Text):
+        return seen.read(back)
+    found = read_scene(image), read_scene(back)
+    return float(None not in found and sorted(o.name for o in found[0]) == sorted(o.name for o in found[1]))
 
 
 def resize(images, side):

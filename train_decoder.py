@@ -104,8 +104,7 @@ def parse_args(argv=None):
     p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
     small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
-    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8",
-                 size=64 if small else 256)
+    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8", size=64 if small else 256)
     if not args.resume:                                    # a resumed run's are its checkpoint's
         usual |= dict(gan_start=args.steps // 2, disc_start=(args.gan_start or args.steps // 2) * 3 // 4)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
@@ -343,9 +342,10 @@ def main(args):
     if encoder.trainable:                                  # with the EMA's weights
         shown = copy.deepcopy(encoder).requires_grad_(False)
         shown.backbone = ema[1]
-    centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
-    n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
-    statistics = shown, centred, n, args.micro_batch, rank, world, args.workers
+    if not resumed or encoder.trainable:                   # to list the data takes a while
+        centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
+        n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
+        statistics = shown, centred, n, args.micro_batch, rank, world, args.workers
     if not resumed:
         latent_mean, latent_var = latent_statistics(*statistics)
         log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
