@@ -111,7 +111,7 @@ def list_source(paths, train, hold_out, objects, chat):  # rows, order of the sp
     rows = [row for path in paths for row in list_path(path, chat)]
     bare = [f"{row[0]} ({row[3]})" for row in rows if not row[5]]
     require(not bare, f"--data {paths[0]}: {len(bare)} of {len(rows)} images have no text, first {bare[:1]}; "
-            "put x.txt or x.json beside each x.jpg, an empty x.txt where it shall be unconditional")
+            "put x.txt or x.json beside x.jpg (in .jsonl a caption), empty where it shall be unconditional")
     labels = {row[4] for row in rows}
     kinds = {type(row[4]): f"{row[3]} has {row[4]!r}" for row in rows}
     require(len(kinds) == 1, f"--data {paths[0]}: {', but '.join(kinds.values())}; give each image a class "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import runtime
 import sample
 from data import SHAPES_VAL, open_data
-from model import unpack_rae
+from model import Encoder, unpack_rae
 from runtime import at_least
 from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
 
@@ -56,7 +56,6 @@ class Moments:
         self.__init__()
         for part in parts:
             self.join(*part)
-        return self
 
     @property
     def cov(self):
@@ -78,11 +77,16 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 
+def distance(a, b):                                        # of the Moments of all processes
+    a.merge(), b.merge()
+    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
 def features(encoder, images):
-    """Mean-pooled tokens of uint8 images b H W 3: b c."""
+    """Mean-pooled tokens of uint8 images b H W 3, at the side that the encoder takes: b c."""
     device = next(encoder.parameters(), torch.empty(0)).device         # pixels have none
     x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
-    return encoder.encode(x).mean((2, 3)).cpu()
+    return encoder.encode(resize(x, encoder.image_size)).mean((2, 3)).cpu()
 
 
 # ---------------------------------------------------------------------------------- pairs of images
@@ -218,44 +222,42 @@ def check_n(args, val):
                          f"raise --hold_out")
 
 
-def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32"):
+def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32",
+                        judge=None):
     """Fréchet distance of n generated to n held-out images, and verified accuracy on the shapes.
 
     model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
+    judge: the Encoder of whose features the distance is, by default the RAE's own.
     Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
     """
     real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
-    chunks = sample.share(n, rank, world, batch)
-    for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
+    judge = judge or rae.encoder
+    for chunk in tqdm(sample.share(n, rank, world, batch), "evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
         images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
-        fake.add(features(rae.encoder, images))
-        real.add(features(rae.encoder, real_images(val, chunk)))
+        fake.add(features(judge, images))
+        real.add(features(judge, real_images(val, chunk)))
         if val.class_names == CLASSES:
             counts += verify(images, labels)
-    real.merge(), fake.merge()
-    metrics = dict(n=n, guidance=args.guidance, sampling_steps=args.sampling_steps, solver=args.solver)
-    metrics["frechet_distance"] = frechet_distance(real.mean, real.cov, fake.mean, fake.cov)
-    if val.class_names == CLASSES:
-        colour, shape, unsure = (total(counts) / n).tolist()
-        metrics |= dict(right_colour=colour, right_colour_and_shape=shape, unsure=unsure)
-    return metrics
+    metrics = dict(n=n, guidance=args.guidance, sampling_steps=args.sampling_steps, solver=args.solver,
+                   frechet_distance=distance(real, fake))
+    found = zip(("right_colour", "right_colour_and_shape", "unsure"), (total(counts) / n).tolist())
+    return metrics | dict(found if val.class_names == CLASSES else {})
 
 
 @torch.no_grad()
-def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0,
-                            vgg=None):
+def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0, vgg=None,
+                            judge=None):
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict.
 
     domain: the source of a mixture that they are of. readable: of scenes, the share that read_scene reads as
-    before; of text, of its letters. vgg: lpips.LPIPS, for the distance of that name.
+    before; of text, of its letters. vgg: lpips.LPIPS, for the distance of that name. judge: as above.
     """
-    device, real, fake = rae.pixel_mean.device, Moments(), Moments()
+    device, real, fake, judge = rae.pixel_mean.device, Moments(), Moments(), judge or rae.encoder
     built_in = val.rows[domain] in (Scene, Text)
     numbers = [*islice((k for k in count() if val.place(k)[0] == domain), n)]
     sums = torch.zeros(4, dtype=torch.float64)
-    chunks = sample.share(n, rank, world, batch)
-    for chunk in tqdm(chunks, desc="evaluate", leave=False, disable=rank > 0 or None):
+    for chunk in tqdm(sample.share(n, rank, world, batch), "evaluate", leave=False, disable=rank > 0 or None):
         chunk = [numbers[k] for k in chunk]
         x = rearrange(real_images(val, chunk), "b h w c -> b c h w").to(device).float() / 255
         with runtime.autocast(device, dtype):
@@ -266,14 +268,11 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
         sums[:2] += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
         for k, a, b in zip(chunk, images.numpy(), back.numpy()) if built_in else ():
             sums[3] += readable(val.drawn(k), a, b)
-        real.add(features(rae.encoder, images))
-        fake.add(features(rae.encoder, back))
-    real.merge(), fake.merge()
+        real.add(features(judge, images))
+        fake.add(features(judge, back))
     values = (total(sums) / n).tolist()
-    metrics = dict(n=n, psnr=values[0], ssim=values[1],
-                   frechet_distance=frechet_distance(real.mean, real.cov, fake.mean, fake.cov))
-    return metrics | (dict(lpips=values[2]) if vgg else {}) | (
-        dict(readable=values[3]) if built_in else {})
+    metrics = dict(n=n, psnr=values[0], ssim=values[1], frechet_distance=distance(real, fake))
+    return metrics | dict([("lpips", values[2])] * bool(vgg) + [("readable", values[3])] * built_in)
 
 
 def readable(seen, image, back):
@@ -284,11 +283,9 @@ def readable(seen, image, back):
     return float(None not in found and sorted(o.name for o in found[0]) == sorted(o.name for o in found[1]))
 
 
-def resize(images, side):
-    """Images b 3 H W in [0,1] at another side, antialiased; unchanged if they have it already."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+def resize(images, side):                                  # b 3 H W in [0,1], antialiased
+    same = images.shape[-1] == side
+    return images if same else F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def one_line(metrics):
@@ -304,6 +301,7 @@ def parse_args(argv=None):
     p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
     p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
     p.add_argument("--n", type=at_least(2), help="images; few bias the distance; default: up to 720")
+    p.add_argument("--features", help="encoder whose features the distance is of; default: the model's own")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
     args = sample.parse_model_args(p, argv, "shapes_eval")
     if args.shapes_eval and (args.reconstruct or args.data or (args.n or 6) < 6):
@@ -339,13 +337,15 @@ def main(args):
         n = args.n or min(720, len(val))
         if n > len(val):
             raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n {len(val)}")
-        more = rank, world, args.batch
+        more = dict(rank=rank, world=world, batch=args.batch, dtype=args.dtype,
+                    judge=args.features and Encoder(args.features).to(device))
         if args.reconstruct:
-            parts = [evaluate_reconstruction(rae, val, min(n, len(order)), *more, args.dtype, i)
+            parts = [evaluate_reconstruction(rae, val, min(n, len(order)), domain=i, **more)
                      for i, order in enumerate(val.order)]
             metrics = parts[0] if len(parts) == 1 else dict(zip(val.domains, parts))
         else:
-            metrics = evaluate_generation(model, rae, val, args, n, *more, weak, args.dtype)
+            metrics = evaluate_generation(model, rae, val, args, n, weak=weak, **more)
+        metrics |= dict(features=args.features or state["rae"]["encoder"])
     metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
     if rank == 0:
         for key, value in metrics.items():

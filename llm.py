@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from model import load_strict, require_heads
+from model import fetching, load_strict, require_heads
 
 IMAGE, SYSTEM = -200, "You are a helpful assistant."    # id of an image slot, system text: as in Scale-RAE
 
@@ -211,11 +211,9 @@ def load_qwen2(source, folder_flag="--llm"):
     model.safetensors.index.json and its shards. The embedding has the file's rows, not one for each token.
     Raises FileNotFoundError (a file or the hub), ValueError (not Qwen2; keys that don't fit, listed)."""
     wanted = ["config.json", "tokenizer.json", "model.safetensors.index.json", "model*.safetensors"]
-    try:
+    with fetching(f"{folder_flag} {source}: no such folder", f"connect, or copy huggingface.co/{source} to a "
+                  f"folder and name it"):
         folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=wanted))
-    except Exception as error:                              # the hub client raises another for each cause
-        raise FileNotFoundError(f"{folder_flag} {source}: no folder, no download ({type(error).__name__}); "
-                                f"connect, or copy huggingface.co/{source} to a folder, name it") from error
     arguments = qwen2_arguments(read_json(folder / "config.json"), source)
     copy = "lm_head.weight" * arguments["tie_word_embeddings"]          # some files hold one of the embedding
     state = {k.removeprefix("model."): v for k, v in read_weights(folder).items() if k != copy}

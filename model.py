@@ -7,6 +7,7 @@ Shapes: b batch, h w latent grid, n = h*w tokens, c latent channels, d width, e 
     k attention heads, dh = d/k head dimension, H W image height and width.
 Time runs from data (t=0) to noise (t=1): x_t = (1-t)*x0 + t*eps, and the model predicts v = eps - x0.
 """
+import contextlib
 import math
 import re
 import warnings
@@ -67,6 +68,14 @@ T2I_RELEASES = {"scale-rae-1.5b": "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B",     
 DECODER_HUB = "nyu-visionx/siglip2_decoder"
 
 
+@contextlib.contextmanager
+def fetching(what, advice):                  # what fails inside (hub, ssl, files) raises FileNotFoundError
+    try:
+        yield
+    except Exception as error:
+        raise FileNotFoundError(f"{what}: no download ({type(error).__name__}); {advice}") from error
+
+
 # ------------------------------------------------------------------------------ encoder
 def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
@@ -116,14 +125,11 @@ class DiffusersVAE(nn.Module):
 
     def __init__(self, source):
         super().__init__()
-        try:
+        with fetching(f"--encoder diffusers:{source}", "pip install diffusers, and connect or name a folder "
+                      "with its config.json and diffusion_pytorch_model.safetensors"):
             from diffusers import AutoencoderKL
-            folder = "vae" if source.endswith("/vae") else None         # of a whole pipeline
-            self.vae = AutoencoderKL.from_pretrained(source.removesuffix("/vae"), subfolder=folder)
-        except Exception as error:                          # of the import, the hub, the file
-            raise FileNotFoundError(f"--encoder diffusers:{source}: {type(error).__name__}; pip install "
-                                    f"diffusers, and connect or name a folder with its config.json and "
-                                    f"diffusion_pytorch_model.safetensors") from error
+            source, folder = source.removesuffix("/vae"), "vae" * source.endswith("/vae")   # of a pipeline
+            self.vae = AutoencoderKL.from_pretrained(source, subfolder=folder)
         self.embed_dim = self.vae.config.latent_channels
         self.patch_size = [2 ** (len(self.vae.config.block_out_channels) - 1)]
 
@@ -196,12 +202,9 @@ def load_vit(name, size):
         return read_webssl(timm.create_model(name[:-7], num_classes=0, img_size=size))
     local = HERE / "weights" / f"{name}.safetensors"            # a file placed by hand wins over the download
     how = {"act_layer": "gelu_tanh"} if "siglip" in name else {} if ".mae" in name else {"img_size": size}
-    try:
+    with fetching("no weights", f"put model.safetensors of hf.co/timm/{name} at weights/{local.name}"):
         vit = timm.create_model(name, pretrained=True, num_classes=0, **how,    # SigLIP trained with tanh
                                 pretrained_cfg_overlay=dict(file=str(local)) if local.exists() else None)
-    except Exception as error:                          # the hub client raises a different one for each cause
-        raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
-                                f"huggingface.co/timm/{name} at weights/{name}.safetensors") from error
     if "img_size" not in how:           # in the release DINOv2's table is antialiased, SigLIP's and MAE's not
         vit.patch_embed.set_input_size(img_size=size)
         vit.pos_embed.data = timm.layers.resample_abs_pos_embed(
@@ -212,19 +215,15 @@ def load_vit(name, size):
 def read_webssl(vit):
     """Weights of WebSSL's DINO, in transformers' names, into timm's ViT of the same layout."""
     local = HERE / "weights" / "webssl-l.safetensors"
-    try:
+    with fetching("no weights", f"put model.safetensors of huggingface.co/{WEBSSL} at weights/{local.name}"):
         path = local if local.exists() else huggingface_hub.hf_hub_download(WEBSSL, "model.safetensors")
-    except Exception as error:
-        raise FileNotFoundError(f"no weights: no download ({type(error).__name__}). Put model.safetensors of "
-                                f"huggingface.co/{WEBSSL} at weights/{local.name}") from error
-    state = runtime.load_checkpoint(path)
+    state = {k: v for k, v in runtime.load_checkpoint(path).items() if "mask_token" not in k}
     for old, new in (("patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_", "pos_"),
                      ("pos_embeddings", "pos_embed"), ("embeddings.", ""), ("encoder.layer.", "blocks."),
                      (".attention.attention.", ".attn."), (".attention.output.dense", ".attn.proj"),
                      ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
                      ("layernorm.", "norm.")):
         state = {k.replace(old, new): v for k, v in state.items()}
-    state.pop("mask_token", None)
     for k in [k for k in state if ".attn.query." in k]:                 # timm: one matrix
         parts = [state.pop(k.replace("query", part)) for part in ("query", "key", "value")]
         state[k.replace("query", "qkv")] = torch.cat(parts)
@@ -613,11 +612,8 @@ def load_official(name, folder=None):
     side, decoder, stats, *dits, _ = RELEASES[release]
     files = [f"decoders/dinov2/wReg_base/{decoder}/model.pt", f"stats/dinov2/wReg_base/{stats}/stat.pt",
              f"DiTs/Dinov2/wReg_base/ImageNet{side}/{dits[guide]}/stage2_model.pt"]
-    try:
+    with fetching(release, f"connect, or copy huggingface.co/{HUB} to a folder: --release_dir FOLDER"):
         folder = folder or huggingface_hub.snapshot_download(HUB, allow_patterns=files)
-    except Exception as error:                          # the hub client raises a different one for each cause
-        raise FileNotFoundError(f"--release {release}: no download ({type(error).__name__}); connect or copy "
-                                f"huggingface.co/{HUB} to a folder and give --release_dir FOLDER") from error
     decoder, stats, dit = (runtime.load_checkpoint(Path(folder) / file) for file in files)
     mean, var, shape = stats.get("mean"), stats.get("var", torch.empty(0)), (768, side // 16, side // 16)
     if var.shape != shape or not (var > 0).all():
@@ -641,17 +637,22 @@ def unpack_rae(packed, encoder=True):
     return RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"]).requires_grad_(False).eval()
 
 
+def revive(build, state, weights, source, device):    # the module of build() with these of a checkpoint's
+    if weights not in state:
+        raise ValueError(f"{source} holds no weights {weights}; use --weights ema")
+    with torch.device("meta"):
+        module = build()
+    return load_release(module.to_empty(device=device), state[weights], source).requires_grad_(False).eval()
+
+
 def load_dit(path, device="cpu", encoder=False, weights="ema", folder=None):
     """Frozen DiT, RAE (encoder=False: it only decodes; None: none) and dict of a checkpoint or a release."""
     official = str(path).removesuffix("/guide") in RELEASES
     state = load_official(str(path), folder) if official else runtime.load_checkpoint(path)
     if "llm" in state:
-        raise ValueError(f"{path} is a text-to-image checkpoint; draw from it with --prompt")
+        raise ValueError(f"{path} is of text to image: for sample.py --prompt, eval_fid.py --shapes_eval")
     if "latent_shape" not in state:
         raise ValueError(f"{path} is no checkpoint of train_dit.py; give one of those")
-    if weights not in state:
-        raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
-    with torch.device("meta"):
-        model = build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"])
-    model = load_release(model.to_empty(device=device), state[weights], path).requires_grad_(False).eval()
+    model = revive(lambda: build_dit(state["args"], *state["latent_shape"][:2], state["num_classes"]),
+                   state, weights, path, device)
     return model, None if encoder is None else unpack_rae(state["rae"], encoder).to(device), state

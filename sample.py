@@ -130,7 +130,7 @@ def draw_prompts(t2i, prompts, args, indices):             # -> latents b c h w 
 def best_of(t2i, prompts, args, indices):
     """Latents b c h w for b prompts: of --best_of candidates each, the one that --verifier scores highest."""
     n = args.best_of
-    prompts = [text for text in prompts for _ in range(n)]
+    prompts = [text for text in t2i.fit(prompts) for _ in range(n)]
     z = draw_prompts(t2i, prompts, args, [i * n + j for i in indices for j in range(n)])       # b*n c h w
     if n == 1:
         return z
@@ -239,10 +239,10 @@ def parse_model_args(p, argv, text):
     check_sampling_flags(p, args, "release")
     if args.best_of > 1 and not args.text:
         p.error(f"--best_of {args.best_of} needs --{text}: the language model compares images with prompts")
-    if args.text and args.weak_ckpt:
-        p.error(f"--weak_ckpt {args.weak_ckpt} is for class models; leave it out with --{text}")
     if args.release and (args.release in T2I_RELEASES) != args.text:
         p.error(f"--release {args.release} can't be given {'with' if args.text else 'without'} --{text}")
+    if args.text and args.weak_ckpt:
+        p.error(f"--weak_ckpt {args.weak_ckpt} is for class models; leave it out with --{text}")
     return args
 
 
@@ -289,6 +289,8 @@ def main(args):
     names = args.prompt or [*state["class_names"], "none"]
     ids = range(len(names)) if args.prompt else \
         parse_labels(args.labels, names[:-1], state["args"]["class_dropout"])
+    if rank == 0 and args.prompt and (cut := sum(a != b for a, b in zip(names, model.fit(names)))):
+        print(f"{cut} prompts are longer than the model's context of {model.context} tokens allows, and cut")
     n = args.n or 3 * len(ids)
     if args.labels == ["random"]:
         ids = np.random.default_rng((args.seed, 0, 0, 1)).integers(len(ids), size=n)

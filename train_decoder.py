@@ -25,8 +25,8 @@ from torchvision.transforms.functional import normalize
 import eval_fid
 import runtime
 from data import batches, check, open_data
-from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, load_release, load_vit,
-                   pixel_statistics, require_heads)
+from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, fetching, load_release,
+                   load_vit, pixel_statistics, require_heads)
 from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
@@ -59,6 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--decoder_heads", type=at_least(1))
     p.add_argument("--decoder_mlp", type=at_least(1), help="hidden width of the MLPs")
     p.add_argument("--decoder_patch", type=at_least(1), help="pixels per token; default: as encoder")
+    p.add_argument("--init", help="start from this decoder: a checkpoint's EMA, or an official model.pt")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
     p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; papers 1, tiny encoder 0")
@@ -185,13 +186,9 @@ class Perceptual(nn.Module):
         super().__init__()
         self.weights, self.vgg, self.encoder = weights, None, Encoder("tiny") if weights["feature"] else None
         if weights["lpips"] or weights["gram"]:
-            try:
+            with fetching("no weights of VGG-16", f"put download.pytorch.org/models/vgg16-397923af.pth into "
+                          f"{torch.hub.get_dir()}/checkpoints/, or give --lpips 0 --gram 0"):
                 self.vgg = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-            except Exception as error:              # urllib, ssl and torch.hub each raise their own
-                raise FileNotFoundError(
-                    f"no weights of VGG-16: no download ({type(error).__name__}). Put download.pytorch.org/"
-                    f"models/vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints/, or give --lpips 0 "
-                    f"--gram 0") from error
 
     def maps(self, images):                      # b 3 H W -> 5 maps b c h w
         return self.vgg.net(self.vgg.scaling_layer(2 * images - 1))
@@ -314,6 +311,8 @@ def main(args):
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     decoder.checkpoint = args.checkpoint_activations
+    if args.init and not resumed:
+        load_release(decoder, args.init)
     encoder.backbone.requires_grad_(encoder.trainable)
     trained = nn.ModuleList([decoder] + [encoder.backbone] * encoder.trainable)
     ema = copy.deepcopy(trained).requires_grad_(False).eval()

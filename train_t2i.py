@@ -32,8 +32,8 @@ import runtime
 import sample
 from data import batches, check, open_data
 from llm import IMAGE, Qwen2, Tokenizer, load_qwen2, qwen2_arguments, read_json, read_weights
-from model import (DECODER_HUB, DECODER_SIZES, T2I_HEAD, T2I_RELEASES, T2I_SIZES, build_dit,
-                   flow_matching_loss, load_release, time_shift, unpack_rae)
+from model import (DECODER_HUB, DECODER_SIZES, T2I_HEAD, T2I_RELEASES, T2I_SIZES, build_dit, fetching,
+                   flow_matching_loss, load_release, revive, time_shift, unpack_rae)
 from runtime import at_least
 from shapes import CLASSES, COLOURS, Object, Scene, listing
 from train_dit import BINS, PAPERS, SHIPPED_RAE, TINY, add_dit_flags, check_dit_flags
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     # data
     p.add_argument("--questions", type=at_least(0.0, 1), default=0.3, help="of scenes, to understand; <1")
     p.add_argument("--plan", type=at_least(0), help="most tokens said before an image is drawn; small LM 40")
-    p.add_argument("--context", type=at_least(1), default=320, help="tokens; longer prompts are cut")
+    p.add_argument("--context", type=at_least(1), help="tokens, beyond it prompts are cut; image's + 176")
     # model
     p.add_argument("--llm", help="Qwen2 to start from, hub name or folder; default: a small one from scratch")
     p.add_argument("--llm_width", type=at_least(1), default=128, help="of the one from scratch")
@@ -90,7 +90,8 @@ def parse_args(argv=None):
     sizes = {"head_width": 0, **T2I_SIZES[size]} if size else {}
     p.set_defaults(**RECIPES.get(args.recipe, {}), **{**sizes, **(T2I_HEAD if args.wide_head else {})})
     args = p.parse_args(argv)
-    args.llm_lr = args.lr / (10 if args.llm or args.init else 3) if args.llm_lr is None else args.llm_lr
+    if args.llm_lr is None and not args.resume:
+        args.llm_lr = args.lr / (10 if args.llm or args.init else 3)
     scratch = not (args.llm or args.init or args.recipe)
     args.regression = float(scratch) if args.regression is None and not args.init else args.regression
     args.llm_start = 500 * scratch if args.llm_start is None else args.llm_start
@@ -181,9 +182,9 @@ class T2I(nn.Module):
     Source: arXiv 2601.16208 section 3, names as released: the prompt, then n = h*w learned queries, causal;
         the final state of query i conditions latent token i. Images to understand: mm_projector.
     """
-    def __init__(self, llm, tokenizer, dit, connector, regression=False, plan=0):
+    def __init__(self, llm, tokenizer, dit, connector, regression=False, plan=0, context=10 ** 9):
         super().__init__()
-        self.plan = plan
+        self.plan, self.context = plan, context
         self.llm, self.tokenizer, self.dit, self.n = llm, tokenizer, dit, dit.grid ** 2
         d, width = llm.config["hidden_size"], dit.pos_embed.shape[2]
         self.latent_queries = nn.Parameter(torch.randn(self.n, d) / d ** 0.5)
@@ -231,6 +232,13 @@ class T2I(nn.Module):
         ids, labels, kind, _ = tokenise(self.tokenizer, turns, self.n, answer=answer)
         ids, labels, kind = (x.to(latents.device) for x in (ids, labels, kind))
         return self.embed(ids, latents, kind > 0)[0], ids, labels, kind
+
+    def fit(self, prompts):
+        """The b prompts, where needed cut to what plan and image leave of the context it was trained with."""
+        others = self.tokenizer.chat([("user", ""), ("assistant", "<image>")], self.n)[0]
+        room = max(1, self.context - self.plan - len(others))
+        return [text if len(ids := self.tokenizer.encode(text)) <= room else
+                self.tokenizer.decode(ids[:room]).rstrip("\ufffd") for text in prompts]
 
     @torch.no_grad()
     def plans(self, prompts, luck=None):
@@ -309,7 +317,7 @@ def tokenise(tokenizer, conversations, n, context=None, answer=True):
 def assemble(args, state, llm=None, tokenizer=None):       # of the flags as a dict and a checkpoint's dict
     dit, llm = build_dit(args, *state["latent_shape"][:2], None), llm or Qwen2(**state["llm"])
     return T2I(llm, tokenizer or Tokenizer(state["tokenizer"]), dit, args["connector"],
-               args.get("regression", 0) > 0, args.get("plan", 0))
+               args.get("regression", 0) > 0, args.get("plan", 0), args["context"])
 
 
 def load_scale_rae(name, folder=None):
@@ -319,20 +327,17 @@ def load_scale_rae(name, folder=None):
     are downloaded, once.                                               Raises: FileNotFoundError, ValueError
     """
     hubs = T2I_RELEASES[name], DECODER_HUB
-    try:
-        files = ["*.json", "*.safetensors", "model.pt"]
+    files = ["*.json", "*.safetensors", "model.pt"]
+    with fetching(name, f"connect, or copy huggingface.co/{hubs[0]} and {hubs[1]} to a folder, each with its "
+                  f"name: --release_dir FOLDER"):
         here, decoder = (Path(folder) / hub.split("/")[1] if folder else
                          Path(huggingface_hub.snapshot_download(hub, allow_patterns=files)) for hub in hubs)
-    except Exception as error:                          # the hub client raises a different one for each cause
-        raise FileNotFoundError(f"--release {name}: no download ({type(error).__name__}); connect, or copy "
-                                f"huggingface.co/{hubs[0]} and {hubs[1]} to a folder, each with its name, "
-                                f"and give --release_dir FOLDER") from error
     config, drawing = read_json(here / "config.json"), read_json(decoder / "config.json")
     width, depth, heads = (config.get(f"diffusion_model_{k}") for k in ("hidden_size", "depth", "heads"))
     if not all(isinstance(x, int) for x in (width, depth, heads)):
         raise ValueError(f"{here}/config.json has a DiT of width {width}, depth {depth}, heads {heads}; one "
                          f"number each is needed: wide heads were not released")
-    args = dict(width=width, depth=depth, heads=heads, head_width=0, connector="linear",
+    args = dict(width=width, depth=depth, heads=heads, head_width=0, connector="linear", context=1024,
                 class_dropout=config.get("diffusion_class_dropout_prob", 0.1),
                 shift_base=config.get("diffusion_base_dim") or 4096)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -350,7 +355,7 @@ def read_t2i(path, folder=None):
     """The dict of a checkpoint of this script, or of a release.    Raises FileNotFoundError, ValueError"""
     state = load_scale_rae(f"{path}", folder) if f"{path}" in T2I_RELEASES else runtime.load_checkpoint(path)
     if "llm" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_t2i.py; give one of those (classes: --labels)")
+        raise ValueError(f"{path} is no checkpoint of train_t2i.py; give one (of classes: no --prompt)")
     return state
 
 
@@ -361,11 +366,7 @@ def load_t2i(path, device="cpu", encoder=False, weights="ema", folder=None):
     """
     state = read_t2i(path, folder)
     weights = weights if "ema" in state else "model"                    # --ema 0 keeps no average
-    if weights not in state:
-        raise ValueError(f"{path} holds no weights {weights}; use --weights ema")
-    with torch.device("meta"):
-        model = assemble(state["args"], state)
-    model = load_release(model.to_empty(device=device), state[weights], path).requires_grad_(False).eval()
+    model = revive(lambda: assemble(state["args"], state), state, weights, path, device)
     return model, unpack_rae(state["rae"], encoder).to(device), state
 
 
@@ -374,11 +375,14 @@ def main(args):
     rank, world, device = runtime.setup()
     accumulate = args.batch // (args.micro_batch * world)
     resumed = args.resume and runtime.resume(args, SHAPING)
+    args.llm_lr = resumed["args"]["llm_lr"] if args.llm_lr is None else args.llm_lr
     init = resumed or (read_t2i(args.init, args.release_dir) if args.init else {})
     packed = (init or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
     if packed is None:
         raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
     args.plan = init["args"].get("plan", 0) if args.plan is None else args.plan
+    shape = [*packed["latent_mean"].shape]
+    args.context = args.context or init.get("args", {}).get("context", shape[1] * shape[2] + 176)
     data = open_data(args.data, packed["size"], args.seed, objects=(1, 1, 2, 2, 3, 4),
                      chat=partial(converse, questions=args.questions, plan=args.plan))
     check(data, args.batch)
@@ -398,17 +402,14 @@ def main(args):
         for weight in (w for w in llm.parameters() if w.ndim == 2):     # 0.02 is too little for small widths:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)        # prompts would not reach the queries
         nn.init.normal_(llm.embed_tokens.weight)
-    shape = [*packed["latent_mean"].shape]
     model = assemble(vars(args), dict(init, latent_shape=shape), llm, tokenizer).train()
     llm, tokenizer = model.llm, model.tokenizer
     if init:
         load_release(model, init["model" if resumed or "ema" not in init else "ema"], f"--init {args.init}")
     llm.requires_grad_(not args.freeze_llm)
     llm.checkpoint = model.dit.checkpoint = args.recompute
-    ema = model
-    if args.ema:
-        ema = copy.deepcopy(model).requires_grad_(False).eval()
-        resumed and load_release(ema, {"ema": resumed["ema"]})
+    ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
+    resumed and args.ema and load_release(ema, {"ema": resumed["ema"]})
     for net in {model, ema} if args.shard else ():                      # moves them to the device, in parts
         for block in (*net.llm.layers, *net.dit.blocks, net):
             fully_shard(block)
@@ -500,8 +501,7 @@ def main(args):
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if prompts and (done % args.preview_every == 0 or done == args.steps):
-            how = argparse.Namespace(best_of=1, **vars(args))
-            images = sample.generate(ema.eval(), rae, prompts, how)
+            images = sample.generate(ema.eval(), rae, prompts, argparse.Namespace(best_of=1, **vars(args)))
             sample.draw_grid(images, prompts).save(f"{args.out}/preview_{done:07d}.png")
             model.train()
 

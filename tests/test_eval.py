@@ -96,7 +96,10 @@ def test_script_prints_the_table_and_one_json_line(tmp_path, capsys):
     assert json.loads(out.splitlines()[-1]) == metrics == json.loads((tmp_path / "m.json").read_text())
     assert metrics["n"] == 36 and metrics["commit"] and metrics["guidance"] == 1.5
     metrics = eval_fid.main(flags("--reconstruct", SHIPPED, "--n", 24))
-    assert metrics["psnr"] > 20 and 0.5 < metrics["ssim"] <= 1
+    assert metrics["psnr"] > 20 and 0.5 < metrics["ssim"] <= 1 and metrics["features"] == "tiny"
+    other = eval_fid.main(flags("--reconstruct", SHIPPED, "--n", 24, "--features", "random"))
+    assert other["features"] == "random" and other["psnr"] == metrics["psnr"]
+    assert abs(other["frechet_distance"] / metrics["frechet_distance"] - 1) > 0.1
 
 
 def test_errors(tmp_path, capsys):

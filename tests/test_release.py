@@ -336,7 +336,7 @@ def test_no_network_and_missing_files_are_told(release, monkeypatch):
     def offline(*args, **more):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="--release imagenet256: no download .*give --release_dir"):
+    with pytest.raises(FileNotFoundError, match="imagenet256: no download .*--release_dir"):
         run("--release", "imagenet256")
     next(release.glob("DiTs/*/*/ImageNet256/DiTDH-S_ep14/stage2_model.pt")).unlink()
     with pytest.raises(FileNotFoundError, match="DiTDH-S_ep14/stage2_model.pt does not exist"):

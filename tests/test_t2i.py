@@ -317,6 +317,25 @@ def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
 
 
 @torch.no_grad()
+def test_long_prompts_are_cut_to_the_context(tokenizer, monkeypatch, capsys, tmp_path):
+    """As many tokens as were trained, plan and image included; short prompts stay as they are, and it is told."""
+    model = tiny(tokenizer, plan=4)
+    model.context = 90
+    texts = ["A red STAR", "a red star and " * 40, "\U0001f600" * 40]
+    fitted = model.fit(texts)
+    assert fitted[0] == texts[0] and texts[1].startswith(fitted[1]) and texts[2].startswith(fitted[2])
+    for text in fitted[1:]:
+        ids, _, cut = tokenizer.chat([("user", text), ("assistant", "<image>")], 16, 90 - 4)
+        assert not cut and len(ids) > 86 - 20
+    args = sample.parse_args(["--prompt", *texts, "--sampling_steps", "1", "--n", "3", "--seed", "1",
+                              "--out", str(tmp_path / "x.png")])
+    sample.main(args)
+    assert "2 prompts are longer than the model's context of 192 tokens allows" in capsys.readouterr().out
+    torch.testing.assert_close(sample.best_of(model, [texts[1]], args, [0]),
+                               sample.best_of(model, [fitted[1]], args, [0]))
+
+
+@torch.no_grad()
 def test_the_shipped_model_draws_and_sees_what_is_asked():
     args = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
     model, rae, _, _ = sample.load_models(args, "cpu", encoder=True)
@@ -576,7 +595,7 @@ def test_bad_files(tmp_path):
                  lambda: go(train_t2i, *FLAGS, "--init", tmp_path / "dit/last.pt", *out)):
         with pytest.raises(ValueError, match="dit/last.pt is no checkpoint of train_t2i.py"):
             call()
-    with pytest.raises(FileNotFoundError, match="--llm no/where: no folder, no download"):
+    with pytest.raises(FileNotFoundError, match="--llm no/where: no such folder: no download"):
         go(train_t2i, *FLAGS, "--llm", "no/where", *out)
     (tmp_path / "images").mkdir()
     for i in range(8):
@@ -648,5 +667,5 @@ def test_a_release_draws(tmp_path, monkeypatch):
         load_t2i("scale-rae-1.5b", folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="Scale-RAE-Qwen1.5B_DiT2.4B/config.json does not exist"):
         load_t2i("scale-rae-1.5b", folder=tmp_path / "wrong")
-    with pytest.raises(FileNotFoundError, match="--release scale-rae-7b: no download"):
+    with pytest.raises(FileNotFoundError, match="scale-rae-7b: no download"):
         load_t2i("scale-rae-7b")
