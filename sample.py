@@ -296,14 +296,12 @@ def main(args):
         ids = np.random.default_rng((args.seed, 0, 0, 1)).integers(len(ids), size=n)
     labels = np.resize(ids, n)                             # in turn
     # An image is a file of a folder named after all that it depends on: a killed run finds its own again.
-    dit = model.dit if args.prompt else model
-    last = [rae.decoder.decoder_pred, *(m.final_layer.linear for m in (dit, weak) if m)]
+    last = rae.decoder.decoder_pred, *(getattr(m, "dit", m).final_layer.linear for m in (model, weak) if m)
     own = vars(args) | dict(batch=0, compile=0, out=0), rae.latent_std.mean(), [m.bias.tolist() for m in last]
     parts = out.with_name(f"{out.name}.{hashlib.sha1(repr(own).encode()).hexdigest()[:8]}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     files = [parts / f"{i:06d}.png" for i in range(n)]
-    chunks = share(n, rank, world, max(1, args.batch // args.best_of))
-    for chunk in tqdm(chunks, unit="batch", disable=rank > 0 or None):
+    for chunk in tqdm(share(n, rank, world, -(-args.batch // args.best_of)), disable=rank > 0 or None):
         if chunk := [i for i in chunk if not files[i].exists()]:
             what = [names[i] for i in labels[chunk]] if args.prompt else labels[chunk]
             images = generate(model, rae, what, args, chunk, weak, args.dtype).numpy()

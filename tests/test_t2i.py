@@ -318,7 +318,7 @@ def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
 
 @torch.no_grad()
 def test_long_prompts_are_cut_to_the_context(tokenizer, monkeypatch, capsys, tmp_path):
-    """As many tokens as were trained, plan and image included; short prompts stay as they are, and it is told."""
+    """As many tokens as were trained, plan and image included; short prompts stay; it is told."""
     model = tiny(tokenizer, plan=4)
     model.context = 90
     texts = ["A red STAR", "a red star and " * 40, "\U0001f600" * 40]
