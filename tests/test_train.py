@@ -124,7 +124,7 @@ def test_real_run_killed_with_9_resumes_to_the_same_weights(tmp_path):
 def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path):
     common = [*flags, "--micro_batch", "4", "--steps", "3", "--dtype", "fp32"]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                       # as torchrun does: Muon, in bf16, would enlarge a rounding
+    torch.set_num_threads(1)                       # as torchrun does
     go(script, *common, "--out", tmp_path / "one")
     torch.set_num_threads(threads)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -146,8 +146,7 @@ def test_accumulation_equals_the_large_batch_given_the_same_noise(script, flags,
     else:
         monkeypatch.setattr(train_decoder, "add_noise", lambda z, tau, law: z + 0.1 * z.flip(1))
     flags = [*flags, "--steps", "3", "--dtype", "fp32", "--lr", "1e-3"]     # Adam makes rounding lr-sized
-    flags += ["--class_dropout", "0", "--guidance", "1"] if script is train_dit else \
-        ["--optimizer", "adamw"]                                            # Muon orthogonalises in bf16
+    flags += ["--class_dropout", "0", "--guidance", "1"] * (script is train_dit)
     go(script, *flags, "--out", tmp_path / "big")
     go(script, *flags, "--out", tmp_path / "small", "--micro_batch", 2)
     assert difference(load(tmp_path / "big")["model"], load(tmp_path / "small")["model"]) < 1e-5
@@ -368,6 +367,21 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest():
     update = torch.linalg.svdvals(before - weight.detach())
     assert gradient.max() > 5 * gradient.median() and update.max() < 2 * update.median()     # all ways alike
     assert len(train_decoder.make_optimizers(model, "adamw", 1e-3, 0.0)) == 1
+
+
+def test_muon_is_torch_s_but_for_bf16():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((24, 12), (12, 24))] for _ in "ab")
+    opts = (train_decoder.Muon(ours, 1e-2, 0.1),
+            torch.optim.Muon(theirs, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        [opt.step() for opt in opts]
+    for p, q in zip(ours, theirs):
+        moved = (q - 1).norm()
+        assert (p - q).norm() < 0.02 * moved and moved > 0.05, (p - q).norm() / moved    # bf16 has 8 bits
 
 
 def test_the_class_table_starts_at_label_std(tmp_path, monkeypatch):

@@ -1,0 +1,42 @@
+"""What the walkthroughs that compare trainings share: every arm with every seed, a table, a picture."""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import runtime
+
+
+def study(name, claim, arms, shown, seeds, folder, run):
+    """Run each arm with each seed, print mean and range of what is shown, and draw the same to a .png.
+
+    arms: names. shown: keys of the dicts of numbers that run(folder, seed, arm) returns; what it lacks stays
+    empty. folder: of results; a finished run's result.json is read instead of running it again.
+    """
+    results = {}
+    for seed in seeds:
+        for arm in arms:
+            place = folder / f"seed_{seed}" / arm.replace(" ", "_")
+            if not (place / "result.json").exists():
+                place.mkdir(parents=True, exist_ok=True)
+                result = json.dumps(run(place, seed, arm)).encode()
+                runtime.whole_file(place / "result.json", lambda f: f.write(result))
+            results[arm, seed] = json.loads((place / "result.json").read_text())
+    figure, panels = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.5), layout="constrained",
+                                  squeeze=False)
+    figure.suptitle(claim, fontsize=10)
+    print(f"\n{name}: {claim}")
+    print("".ljust(22), *(f"{what:>24}" for what in shown), "  (mean and range of the seeds)")
+    for arm in arms:
+        cells = [[results[arm, seed].get(what, np.nan) for seed in seeds] for what in shown]
+        print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):6.1f} to{max(c):6.1f}" for c in cells), flush=True)
+        for panel, what, values in zip(panels[0], shown, cells):
+            panel.bar(arm.replace(" ", "\n", 1), np.mean(values), color="lightsteelblue")
+            panel.plot([arm.replace(" ", "\n", 1)] * len(values), values, "k.")
+            panel.set(title=what.replace("_", " "))
+    figure.savefig(folder.parent / f"{name}.png", dpi=100)
+    plt.close(figure)
