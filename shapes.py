@@ -253,11 +253,11 @@ class Text:
 
     def render(self, size=64):
         """The picture, (size, size, 3) uint8."""
-        side = 4 * size                                    # letters stand on whole pixels, quarters of ours
+        side = 2 * size                                    # letters stand on whole pixels, halves of ours
         sheet, font = Image.new("L", (side, side)), ImageFont.load_default(1.25 * self.pitch * side)
         for letter, x, y in self.cells():
             ImageDraw.Draw(sheet).text(((x + 0.5) * side, (y + 0.5) * side), letter, 255, font, "mm")
-        mask = np.asarray(sheet.rotate(self.turn, Image.BICUBIC).reduce(4), np.float32)[:, :, None] / 255
+        mask = np.asarray(sheet.rotate(self.turn, Image.BICUBIC).reduce(2), np.float32)[:, :, None] / 255
         back = np.asarray(Scene((), self.background).render(size), np.float32)
         return (back + mask * (np.float32(self.ink) - back) + 0.5).astype(np.uint8)
 

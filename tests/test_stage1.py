@@ -3,9 +3,6 @@
 Run: python -m pytest tests/test_stage1.py
 """
 import json
-import os
-import subprocess
-import sys
 import urllib.error
 from functools import partial
 
@@ -18,7 +15,7 @@ from scipy import ndimage
 import model
 import runtime
 import train_decoder
-from conftest import ROOT
+from conftest import torchrun
 from data import open_data
 from shapes import Text
 from test_train import DECODER, difference, go, load, load_at
@@ -198,9 +195,7 @@ def test_two_processes_have_one_discriminator(encoder, tmp_path):
     torch.set_num_threads(1)                               # as torchrun does
     go(train_decoder, *common, "--out", tmp_path / "one")
     torch.set_num_threads(threads)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    "train_decoder.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun(train_decoder, *common, "--out", tmp_path / "two")
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     for a, b in zip(one["opt"], two["opt"], strict=True):  # of decoder (and VAE), of the discriminator
         for k in a["state"]:
@@ -298,12 +293,12 @@ def test_diffusers_vae_is_frozen_and_its_means_are_the_latents(tmp_path):
 
 # ---------------------------------------------------------------------------------- text
 def test_text_is_read_back_letter_by_letter():
-    words = [Text.random(0, k) for k in range(60)]
+    words = [Text.random(0, k) for k in range(30)]
     images = [one.render() for one in words]
-    assert sum(one.read(image) for one, image in zip(words, images)) > 59
-    assert sum(one.read(image) for one, image in zip(words, images[1:] + images[:1])) < 3
+    assert sum(one.read(image) for one, image in zip(words, images)) > 29.5
+    assert sum(one.read(image) for one, image in zip(words, images[1:] + images[:1])) < 2
     blurred = [ndimage.gaussian_filter(image, (3, 3, 0)) for image in images]
-    assert sum(one.read(image) for one, image in zip(words, blurred)) < 20
+    assert sum(one.read(image) for one, image in zip(words, blurred)) < 10
     assert words[3] == Text.random(0, 3) != Text.random(1, 3)
     assert words[0].read(words[0].render(128)) == 1
     tilted = Text(("AB", "CD"), 0.25, 8.0)

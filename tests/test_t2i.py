@@ -1,9 +1,6 @@
 """Stage 3: data, losses, exact resume, processes, releases. Run: python -m pytest tests/test_t2i.py"""
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -20,7 +17,7 @@ import runtime
 import sample
 import train_dit
 import train_t2i
-from conftest import ROOT
+from conftest import torchrun
 from data import open_data
 from eval_fid import answered, fulfilled, shapes_eval
 from llm import IMAGE, SYSTEM, Qwen2, Tokenizer
@@ -444,12 +441,6 @@ def test_the_language_model_has_its_own_rate_and_can_be_frozen(tmp_path, monkeyp
                         for net in ("model", "ema"))) == 0
 
 
-def torchrun(*argv):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    "train_t2i.py", *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_processes_and_shards_equal_one_process(tmp_path):
     """One process of 4 x 2, two of 2 x 2, two that share the weights, killed and resumed: all the same."""
     common = [*FLAGS, "--micro_batch", 2, "--dtype", "fp32", "--llm_lr", 1e-3]
@@ -457,10 +448,10 @@ def test_two_processes_and_shards_equal_one_process(tmp_path):
     torch.set_num_threads(1)
     go(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
     torch.set_num_threads(threads)
-    torchrun(*common, "--steps", 4, "--out", tmp_path / "two")
-    torchrun(*common, "--steps", 2, "--shard", "--preview_every", 2, "--recompute",
+    torchrun(train_t2i, *common, "--steps", 4, "--out", tmp_path / "two")
+    torchrun(train_t2i, *common, "--steps", 2, "--shard", "--preview_every", 2, "--recompute",
              "--out", tmp_path / "shard")
-    torchrun(*common, "--steps", 4, "--shard", "--out", tmp_path / "shard", "--resume")
+    torchrun(train_t2i, *common, "--steps", 4, "--shard", "--out", tmp_path / "shard", "--resume")
     one, records = load(tmp_path / "one"), [rows(tmp_path / x)[-1] for x in ("one", "two", "shard")]
     for name in ("two", "shard"):
         other = load(tmp_path / name)

@@ -18,7 +18,7 @@ import runtime
 import sample
 import train_decoder
 import train_dit
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from data import open_data
 from model import build_decoder, unpack_rae
 
@@ -127,9 +127,7 @@ def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path)
     torch.set_num_threads(1)                       # as torchrun does
     go(script, *common, "--out", tmp_path / "one")
     torch.set_num_threads(threads)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    f"{script.__name__}.py", *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun(script, *common, "--out", tmp_path / "two")
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert difference(one["model"], two["model"]) < 1e-5 and difference(one["ema"], two["ema"]) < 1e-5
     assert difference(one["rae"], two["rae"]) < 1e-5                   # statistics merge over processes
@@ -334,7 +332,7 @@ def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gr
                         model.final_layer.norm_final.weight.mean() * torch.where(t < 0.5, 7.0, 0.01) / t ** 2)
     monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: seen.append(
         model.final_layer.norm_final.weight.grad.sum().item()) or model.zero_grad() or 0.0)
-    go(train_dit, *DIT, "--steps", 150, "--save_every", 150, "--balance", balance, "--out", tmp_path)
+    go(train_dit, *DIT, "--cache", 8, "--steps", 150, "--save_every", 150, "--balance", balance, "--out", tmp_path)
     assert abs(seen[0] - (0.5 * 7 + 0.5 * 0.01)) < 1e-3                # nothing is known of the loss yet
     assert abs(seen[-1] - gradient) < 0.03 * gradient
     level = load(tmp_path)["level"]
@@ -347,7 +345,7 @@ def test_a_wild_loss_does_not_silence_its_times(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps: calls.append(t) or (
         1e7 if len(calls) == 60 else 0.01) * model.final_layer.norm_final.weight.mean() / t ** 2)
     monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: model.zero_grad() or 0.0)
-    go(train_dit, *DIT, "--steps", 100, "--save_every", 100, "--balance", "on", "--out", tmp_path)
+    go(train_dit, *DIT, "--cache", 8, "--steps", 100, "--save_every", 100, "--balance", "on", "--out", tmp_path)
     assert load(tmp_path)["level"][10:].max() < 0.05                   # by arithmetic means: 1e5
 
 
@@ -434,6 +432,7 @@ def test_times_follow_their_law(tmp_path, monkeypatch, law, quartiles):
     seen, flow_matching_loss = [], train_dit.flow_matching_loss
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps:
                         seen.append(t) or flow_matching_loss(model, x0, y, t, eps))
-    go(train_dit, *DIT, "--steps", 100, "--time_law", law, "--shift_base", 3072, "--out", tmp_path)    # a = 1
+    go(train_dit, *DIT, "--batch", 200, "--steps", 4, "--time_law", law, "--shift_base", 3072,         # a = 1
+       "--out", tmp_path)
     found = torch.cat(seen).quantile(torch.tensor([0.25, 0.5, 0.75]))
     assert (found - torch.tensor(quartiles)).abs().max() < 0.06
