@@ -44,7 +44,8 @@ def torchrun(script, *argv):
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_decoder", "train_dit", "train_t2i"])
-    both = [context.Process(target=work, args=(rank, port, script.__name__, [*map(str, argv)])) for rank in (0, 1)]
+    args = port, script.__name__, [*map(str, argv)]
+    both = [context.Process(target=work, args=(rank, *args)) for rank in (0, 1)]
     [child.start() for child in both]
     [child.join() for child in both]
     assert [child.exitcode for child in both] == [0, 0]

@@ -7,18 +7,22 @@ import urllib.error
 from functools import partial
 
 import lpips
+import numpy
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy import ndimage
 
 import model
 import runtime
+import sample
 import train_decoder
+import train_dit
 from conftest import torchrun
 from data import open_data
 from shapes import Text
-from test_train import DECODER, difference, go, load, load_at
+from test_train import DECODER, DIT, difference, go, load, load_at
 from train_decoder import Discriminator, Perceptual, augment, gram
 
 GAN = [*DECODER, *"--gan 0.75 --disc_start 1 --gan_start 2 --disc_lr 1e-3 --disc_warmup 1".split()]
@@ -342,3 +346,52 @@ def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_decoder.parse_args(flags.split())
     assert message in capsys.readouterr().err
+
+
+def test_512_pixels_directly(tmp_path):
+    """1024 tokens of 512 px: trained, then drawn at that side."""
+    go(train_decoder, *DECODER, "--encoder", "random", "--size", 512, "--batch", 2, "--stats_n", 2,
+       "--steps", 1, "--out", tmp_path / "decoder")
+    assert load(tmp_path / "decoder")["rae"]["latent_mean"].shape == (192, 32, 32)
+    go(train_dit, *DIT, "--rae", tmp_path / "decoder" / "last.pt", "--batch", 2, "--steps", 1, "--out",
+       tmp_path / "dit")
+    sample.main(sample.parse_args(["--ckpt", str(tmp_path / "dit" / "last.pt"), "--labels", "0", "--n", "1",
+                                   "--sampling_steps", "2", "--out", str(tmp_path / "x.npz")]))
+    assert numpy.load(tmp_path / "x.npz")["arr_0"].shape == (1, 512, 512, 3)
+
+
+def test_killed_while_it_saves_with_the_gan_on(tmp_path, monkeypatch):
+    """What it had written of step 4 is left aside; from step 2 on it comes to the same bits, D included."""
+    go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "straight")
+    whole, calls = torch.save, []
+
+    def killed(state, f):
+        calls.append(state["step"])
+        if state["step"] == 4:
+            f.write(b"half")
+            raise KeyboardInterrupt
+        whole(state, f)
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "killed")
+    monkeypatch.undo()
+    assert calls == [2, 4] and load(tmp_path / "killed")["step"] == 2
+    go(train_decoder, *GAN, "--steps", 6, "--out", tmp_path / "killed", "--resume")
+    assert difference(load(tmp_path / "straight"), load(tmp_path / "killed")) == 0
+
+
+def test_init_takes_a_decoder_and_refuses_another_s(tmp_path):
+    go(train_decoder, *DECODER, "--steps", 2, "--out", tmp_path / "a")
+    go(train_decoder, *DECODER, "--steps", 1, "--lr", 1e-9, "--init", tmp_path / "a" / "last.pt",
+       "--out", tmp_path / "b")
+    assert difference(load(tmp_path / "a")["ema"], load(tmp_path / "b")["model"]) < 1e-6
+    for flags, key in ((["--size", 128], "decoder_pos_embed"), (["--encoder", "pixel"], "decoder_embed")):
+        with pytest.raises(ValueError, match=rf"last.pt does not fit Decoder(.|\n)*{key}"):
+            go(train_decoder, *DECODER, *flags, "--init", tmp_path / "a" / "last.pt", "--out", tmp_path / "c")
+
+
+def test_a_domain_without_enough_images_is_told(tmp_path):
+    for k in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{k}.png")
+    with pytest.raises(ValueError, match="--hold_out 4 must be below .*3 images"):
+        go(train_decoder, *DECODER, "--data", "a=shapes:0.5", f"b={tmp_path}:0.5", "--out", tmp_path / "out")

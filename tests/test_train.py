@@ -332,7 +332,8 @@ def test_balance_gives_all_times_the_same_say(tmp_path, monkeypatch, balance, gr
                         model.final_layer.norm_final.weight.mean() * torch.where(t < 0.5, 7.0, 0.01) / t ** 2)
     monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: seen.append(
         model.final_layer.norm_final.weight.grad.sum().item()) or model.zero_grad() or 0.0)
-    go(train_dit, *DIT, "--cache", 8, "--steps", 150, "--save_every", 150, "--balance", balance, "--out", tmp_path)
+    go(train_dit, *DIT, "--cache", 8, "--steps", 150, "--save_every", 150, "--balance", balance,
+       "--out", tmp_path)
     assert abs(seen[0] - (0.5 * 7 + 0.5 * 0.01)) < 1e-3                # nothing is known of the loss yet
     assert abs(seen[-1] - gradient) < 0.03 * gradient
     level = load(tmp_path)["level"]
@@ -345,7 +346,8 @@ def test_a_wild_loss_does_not_silence_its_times(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dit, "flow_matching_loss", lambda model, x0, y, t, eps: calls.append(t) or (
         1e7 if len(calls) == 60 else 0.01) * model.final_layer.norm_final.weight.mean() / t ** 2)
     monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: model.zero_grad() or 0.0)
-    go(train_dit, *DIT, "--cache", 8, "--steps", 100, "--save_every", 100, "--balance", "on", "--out", tmp_path)
+    go(train_dit, *DIT, "--cache", 8, "--steps", 100, "--save_every", 100, "--balance", "on",
+       "--out", tmp_path)
     assert load(tmp_path)["level"][10:].max() < 0.05                   # by arithmetic means: 1e5
 
 

@@ -2,7 +2,7 @@
 
     python walkthroughs/autoencoders.py noise text spaces finetune
     python walkthroughs/autoencoders.py losses --data photos.tar --encoder vae:192:16
-Everything trains by the scripts of the three stages; finished runs are kept, so that a stopped script goes on.
+All train by the scripts of the three stages; finished runs are kept, so that a stopped script goes on.
 The papers' models are a thousand times larger: what is seen here may differ.
 """
 # %% Set-up
@@ -72,9 +72,9 @@ def drawn(model, rae, guidance):
                 distance=found["frechet_distance"])
 
 
-# %% noise: what the shipped DiT draws, through decoders that were taught with more or less of it
+# %% noise: what the shipped DiT draws, through the shipped decoder, taught on with more or less of it
 def noise(folder, seed, arm):
-    path = decoder(folder, seed, tau=arm.split()[-1])
+    path = decoder(folder, seed, tau=arm.split()[-1], init=train_dit.SHIPPED_RAE, decoder_depth=4, lr=3e-3)
     model, rae, _ = sample.load_dit(train_dit.SHIPPED_RAE.with_name("tiny_dit.safetensors"), encoder=True)
     rae.decoder = unpack_rae(runtime.load_checkpoint(path)["rae"], encoder=False).decoder
     kept, made = reconstructed(path, ["shapes"]), drawn(model, rae, guidance=1)
@@ -84,14 +84,15 @@ def noise(folder, seed, arm):
 
 # %% text: a decoder that has seen it, and one that has not
 def text(folder, seed, arm):
-    path = decoder(folder, seed, data=["shapes"] if arm == "shapes" else ["a=shapes:0.5", "b=text:0.5"])
+    data = ["shapes"] if arm == "shapes" else ["a=shapes:0.5", "b=text:0.5"]
+    path = decoder(folder, seed, data=data)
     return {f"{domain}_{k}": v for domain in ("shapes", "text")
             for k, v in reconstructed(path, [domain]).items() if k in ("PSNR", "readable")}
 
 
 # %% losses: of any images
 LOSSES = {"L1": {}, "L1, feature": dict(feature=0.3), "L1, feature, GAN": dict(feature=0.3, gan=0.3),
-          "all, tau 0": dict(feature=0.3, gan=0.3, tau=0), "all, tau 0.8": dict(feature=0.3, gan=0.3, tau=0.8)}
+          **{f"all, tau {tau}": dict(feature=0.3, gan=0.3, tau=tau) for tau in (0, 0.8)}}
 
 
 def losses(folder, seed, arm):
@@ -155,9 +156,9 @@ def finetune(folder, seed, arm):
             train_t2i, folder / f"epochs_{epochs}", seed, init=before, lr=1e-3, llm_lr=3e-4,
             steps=max(2, epochs * options.pairs // 64), warmup=epochs // 8, **TOY)
         t2i, rae, _ = train_t2i.load_t2i(path, encoder=True)
-        found[f"held-out {epochs}"] = flow_loss(t2i, rae, open_data(
-            "shapes", 64, split="val", objects=(1, 2), chat=describe))
-        found[f"of pairs {epochs}"] = flow_loss(t2i, rae, Few("shapes", 64, seed, objects=(1, 2), chat=describe))
+        how = dict(objects=(1, 2), chat=describe)
+        found[f"held-out {epochs}"] = flow_loss(t2i, rae, open_data("shapes", 64, split="val", **how))
+        found[f"of pairs {epochs}"] = flow_loss(t2i, rae, Few("shapes", 64, seed, **how))
     return {k: 100 * v for k, v in found.items()}
 
 
@@ -170,9 +171,11 @@ STUDIES = {
     losses: ("perceptual and adversarial terms lower the Fréchet distance", [*LOSSES],
              ["PSNR", "SSIM", "distance"]),
     spaces: ("RAE trains faster than VAE and pixels, and only there the wide head helps",
-             [space + head for space in SPACES for head in ("", ", wide head")], ["colour", "right", "distance"]),
+             [f"{space}{head}" for space in SPACES for head in ("", ", wide head")],
+            ["colour", "right", "distance"]),
     finetune: ("with many epochs of few pairs, VAE overfits, RAE hardly does (Scale-RAE, figure 6)",
-               ["RAE", "VAE"], [f"{what} {n}" for what in ("held-out", "of pairs") for n in (0, *EPOCHS)])}
+               ["RAE", "VAE"],
+               [f"{what} {n}" for what in ("held-out", "of pairs") for n in (0, *EPOCHS)])}
 if wrong := {*options.studies} - {run.__name__ for run in STUDIES}:
     parser.error(f"{' '.join(wrong)}: studies are {' '.join(run.__name__ for run in STUDIES)}")
 runtime.setup()

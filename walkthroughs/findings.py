@@ -6,14 +6,10 @@ that a stopped script goes on. The papers' models are a thousand times larger: w
 """
 # %% Set-up
 import argparse
-import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from study import study                                    # it also makes the project's files known
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -128,29 +124,14 @@ def judge(folder, shown):
 
 
 # %% All runs of each finding, its table and its picture
+def run(folder, seed, arm):
+    train(folder, seed, **FINDINGS[name][1][arm])
+    return {k: v for k, v in judge(folder, FINDINGS[name][2]).items() if (arm, k == "answers") not in UNTRAINED}
+
+
 runtime.setup()
 converse = train_t2i.converse
 for name in options.findings:
     claim, arms, shown = FINDINGS[name]
-    results = {}
-    for seed in options.seeds:
-        for arm, flags in arms.items():
-            folder = options.out / f"{name}_{seed}_{options.steps}_{options.n}" / arm.replace(" ", "_")
-            if not ((folder / "result.json").exists() and (folder / "last.pt").exists()):
-                train(folder, seed, **flags)
-                result = json.dumps(judge(folder, shown)).encode()
-                runtime.whole_file(folder / "result.json", lambda f: f.write(result))
-            results[arm, seed] = json.loads((folder / "result.json").read_text())
-    figure, panels = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.5), layout="constrained")
-    figure.suptitle(f"the paper: {claim}", fontsize=10)
-    print(f"\n{name}; the paper: {claim}")
-    print("".ljust(22), *(f"{what:>24}" for what in shown), "  (mean and range of the seeds)")
-    for arm in arms:
-        cells = [[results[arm, seed][what] if (arm, what == "answers") not in UNTRAINED else np.nan
-                  for seed in options.seeds] for what in shown]
-        print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):5.1f} to {max(c):5.1f}" for c in cells))
-        for panel, what, values in zip(panels, shown, cells):
-            panel.bar(arm.replace(" ", "\n", 1), np.mean(values), color="lightsteelblue")
-            panel.plot([arm.replace(" ", "\n", 1)] * len(values), values, "k.")
-            panel.set(title=what.replace("_", " ") + (", Fréchet" if "distance" in what else ", % right"))
-    figure.savefig(options.out / f"{name}.png", dpi=100)
+    folder = options.out / f"{name}_{options.steps}_{options.n}"
+    study(name, f"the paper: {claim}", arms, shown, options.seeds, folder, run)

@@ -33,7 +33,7 @@ def study(name, claim, arms, shown, seeds, folder, run):
     print("".ljust(22), *(f"{what:>24}" for what in shown), "  (mean and range of the seeds)")
     for arm in arms:
         cells = [[results[arm, seed].get(what, np.nan) for seed in seeds] for what in shown]
-        print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):6.1f} to{max(c):6.1f}" for c in cells), flush=True)
+        print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):6.1f} to{max(c):6.1f}" for c in cells))
         for panel, what, values in zip(panels[0], shown, cells):
             panel.bar(arm.replace(" ", "\n", 1), np.mean(values), color="lightsteelblue")
             panel.plot([arm.replace(" ", "\n", 1)] * len(values), values, "k.")
