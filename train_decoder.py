@@ -9,6 +9,7 @@ Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log
 import argparse
 import contextlib
 import copy
+import functools
 from itertools import groupby
 
 import lpips
@@ -31,7 +32,7 @@ from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
            "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature kl gan "
-           "gan_start disc disc_start diffaug").split()    # fixed in a run
+           "gan_start disc disc_start diffaug cutout").split()    # fixed in a run
 COMMON = dict(decoder="XL", batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
 RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epoch; 2601.16208, table 7, 2500
     "rae": dict(COMMON, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, ema=0.9978, tau=0.8,
@@ -72,6 +73,7 @@ def parse_args(argv=None):
     p.add_argument("--disc_lr", type=at_least(0.0), default=2e-4, help="its peak learning rate")
     p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
     p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
+    p.add_argument("--cutout", type=at_least(0.0, 1), default=0.0, help="side of what diffaug greys, a share")
     p.add_argument("--checkpoint_activations", action="store_true", help="less memory, a quarter more time")
     p.add_argument("--kl", type=at_least(0.0), default=1e-4, help="weight of a VAE's KL, nats a value")
     p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
@@ -105,13 +107,11 @@ def parse_args(argv=None):
     p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
     small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
-    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8", size=64 if small else 256)
+    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8", size=64 if small else 256,
+                 **DECODER_SIZES[args.decoder])            # but for what was given beside it
     if not args.resume:                                    # a resumed run's are its checkpoint's
         usual |= dict(gan_start=args.steps // 2, disc_start=(args.gan_start or args.steps // 2) * 3 // 4)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
-    for name, value in DECODER_SIZES[args.decoder].items():    # the size first, then what was given beside it
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
     if args.gan and not args.resume and not args.disc_start <= args.gan_start < args.steps:
@@ -140,10 +140,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
                                       stop=n // (micro * world)):
         z = encoder.encode(images.to(device).float() / 255).double().cpu()
         moments = join(moments, (len(z), z.mean(0), (z - z.mean(0)).square().sum(0)))
-    moments, *others = eval_fid.gather(moments)
-    for part in others:
-        moments = join(moments, part)
-    n, mean, scatter = moments
+    n, mean, scatter = functools.reduce(join, eval_fid.gather(moments))
     return mean.float(), (scatter / n).float()
 
 
@@ -263,10 +260,11 @@ class Discriminator(nn.Module):
         self.heads.eval()
 
 
-def augment(images):
+def augment(images, cutout=0.0):
     """DiffAug: brightness, saturation, contrast, a shift by up to 1/8, each image's own. b 3 H W in [0,1].
 
-    Source: arXiv 2006.10738, strengths of the release; its cutout is off there, and not here at all.
+    cutout: side of a square that is greyed, as a share of the image's; 0 in the release.
+    Source: arXiv 2006.10738, strengths of the release.
     """
     b, _, h, w = images.shape
     bright, saturation, contrast = (torch.rand(3, b, 1, 1, 1, device=images.device))
@@ -276,7 +274,11 @@ def augment(images):
     mean = x.mean((1, 2, 3), keepdim=True)
     x = F.pad(mean + (x - mean) * (contrast + 0.5), [w // 8] * 2 + [h // 8] * 2, value=0.5)
     shift = (torch.rand(b, 2) * torch.tensor([h // 8 * 2 + 1, w // 8 * 2 + 1])).long().tolist()
-    return torch.stack([one[:, i:i + h, j:j + w] for one, (i, j) in zip(x, shift)])
+    x = torch.stack([one[:, i:i + h, j:j + w] for one, (i, j) in zip(x, shift)])
+    row, column = torch.rand(2, b, 1, 1, 1, device=x.device)            # of the square's centre
+    y, z = (torch.linspace(0, 1, n, device=x.device) for n in (h, w))
+    hole = ((y[:, None] - row).abs() < cutout / 2) & ((z - column).abs() < cutout / 2)         # b 1 h w
+    return x.masked_fill(hole, 0.5)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -326,8 +328,7 @@ def main(args):
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     decoder.checkpoint = args.checkpoint_activations
-    if args.init and not resumed:
-        load_release(decoder, args.init)
+    args.init and not resumed and load_release(decoder, args.init)
     encoder.backbone.requires_grad_(encoder.trainable)
     trained = nn.ModuleList([decoder] + [encoder.backbone] * encoder.trainable)
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
@@ -364,8 +365,7 @@ def main(args):
         latent_mean, latent_var = latent_statistics(*statistics)
         log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
     step_model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
-    if args.compile:
-        step_model = torch.compile(step_model)
+    step_model = torch.compile(step_model) if args.compile else step_model
     rae = RAE(shown, ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step):
@@ -390,7 +390,7 @@ def main(args):
             z, kl = encoder.encode(x).float(), torch.zeros((), device=device)
         return add_noise(z, args.tau, args.noise_law), kl               # not normalised
 
-    view = augment if args.diffaug == "on" else torch.clone
+    view = functools.partial(augment, cutout=args.cutout) if args.diffaug == "on" else torch.clone
     last_layer, std, mean, sums = decoder.decoder_pred.weight, rae.pixel_std, rae.pixel_mean, {}
     domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)

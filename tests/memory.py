@@ -80,7 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     micro = parser.parse_args().micro
     train_decoder.load_vit = lambda name, side: timm.create_model(name, img_size=side, num_classes=0)
-    train_decoder.normalize = lambda x, mean, std: (x - mean[0]) / std[0]       # torchvision's looks at values
+    train_decoder.normalize = lambda x, mean, std: (x - mean[0]) / std[0]     # torchvision's looks at values
     print("GiB".ljust(44), *(f"{m:>7}" for m in micro))
     for size in ("B", "XL"):
         for gan in (False, True):

@@ -123,6 +123,13 @@ def test_augment_changes_each_image_in_its_own_way_within_bounds():
     assert flat.amin() >= 0.25 and flat.amax() <= 0.75 and flat.mean((1, 2, 3)).std() > 0.1
     x = torch.rand(4, 3, 32, 32, requires_grad=True)
     assert torch.autograd.grad(augment(x).square().sum(), x)[0].abs().max() > 0
+    torch.manual_seed(5)
+    plain = augment(torch.rand(64, 3, 32, 32) + 1)
+    torch.manual_seed(5)
+    holes = augment(torch.rand(64, 3, 32, 32) + 1, cutout=0.5) != plain
+    share = holes[:, 0].float().mean((1, 2))               # a square at the edge is cut off itself
+    assert share.max() <= 0.26 and 0.1 < share.mean() < 0.2 and len(set(share.tolist())) > 20
+    assert (holes[:, 0] == holes[:, 2]).all()
 
 
 # ---------------------------------------------------------------------------------- training

@@ -126,7 +126,8 @@ def judge(folder, shown):
 # %% All runs of each finding, its table and its picture
 def run(folder, seed, arm):
     train(folder, seed, **FINDINGS[name][1][arm])
-    return {k: v for k, v in judge(folder, FINDINGS[name][2]).items() if (arm, k == "answers") not in UNTRAINED}
+    found = judge(folder, FINDINGS[name][2])
+    return {k: v for k, v in found.items() if (arm, k == "answers") not in UNTRAINED}
 
 
 runtime.setup()
