@@ -22,7 +22,7 @@ from tqdm import tqdm
 import runtime
 import sample
 from data import SHAPES_VAL, open_data
-from model import Encoder, unpack_rae
+from model import Encoder, pixel_statistics, unpack_rae
 from runtime import at_least
 from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
 
@@ -215,8 +215,12 @@ def real_images(data, numbers):
 
 
 def check_n(args, val):
-    """Refuse a training script's --eval_n beyond its held-out images, before anything is built."""
+    """Refuse what a training script can't evaluate later: --eval_n, too small images."""
     least = min(map(len, val.order))                       # of a mixture, each source is evaluated
+    side = 32 if any(rows in (Scene, Text) for rows in val.rows) else 11        # read_scene's, SSIM's
+    if args.eval_every and val.size < side:
+        raise ValueError(f"images of {val.size} pixels are too small to evaluate; try --size {side}, "
+                         f"or --eval_every 0")
     if args.eval_every and args.eval_n > least:
         raise ValueError(f"--eval_n {args.eval_n} is more than the {least} held-out images; lower it, or "
                          f"raise --hold_out")
@@ -306,6 +310,14 @@ def parse_args(argv=None):
     args = sample.parse_model_args(p, argv, "shapes_eval")
     if args.shapes_eval and (args.reconstruct or args.data or (args.n or 6) < 6):
         p.error("--shapes_eval needs neither --reconstruct nor --data, and --n of at least 6")
+    if args.features and args.shapes_eval:
+        p.error("--shapes_eval reads what is drawn; --features is of the Fréchet distance, leave one out")
+    try:
+        args.features and pixel_statistics(args.features)
+    except ValueError as error:
+        p.error(str(error).replace("--encoder", "--features"))
+    if (args.features or "").startswith("vae"):
+        p.error(f"--features {args.features} is untrained; give an encoder with weights")
     if args.release and args.reconstruct:
         p.error("--release and --reconstruct exclude each other; leave one out")
     if args.release and not args.data and not args.shapes_eval:
@@ -331,7 +343,7 @@ def main(args):
         metrics = evaluate_prompts(model, rae, args, args.n or 4 * len(shapes_eval()), rank, world)
     else:
         if val is None:
-            hold_out = state["args"]["hold_out"] if args.hold_out is None else args.hold_out
+            hold_out = state["args"].get("hold_out", 0) if args.hold_out is None else args.hold_out
             val = open_data(state["args"]["data"], 64, hold_out=hold_out, **split)
         val.size = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
         n = args.n or min(720, len(val))

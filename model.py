@@ -81,8 +81,10 @@ def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
     if name in ENCODERS or re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*){2}|vae|diffusers:.+", name):
         return ENCODERS.get(name, (HALF,))[-1]
-    if not timm.is_model(name) or not (config := timm.get_pretrained_cfg(name)):
-        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor in timm.list_models()")
+    if not timm.models.is_model_in_modules(name.split(".")[0], ["vision_transformer"]) or not (
+            config := timm.get_pretrained_cfg(name)):
+        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor a ViT of "
+                         "timm.list_models(module='vision_transformer')")
     return config.mean, config.std
 
 
@@ -141,8 +143,8 @@ class Encoder(nn.Module):
     """A frozen vision transformer whose final tokens are the latents, or what papers compare it with.
 
     name: a key of ENCODERS, any timm ViT, pixel:PATCH (its pixels), vae:CHANNELS:PATCH (to be trained) or
-        diffusers:SOURCE (an AutoencoderKL). image_size: side of its images, pixels (default: ENCODERS, else
-        256); patch-14 models see 14/16 of it, so that 256 px give the same 16 x 16 grid as patch 16.
+        diffusers:SOURCE (an AutoencoderKL). image_size: side of its images, pixels (default: ENCODERS, 64 for
+        pixel and vae, else 256); patch-14 ViTs see 14/16 of it: 256 px give the 16 x 16 grid of patch 16.
     Attributes: channels c, grid (tokens per side), mean, std (of pixels), backbone, trainable (a VAE).
     Raises: ValueError (unknown name, size no multiple of patch), FileNotFoundError (no weights, no network).
     Source: [RAE] section 3.1: no CLS and registers, final LayerNorm without affine: each token has mean 0 and
@@ -159,7 +161,7 @@ class Encoder(nn.Module):
         known = {"tiny": 16, "random": 16, "webssl-l": 14, "pixel": numbers[0], "vae": numbers[-1]}
         patch = known[kind] if kind in known else \
             (self.backbone or timm.create_model(timm_name, depth=0).patch_embed).patch_size[0]
-        stride = 16 if patch == 14 else patch
+        stride = 16 if patch == 14 and kind == name else patch
         self.grid, self.input_size = self.image_size // stride, self.image_size * patch // stride
         if self.image_size % stride:
             raise ValueError(f"--size {self.image_size} must be a multiple of {stride} for --encoder {name}; "

@@ -132,9 +132,10 @@ def load_checkpoint(path):
 def resume(args, shaping):
     """The checkpoint of --resume. ValueError if a flag of `shaping` has changed; None: as it was."""
     state = load_checkpoint(Path(args.out) / "last.pt")
-    vars(args).update({k: state["args"].get(k) for k in shaping if getattr(args, k) is None})
-    for key in shaping:
-        if (was := state["args"].get(key, "nothing")) != (now := plain(args)[key]):
+    old = {k: state["args"][k] for k in shaping if k in state["args"]}     # without flags that are newer
+    vars(args).update({k: was for k, was in old.items() if getattr(args, k) is None})
+    for key, was in old.items():
+        if was != (now := plain(args)[key]):
             raise ValueError(f"--{key} {now} differs from the checkpoint's {was}; resume with --{key} {was}")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} to go on")
@@ -166,6 +167,8 @@ def check_common(p, args):
     last = Path(args.out) / "last.pt"
     if args.resume and not last.exists():
         p.error(f"--resume needs {last}, which does not exist; leave the flag out to start a run")
+    if args.init and not args.resume and Path(args.init).resolve() == last.resolve():
+        p.error(f"--init {args.init} is what this run would write; name another --out")
     if last.exists() and not (args.resume or args.overwrite):
         p.error(f"{last} exists; add --resume to go on, --overwrite to start anew, or name another --out")
 

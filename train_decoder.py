@@ -3,7 +3,8 @@
     python train_decoder.py                          the built-in world over the shipped encoder, laptop size
     python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --micro_batch 8 --lr 1e-3
     torchrun --nproc_per_node=8 train_decoder.py --recipe rae --data imagenet/ --micro_batch 16
-The loss is L1 + lpips*LPIPS + gram*Gram + feature*(distance in the tiny encoder) + gan*lambda*GAN.
+The loss is L1 + lpips*LPIPS + gram*Gram + feature*(distance in the tiny encoder) + gan*lambda*GAN, and of a
+VAE + kl*KL. In the log, loss is the sum of the terms before GAN and KL, which stand beside it.
 Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log.jsonl and preview_*.png.
 """
 import argparse
@@ -27,13 +28,13 @@ import eval_fid
 import runtime
 from data import batches, check, open_data
 from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, fetching, load_release,
-                   load_vit, pixel_statistics, require_heads)
+                   load_strict, load_vit, pixel_statistics, require_heads)
 from runtime import at_least
 
 SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
            "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature kl gan "
            "gan_start disc disc_start diffaug cutout").split()    # fixed in a run
-COMMON = dict(decoder="XL", batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
+COMMON = dict(decoder="XL", size=256, batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
 RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epoch; 2601.16208, table 7, 2500
     "rae": dict(COMMON, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, ema=0.9978, tau=0.8,
                 gan=0.75, gan_start=8 * 2502, disc="dino-s8", disc_start=6 * 2502, disc_lr=2e-4,
@@ -47,8 +48,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     # data
-    p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, folder, tars, NAME=PATH:WEIGHT ...")
-    p.add_argument("--size", type=at_least(1), help="side of the images, pixels; default: tiny 64, else 256")
+    p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, text, folder, tar, a=PATH:SHARE")
+    p.add_argument("--size", type=at_least(1), help="of images, pixels; default: timm encoders 256, else 64")
     p.add_argument("--hold_out", type=at_least(0), help="kept of each source to evaluate; default: eval_n")
     p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
@@ -63,7 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--init", help="start from this decoder: a checkpoint's EMA, or an official model.pt")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
-    p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; papers 1, tiny encoder 0")
+    p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; default: timm's encoders 1, else 0")
     p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
     p.add_argument("--feature", type=at_least(0.0), default=0.0, help="of the distance in the tiny encoder")
     p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
@@ -110,7 +111,8 @@ def parse_args(argv=None):
     usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8", size=64 if small else 256,
                  **DECODER_SIZES[args.decoder])            # but for what was given beside it
     if not args.resume:                                    # a resumed run's are its checkpoint's
-        usual |= dict(gan_start=args.steps // 2, disc_start=(args.gan_start or args.steps // 2) * 3 // 4)
+        start = args.steps // 2 if args.gan_start is None else args.gan_start
+        usual |= dict(gan_start=start, disc_start=start * 3 // 4)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
@@ -122,6 +124,8 @@ def parse_args(argv=None):
         pixel_statistics(args.encoder)
     except ValueError as error:
         p.error(str(error))
+    if args.cutout and args.diffaug == "off":
+        p.error(f"--cutout {args.cutout} is a part of --diffaug on")
     if args.decoder_width % 4:
         p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4")
     return args
@@ -308,7 +312,7 @@ def make_optimizers(model, name, lr, weight_decay):
     inner = {k: trained.pop(k) for k in inner if name == "muon"}
     opts = [torch.optim.AdamW(trained.values(), lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)]
     if inner:
-        opts += [Muon(inner.values(), lr, weight_decay)]
+        opts += [Muon(inner.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")]
     return opts
 
 
@@ -328,8 +332,14 @@ def main(args):
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     decoder.checkpoint = args.checkpoint_activations
-    args.init and not resumed and load_release(decoder, args.init)
+    if args.init and not resumed:
+        began = runtime.load_checkpoint(args.init)
+        load_release(decoder, began, f"--init {args.init}")
+        if encoder.trainable:                              # both learned together
+            weights = began.get("rae", {}).get("encoder_weights", {})
+            load_strict(encoder.backbone, weights, f"--init {args.init}")
     encoder.backbone.requires_grad_(encoder.trainable)
+    encoder.trainable and encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
     trained = nn.ModuleList([decoder] + [encoder.backbone] * encoder.trainable)
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
     opts = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)

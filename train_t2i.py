@@ -4,8 +4,8 @@
     python train_t2i.py --data photos/ --rae runs/decoder/last.pt --llm Qwen/Qwen2.5-0.5B-Instruct
     torchrun --nproc_per_node=8 train_t2i.py --recipe pretrain --llm Qwen/Qwen2.5-1.5B-Instruct --model 2.4B
         --rae siglip2.pt --data web=web.jsonl:0.9 ask=cambrian.jsonl:0.1 --micro_batch 8 --recompute --shard
-(the paper's; then --recipe finetune --model 2.4B --init runs/t2i/last.pt). Data teach to draw where "<image>"
-is in the assistant's turn, to understand where in the user's. Writes OUT/last.pt, log.jsonl, previews.
+(the paper's; then --recipe finetune --model 2.4B --init runs/t2i/last.pt --out runs/tuned). "<image>" in the
+assistant's turn is drawn, in the user's understood. Writes OUT/last.pt, log.jsonl, previews.
 """
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ from train_dit import BINS, PAPERS, SHIPPED_RAE, TINY, add_dit_flags, check_dit_
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 SHAPING = ("rae data llm llm_width llm_depth llm_heads connector seed batch micro_batch width depth heads "
            "head_width head_depth head_heads class_dropout shift_base prediction balance draws questions "
-           "context plan dtype flow_weight regression llm_start freeze_llm weight_decay").split()   # of a run
+           "plan dtype flow_weight regression llm_start freeze_llm weight_decay").split()   # of a run
 COMMON = dict(lr_end=0.0, ema=0.0, time_law="logit_normal", shift_base=4096, prediction="v", balance="off",
               draws=1, solver="euler", sampling_steps=50)
 RECIPES = {                                                             # tables 8 and 9 of arXiv 2601.16208
@@ -236,7 +236,8 @@ class T2I(nn.Module):
     def fit(self, prompts):
         """The b prompts, where needed cut to what plan and image leave of the context it was trained with."""
         others = self.tokenizer.chat([("user", ""), ("assistant", "<image>")], self.n)[0]
-        room = max(1, self.context - self.plan - len(others))
+        if (room := self.context - self.plan - len(others)) < 1:
+            raise ValueError(f"this model's context of {self.context} tokens leaves none for a prompt")
         return [text if len(ids := self.tokenizer.encode(text)) <= room else
                 self.tokenizer.decode(ids[:room]).rstrip("\ufffd") for text in prompts]
 

@@ -47,5 +47,6 @@ def torchrun(script, *argv):
     args = port, script.__name__, [*map(str, argv)]
     both = [context.Process(target=work, args=(rank, *args)) for rank in (0, 1)]
     [child.start() for child in both]
-    [child.join() for child in both]
+    [child.join(300) for child in both]
+    [child.kill() for child in both if child.is_alive()]                # it waits for the other for ever
     assert [child.exitcode for child in both] == [0, 0]

@@ -2,8 +2,8 @@
 
     python tests/memory.py                       decoders B and XL at 256 px, micro batches 1 to 32, in bf16
 Weights, gradients, AdamW and EMA, frozen networks, and the larger of two phases: the graphs of LPIPS (and
-discriminator) at the pixels, or that of the decoder. Work space of kernels, fragmentation, and the small
-images of the augmentation come on top.
+discriminator) at the pixels, or that of the decoder. Work space of CUDA's kernels, DDP's buckets (as large
+as the gradients), fragmentation, and the small images of the augmentation come on top.
 """
 import argparse
 import sys

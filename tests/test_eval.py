@@ -97,6 +97,7 @@ def test_script_prints_the_table_and_one_json_line(tmp_path, capsys):
     assert metrics["n"] == 36 and metrics["commit"] and metrics["guidance"] == 1.5
     metrics = eval_fid.main(flags("--reconstruct", SHIPPED, "--n", 24))
     assert metrics["psnr"] > 20 and 0.5 < metrics["ssim"] <= 1 and metrics["features"] == "tiny"
+    assert eval_fid.main(flags("--reconstruct", SHIPPED.replace("dit", "t2i"), "--n", 8))["psnr"] > 20
     other = eval_fid.main(flags("--reconstruct", SHIPPED, "--n", 24, "--features", "random"))
     assert other["features"] == "random" and other["psnr"] == metrics["psnr"]
     assert abs(other["frechet_distance"] / metrics["frechet_distance"] - 1) > 0.1
@@ -106,6 +107,12 @@ def test_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         flags("--n", 1)
     assert "--n: 1 must be at least 2" in capsys.readouterr().err
+    for argv, message in ((("--features", "tiny", "--shapes_eval"), "leave one out"),
+                          (("--features", "vae:8:16"), "--features vae:8:16 is untrained"),
+                          (("--features", "nope"), "--features nope is neither one of")):
+        with pytest.raises(SystemExit):
+            flags(*argv)
+        assert message in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         eval_fid.main(flags("--ckpt", tmp_path / "nothing.pt"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):

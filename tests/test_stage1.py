@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+import eval_fid
 import model
 import runtime
 import sample
@@ -253,6 +254,28 @@ def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
     assert torch.equal(model.Encoder("random").encode(x), model.Encoder("random").encode(x))
 
 
+@pytest.mark.parametrize("encoder", ["vae:8:14", "pixel:14"])
+def test_patch_14_is_the_stride_of_what_has_no_patch_16(encoder):
+    one = model.Encoder(encoder, 56)
+    assert (one.grid, one.input_size) == (4, 56) and one.encode(torch.rand(1, 3, 56, 56)).shape[2:] == (4, 4)
+
+
+def test_other_latents_are_drawn_and_measured(tmp_path):
+    """A DiT over a VAE and over pixels, by the same scripts: trained, evaluated, sampled."""
+    for encoder, channels in (("vae:8:16", 8), ("pixel:16", 768)):
+        go(train_decoder, *DECODER, "--encoder", encoder, "--steps", 1, "--out", tmp_path / "rae")
+        go(train_dit, *DIT, "--rae", tmp_path / "rae/last.pt", "--steps", 1, "--eval_every", 1, "--overwrite",
+           "--out", tmp_path / "dit")
+        state = load(tmp_path / "dit")
+        assert (state["latent_shape"], state["args"]["prediction"]) == ([channels, 4], "v")
+        row = json.loads((tmp_path / "dit/log.jsonl").read_text().splitlines()[-1])
+        found = eval_fid.main(eval_fid.parse_args(["--ckpt", f"{tmp_path}/dit/last.pt", "--n", "36",
+                                                   "--sampling_steps", "2"]))
+        assert found["features"] == encoder and found["frechet_distance"] == pytest.approx(
+            row["frechet_distance"], rel=1e-2)
+        (tmp_path / "rae/last.pt").unlink()
+
+
 def test_a_vae_in_parts_is_the_whole(monkeypatch, tmp_path):
     flags = "--encoder vae:8:16 --disc_start 0 --gan_start 0 --feature 0 --kl 1".split()
     monkeypatch.setattr(torch, "randn", torch.ones)                    # the same for any parts
@@ -334,8 +357,8 @@ def test_a_mixture_is_logged_and_evaluated_by_domain(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, wanted", [
-    ("rae", dict(encoder="dinov2-b", decoder_width=1152, batch=512, steps=40032, lr=2e-4, lr_end=0.1,
-                 warmup=2502, ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016,
+    ("rae", dict(encoder="dinov2-b", size=256, decoder_width=1152, batch=512, steps=40032, lr=2e-4,
+                 lr_end=0.1, warmup=2502, ema=0.9978, tau=0.8, lpips=1.0, gram=0.0, gan=0.75, gan_start=20016,
                  disc="dino-s8", disc_start=15012, disc_lr=2e-4, feature=0.0, clip=0.0)),
     ("scale_rae", dict(encoder="siglip2-so400m", steps=200_000, lr=4e-4, warmup=5000, tau=0.0, gram=100.0,
                        gan=10.0, gan_start=20_000, disc="dino-s16", disc_start=17_500, disc_lr=5e-5))])
@@ -343,16 +366,26 @@ def test_recipes_are_the_papers_and_a_flag_overrides(recipe, wanted):
     args = vars(train_decoder.parse_args(["--recipe", recipe, "--micro_batch", "8"]))
     assert {k: args[k] for k in wanted} == wanted
     assert train_decoder.parse_args(["--recipe", recipe, "--gan", "0", "--decoder", "B"]).gan == 0
+    assert train_decoder.parse_args(["--recipe", recipe, "--encoder", "vae:32:16"]).size == 256
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--lpips -1", "must be at least 0"), ("--gan -0.5", "must be at least 0"),
     ("--gan 1 --gan_start 2000", "lower --gan_start, or give --gan 0"),
-    ("--gan 1 --disc_start 9 --gan_start 8", "must come in this order")])
+    ("--gan 1 --disc_start 9 --gan_start 8", "must come in this order"),
+    ("--diffaug off --cutout 0.5", "--cutout 0.5 is a part of --diffaug on"),
+    ("--encoder resnet18", "--encoder resnet18 is neither one of")])
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_decoder.parse_args(flags.split())
     assert message in capsys.readouterr().err
+
+
+def test_the_gan_from_the_first_step_on_and_too_small_images(tmp_path):
+    args = train_decoder.parse_args("--gan 1 --gan_start 0".split())
+    assert (args.disc_start, args.gan_start) == (0, 0)
+    with pytest.raises(ValueError, match="images of 16 pixels are too small to evaluate; try --size 32"):
+        go(train_decoder, *DECODER, "--size", 16, "--eval_every", 1, "--out", tmp_path)
 
 
 def test_512_pixels_directly(tmp_path):
@@ -392,6 +425,13 @@ def test_init_takes_a_decoder_and_refuses_another_s(tmp_path):
     go(train_decoder, *DECODER, "--steps", 1, "--lr", 1e-9, "--init", tmp_path / "a" / "last.pt",
        "--out", tmp_path / "b")
     assert difference(load(tmp_path / "a")["ema"], load(tmp_path / "b")["model"]) < 1e-6
+    vae = [*DECODER, "--encoder", "vae:8:16", "--lr", 1e-9]
+    with pytest.raises(ValueError, match="last.pt does not fit VAE(.|\n)*missing vit"):
+        go(train_decoder, *vae, "--encoder", "vae:192:16", "--init", tmp_path / "a/last.pt", "--out",
+           tmp_path / "c")
+    go(train_decoder, *vae, "--lr", 1e-2, "--steps", 3, "--checkpoint_activations", "--out", tmp_path / "v")
+    go(train_decoder, *vae, "--steps", 1, "--init", tmp_path / "v/last.pt", "--out", tmp_path / "w")
+    assert difference(load(tmp_path / "v")["rae"]["encoder_weights"], load(tmp_path / "w")["encoder"]) < 1e-6
     for flags, key in ((["--size", 128], "decoder_pos_embed"), (["--encoder", "pixel"], "decoder_embed")):
         with pytest.raises(ValueError, match=rf"last.pt does not fit Decoder(.|\n)*{key}"):
             go(train_decoder, *DECODER, *flags, "--init", tmp_path / "a" / "last.pt", "--out", tmp_path / "c")

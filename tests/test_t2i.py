@@ -324,6 +324,10 @@ def test_long_prompts_are_cut_to_the_context(tokenizer, monkeypatch, capsys, tmp
     for text in fitted[1:]:
         ids, _, cut = tokenizer.chat([("user", text), ("assistant", "<image>")], 16, 90 - 4)
         assert not cut and len(ids) > 86 - 20
+    with pytest.raises(ValueError, match="this model's context of 30 tokens leaves none for a prompt"):
+        model.context = 30
+        model.fit(texts)
+    model.context = 90
     args = sample.parse_args(["--prompt", *texts, "--sampling_steps", "1", "--n", "3", "--seed", "1",
                               "--out", str(tmp_path / "x.png")])
     sample.main(args)
@@ -471,6 +475,21 @@ def test_cut_prompts_are_counted_and_told(tmp_path, capsys):
     assert f"{record['cut']} prompts were longer than --context 70 tokens, and cut" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--context 9 is too short; give"):
         go(train_t2i, *FLAGS, "--context", 9, "--steps", 1, "--out", tmp_path / "short")
+
+
+def test_one_long_answer_is_cut_and_a_run_may_go_on_with_more_context(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red " * 200}]
+    (tmp_path / "talk.jsonl").write_text("\n".join([json.dumps(dict(image="x.png", conversations=talk))] * 8))
+    flags = [*FLAGS, "--data", tmp_path / "talk.jsonl", "--out", tmp_path / "run"]
+    go(train_t2i, *flags, "--context", 100, "--steps", 1)
+    assert "8 prompts were longer than --context 100" in capsys.readouterr().out
+    go(train_t2i, *flags, "--resume", "--context", 120, "--steps", 2)
+    go(train_t2i, *flags, "--resume", "--steps", 3)
+    assert load(tmp_path / "run")["args"]["context"] == 120
+    with pytest.raises(SystemExit):
+        go(train_t2i, *flags, "--init", tmp_path / "run" / "last.pt", "--overwrite", "--steps", 1)
+    assert "last.pt is what this run would write; name another --out" in capsys.readouterr().err
 
 
 def test_a_model_that_plans_goes_on_planning(tmp_path, monkeypatch):

@@ -269,6 +269,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
     go(train_dit, *DIT, "--steps", 2, "--out", tmp_path, "--overwrite")
 
 
+def test_a_checkpoint_from_before_a_flag_resumes(tmp_path):
+    go(train_decoder, *DECODER, "--steps", 2, "--out", tmp_path)
+    state = load(tmp_path)
+    del state["args"]["cutout"]
+    torch.save(state, tmp_path / "last.pt")
+    go(train_decoder, *DECODER, "--steps", 3, "--out", tmp_path, "--resume")
+    assert load(tmp_path)["step"] == 3
+
+
 def test_the_time_shift_of_a_run_is_kept_in_its_checkpoint_for_sampling(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_dit, "time_shift", lambda t, dim, base:

@@ -9,7 +9,7 @@ The papers' models are a thousand times larger: what is seen here may differ.
 import argparse
 from pathlib import Path
 
-from study import study                                    # it also makes the project's files known
+from study import Few, study                               # it also makes the project's files known
 
 import torch
 
@@ -123,11 +123,6 @@ EPOCHS = 4, 16, 64, 256
 TOY = dict(width=96, depth=3, head_width=0, draws=1, questions=0.0, log_every=50, workers=0, **EQUAL)
 
 
-class Few(open_data):                                       # none of these scenes was seen before
-    def __getitem__(self, k):
-        return {**super().__getitem__(500_000 + k % options.pairs), "number": k}
-
-
 def describe(scene, rng, **_):                              # where everything is, as train_t2i's plans
     return [("user", train_t2i.layout(scene.objects)), ("assistant", "<image>")]
 
@@ -150,7 +145,7 @@ def finetune(folder, seed, arm):
     train_t2i.open_data = pairs(open_data)
     before = train(train_t2i, folder / "before", seed, rae=rae_of(arm), llm_width=96, llm_depth=2, plan=0,
                    llm_start=100, steps=options.dit_steps // 2, **TOY)
-    train_t2i.open_data = pairs(Few)
+    train_t2i.open_data, Few.count = pairs(Few), options.pairs
     for epochs in (0, *EPOCHS):
         path = before if not epochs else train(
             train_t2i, folder / f"epochs_{epochs}", seed, init=before, lr=1e-3, llm_lr=3e-4,
@@ -181,4 +176,4 @@ if wrong := {*options.studies} - {run.__name__ for run in STUDIES}:
 runtime.setup()
 for run, (claim, arms, shown) in STUDIES.items():
     if (name := run.__name__) in (options.studies or name):
-        study(name, f"the papers: {claim}", arms, shown, options.seeds, options.out / name, run)
+        study(name, f"the papers: {claim}", arms, shown, options, run)

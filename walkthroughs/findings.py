@@ -8,7 +8,7 @@ that a stopped script goes on. The papers' models are a thousand times larger: w
 import argparse
 from pathlib import Path
 
-from study import study                                    # it also makes the project's files known
+from study import Few, study                               # it also makes the project's files known
 
 import numpy as np
 import torch
@@ -32,11 +32,6 @@ def said(kind):
         return [("user", train_t2i.layout(scene.objects) if dense else scene.caption()),
                 ("assistant", "<image>")]
     return chat
-
-
-class Few(open_data):          # the same 500 scenes again and again, none of which was seen before
-    def __getitem__(self, k):
-        return {**super().__getitem__(500_000 + k % 500), "number": k}
 
 
 DENSE = "dense_colour", "dense_colour_and_shape", "dense_distance"    # these prompts are learned soonest
@@ -134,5 +129,4 @@ runtime.setup()
 converse = train_t2i.converse
 for name in options.findings:
     claim, arms, shown = FINDINGS[name]
-    folder = options.out / f"{name}_{options.steps}_{options.n}"
-    study(name, f"the paper: {claim}", arms, shown, options.seeds, folder, run)
+    study(name, f"the paper: {claim}", arms, shown, options, run)

@@ -9,14 +9,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import runtime
+from data import open_data
 
 
-def study(name, claim, arms, shown, seeds, folder, run):
+class Few(open_data):          # the same scenes again and again, none of which was seen before
+    count = 500
+
+    def __getitem__(self, k):
+        return {**super().__getitem__(500_000 + k % self.count), "number": k}
+
+
+def study(name, claim, arms, shown, options, run):
     """Run each arm with each seed, print mean and range of what is shown, and draw the same to a .png.
 
-    arms: names. shown: keys of the dicts of numbers that run(folder, seed, arm) returns; what it lacks stays
-    empty. folder: of results; a finished run's result.json is read instead of running it again.
+    arms: names. shown: keys of the dicts of numbers that run(folder, seed, arm) returns; others are nan.
+    options: flags, with out and seeds. A finished run's result.json in out/name is read instead of running it
+    again, unless it was made with other flags.
     """
+    folder, seeds = options.out / name, options.seeds
+    flags = {k: f"{v}" for k, v in vars(options).items() if k not in ("out", "seeds", "studies", "findings")}
+    if (kept := folder / "flags.json").exists() and (was := json.loads(kept.read_text())) != flags:
+        raise SystemExit(f"error: {folder} has runs with {was}, not {flags}; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(flags))
     results = {}
     for seed in seeds:
         for arm in arms:
