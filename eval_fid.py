@@ -215,15 +215,18 @@ def real_images(data, numbers):
 
 
 def check_n(args, val):
-    """Refuse what a training script can't evaluate later: --eval_n, too small images."""
+    """Refuse a training script's --eval_n beyond its held-out images, before anything is built."""
     least = min(map(len, val.order))                       # of a mixture, each source is evaluated
-    side = 32 if any(rows in (Scene, Text) for rows in val.rows) else 11        # read_scene's, SSIM's
-    if args.eval_every and val.size < side:
-        raise ValueError(f"images of {val.size} pixels are too small to evaluate; try --size {side}, "
-                         f"or --eval_every 0")
     if args.eval_every and args.eval_n > least:
         raise ValueError(f"--eval_n {args.eval_n} is more than the {least} held-out images; lower it, or "
                          f"raise --hold_out")
+
+
+def check_side(args, val, side):                           # of the decoder's images, pixels
+    least = 32 if any(rows in (Scene, Text) for rows in val.rows) else 11       # read_scene's, SSIM's
+    if args.eval_every and side < least:
+        raise ValueError(f"images of {side} pixels are too small to evaluate; make them at least {least}, by "
+                         f"--size or --decoder_patch, or give --eval_every 0")
 
 
 def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32",

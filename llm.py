@@ -145,7 +145,7 @@ class Tokenizer:
         labels: the id (not shifted) in an assistant's text and the <|im_end|> after it, -100 elsewhere and at
             IMAGE. Scale-RAE's code also learns the newlines and headers of every turn; ours does not.
         context: most ids; beyond, the end of the first user turn's text is left out, or if that is too little
-            the end of the conversation, and cut is True.
+            more than half a context of it and the end of all, and cut is True.
         Raises ValueError: other roles or order, a second image, a context too short for an image.
         """
         roles, last = [role for role, _ in turns], "assistant" if answer else "user"
@@ -162,19 +162,18 @@ class Tokenizer:
                       *((ids, learn) for ids in [*body, [self.end]]), (self.encode("\n"), False)]
         parts = parts if answer else parts[:-3]             # the last header stays open
         length, room = sum(len(ids) for ids, _ in parts), sum(map(len, soft))
-        if (keep := room - max(0, length - (context or length))) < 0:
-            ids = [i for ids, _ in parts for i in ids]
-            if not answer or IMAGE in ids[context:]:
-                raise ValueError(f"--context {context} is too short; give {length - room}, or {length} uncut")
-            keep = room
+        short = (keep := room - max(0, length - (context or length))) < 0
+        keep = min(room, context // 2) if short else keep   # so that both ends leave something
         for ids in soft * (keep < room):                    # in place: parts hold them
             del ids[keep:]
             keep -= len(ids)
             while self.decode(ids[-4:]).endswith("\ufffd"):             # bytes of half a character
                 ids.pop()
-        ids = [i for ids, _ in parts for i in ids][:context]
+        ids = [i for ids, _ in parts for i in ids]
+        if short and (not answer or IMAGE in ids[context - 1:]):
+            raise ValueError(f"--context {context} is too short; give {length - room}, or {length} uncut")
         labels = [i if learn and i != IMAGE else -100 for ids, learn in parts for i in ids]
-        return ids, labels[:context], length > (context or length)
+        return ids[:context], labels[:context], length > (context or length)
 
 
 def read(path, load):                        # load(path). Raises FileNotFoundError; ValueError if it can't

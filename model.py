@@ -81,11 +81,12 @@ def pixel_statistics(name):
     """Pixel mean and standard deviation (two triples in [0,1] units) that encoder `name` was trained with."""
     if name in ENCODERS or re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*){2}|vae|diffusers:.+", name):
         return ENCODERS.get(name, (HALF,))[-1]
-    if not timm.models.is_model_in_modules(name.split(".")[0], ["vision_transformer"]) or not (
-            config := timm.get_pretrained_cfg(name)):
-        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor a ViT of "
-                         "timm.list_models(module='vision_transformer')")
-    return config.mean, config.std
+    if not timm.models.is_model_in_modules(name.split(".")[0], ["vision_transformer", "deit", "eva", "beit"]):
+        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor a ViT of timm's "
+                         f"modules vision_transformer, deit, eva, beit: timm.list_models(module='eva')")
+    with fetching(f"--encoder {name}", "timm has no weights of that name: timm.list_pretrained()"):
+        config = timm.get_pretrained_cfg(name)
+        return config.mean, config.std
 
 
 class Pixels(nn.Module):

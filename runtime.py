@@ -132,10 +132,9 @@ def load_checkpoint(path):
 def resume(args, shaping):
     """The checkpoint of --resume. ValueError if a flag of `shaping` has changed; None: as it was."""
     state = load_checkpoint(Path(args.out) / "last.pt")
-    old = {k: state["args"][k] for k in shaping if k in state["args"]}     # without flags that are newer
-    vars(args).update({k: was for k, was in old.items() if getattr(args, k) is None})
-    for key, was in old.items():
-        if was != (now := plain(args)[key]):
+    vars(args).update({k: state["args"].get(k) for k in shaping if getattr(args, k) is None})
+    for key in shaping:                                    # a flag that is newer than it was off
+        if (was := state["args"].get(key)) != (now := plain(args)[key]) and (key in state["args"] or now):
             raise ValueError(f"--{key} {now} differs from the checkpoint's {was}; resume with --{key} {was}")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} to go on")

@@ -49,7 +49,7 @@ def parse_args(argv=None):
                                 allow_abbrev=False)
     # data
     p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, text, folder, tar, a=PATH:SHARE")
-    p.add_argument("--size", type=at_least(1), help="of images, pixels; default: timm encoders 256, else 64")
+    p.add_argument("--size", type=at_least(1), help="of images, px; default 256, tiny random pixel vae 64")
     p.add_argument("--hold_out", type=at_least(0), help="kept of each source to evaluate; default: eval_n")
     p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
     # model
@@ -64,14 +64,14 @@ def parse_args(argv=None):
     p.add_argument("--init", help="start from this decoder: a checkpoint's EMA, or an official model.pt")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
-    p.add_argument("--lpips", type=at_least(0.0), help="weight of LPIPS; default: timm's encoders 1, else 0")
+    p.add_argument("--lpips", type=at_least(0.0), help="of LPIPS; default 1, tiny random pixel vae 0")
     p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
     p.add_argument("--feature", type=at_least(0.0), default=0.0, help="of the distance in the tiny encoder")
     p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
     p.add_argument("--gan_start", type=at_least(0), help="step where it joins the loss; default steps / 2")
     p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"), help="what the discriminator sees with")
     p.add_argument("--disc_start", type=at_least(0), help="step where it starts; default gan_start * 3/4")
-    p.add_argument("--disc_lr", type=at_least(0.0), default=2e-4, help="its peak learning rate")
+    p.add_argument("--disc_lr", type=at_least(0.0), help="its peak rate; default: tiny 3e-3, dino 2e-4")
     p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
     p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
     p.add_argument("--cutout", type=at_least(0.0, 1), default=0.0, help="side of what diffaug greys, a share")
@@ -108,11 +108,12 @@ def parse_args(argv=None):
     p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
     args = p.parse_args(argv)
     small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
-    usual = dict(lpips=float(not small), disc="tiny" if small else "dino-s8", size=64 if small else 256,
-                 **DECODER_SIZES[args.decoder])            # but for what was given beside it
+    args.disc = args.disc or ("tiny" if small else "dino-s8")
+    usual = dict(lpips=float(not small), size=64 if small else 256, **DECODER_SIZES[args.decoder])
     if not args.resume:                                    # a resumed run's are its checkpoint's
         start = args.steps // 2 if args.gan_start is None else args.gan_start
-        usual |= dict(gan_start=start, disc_start=start * 3 // 4)
+        usual |= dict(gan_start=start, disc_start=start * 3 // 4,
+                      disc_lr=3e-3 if args.disc == "tiny" else 2e-4)
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
@@ -328,7 +329,9 @@ def main(args):
     args.decoder_patch = args.decoder_patch or args.size // encoder.grid
     side = encoder.grid * args.decoder_patch               # of the decoder's images, 2 x size if it upsamples
     data.size = val.size = max(side, args.size)
+    eval_fid.check_side(args, val, side)
     resumed = args.resume and runtime.resume(args, SHAPING)
+    args.disc_lr = resumed["args"]["disc_lr"] if args.disc_lr is None else args.disc_lr
     torch.manual_seed(args.seed)
     decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
     decoder.checkpoint = args.checkpoint_activations

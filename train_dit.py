@@ -147,7 +147,8 @@ def main(args):
     usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
     vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
     rae = unpack_rae(packed).to(device)
-    val.size = max(val.size, rae.decoder.grid * rae.decoder.patch)      # of what is drawn
+    val.size = max(val.size, side := rae.decoder.grid * rae.decoder.patch)      # of what is drawn
+    eval_fid.check_side(args, val, side)
     channels, grid, _ = packed["latent_mean"].shape
     torch.manual_seed(args.seed)
     model = build_dit(vars(args), channels, grid, data.num_classes).to(device).train()

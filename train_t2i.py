@@ -88,7 +88,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     size = args.model or T2I_RELEASES.get(args.init, "DiT").split("DiT")[1]    # Scale-RAE-Qwen1.5B_DiT2.4B
     sizes = {"head_width": 0, **T2I_SIZES[size]} if size else {}
-    p.set_defaults(**RECIPES.get(args.recipe, {}), **{**sizes, **(T2I_HEAD if args.wide_head else {})})
+    recipe = dict(RECIPES.get(args.recipe, {}))
+    args.resume and recipe.pop("context", None)            # then the checkpoint's
+    p.set_defaults(**recipe, **{**sizes, **(T2I_HEAD if args.wide_head else {})})
     args = p.parse_args(argv)
     if args.llm_lr is None and not args.resume:
         args.llm_lr = args.lr / (10 if args.llm or args.init else 3)
@@ -407,6 +409,7 @@ def main(args):
     llm, tokenizer = model.llm, model.tokenizer
     if init:
         load_release(model, init["model" if resumed or "ema" not in init else "ema"], f"--init {args.init}")
+    model.fit([""])                                                     # is there room for a prompt at all?
     llm.requires_grad_(not args.freeze_llm)
     llm.checkpoint = model.dit.checkpoint = args.recompute
     ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model

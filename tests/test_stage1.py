@@ -384,8 +384,8 @@ def test_bad_flags(flags, message, capsys):
 def test_the_gan_from_the_first_step_on_and_too_small_images(tmp_path):
     args = train_decoder.parse_args("--gan 1 --gan_start 0".split())
     assert (args.disc_start, args.gan_start) == (0, 0)
-    with pytest.raises(ValueError, match="images of 16 pixels are too small to evaluate; try --size 32"):
-        go(train_decoder, *DECODER, "--size", 16, "--eval_every", 1, "--out", tmp_path)
+    with pytest.raises(ValueError, match="images of 16 pixels are too small to evaluate; make them"):
+        go(train_decoder, *DECODER, "--decoder_patch", 4, "--eval_every", 1, "--out", tmp_path)
 
 
 def test_512_pixels_directly(tmp_path):

@@ -473,7 +473,7 @@ def test_cut_prompts_are_counted_and_told(tmp_path, capsys):
     record = record_of_a_run(tmp_path, "--steps", 2, "--context", 70, "--questions", 0, "--plan", 0)
     assert 0 < record["cut"] <= 16
     assert f"{record['cut']} prompts were longer than --context 70 tokens, and cut" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--context 9 is too short; give"):
+    with pytest.raises(ValueError, match="context of 9 tokens leaves none for a prompt"):
         go(train_t2i, *FLAGS, "--context", 9, "--steps", 1, "--out", tmp_path / "short")
 
 
@@ -482,11 +482,15 @@ def test_one_long_answer_is_cut_and_a_run_may_go_on_with_more_context(tmp_path, 
     talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red " * 200}]
     (tmp_path / "talk.jsonl").write_text("\n".join([json.dumps(dict(image="x.png", conversations=talk))] * 8))
     flags = [*FLAGS, "--data", tmp_path / "talk.jsonl", "--out", tmp_path / "run"]
-    go(train_t2i, *flags, "--context", 100, "--steps", 1)
-    assert "8 prompts were longer than --context 100" in capsys.readouterr().out
+    go(train_t2i, *flags, "--context", 110, "--steps", 1)
+    assert "8 prompts were longer than --context 110" in capsys.readouterr().out
     go(train_t2i, *flags, "--resume", "--context", 120, "--steps", 2)
     go(train_t2i, *flags, "--resume", "--steps", 3)
     assert load(tmp_path / "run")["args"]["context"] == 120
+    again = ["--recipe", "pretrain", "--resume", "--out", f"{tmp_path}/run"]
+    assert train_t2i.parse_args(again).context is None
+    with pytest.raises(ValueError, match="context of 100 tokens leaves none for a prompt"):
+        go(train_t2i, *flags, "--overwrite", "--context", 100, "--plan", 90, "--steps", 1)
     with pytest.raises(SystemExit):
         go(train_t2i, *flags, "--init", tmp_path / "run" / "last.pt", "--overwrite", "--steps", 1)
     assert "last.pt is what this run would write; name another --out" in capsys.readouterr().err

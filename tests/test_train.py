@@ -274,6 +274,8 @@ def test_a_checkpoint_from_before_a_flag_resumes(tmp_path):
     state = load(tmp_path)
     del state["args"]["cutout"]
     torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="--cutout 0.5 differs from the checkpoint's None"):
+        go(train_decoder, *DECODER, "--steps", 3, "--out", tmp_path, "--resume", "--cutout", 0.5)
     go(train_decoder, *DECODER, "--steps", 3, "--out", tmp_path, "--resume")
     assert load(tmp_path)["step"] == 3
 

@@ -91,8 +91,9 @@ def text(folder, seed, arm):
 
 
 # %% losses: of any images
-LOSSES = {"L1": {}, "L1, feature": dict(feature=0.3), "L1, feature, GAN": dict(feature=0.3, gan=0.3),
-          **{f"all, tau {tau}": dict(feature=0.3, gan=0.3, tau=tau) for tau in (0, 0.8)}}
+GAN = dict(feature=0.3, gan=0.3, disc_warmup=20)
+LOSSES = {"L1": {}, "L1, feature": dict(feature=0.3), "L1, feature, GAN": GAN,
+          **{f"all, tau {tau}": dict(GAN, tau=tau) for tau in (0, 0.8)}}
 
 
 def losses(folder, seed, arm):

@@ -28,7 +28,9 @@ def study(name, claim, arms, shown, options, run):
     """
     folder, seeds = options.out / name, options.seeds
     flags = {k: f"{v}" for k, v in vars(options).items() if k not in ("out", "seeds", "studies", "findings")}
-    if (kept := folder / "flags.json").exists() and (was := json.loads(kept.read_text())) != flags:
+    kept, done = folder / "flags.json", [*folder.glob("*/*/result.json")]
+    was = json.loads(kept.read_text()) if kept.exists() else {} if done else flags
+    if was != flags:
         raise SystemExit(f"error: {folder} has runs with {was}, not {flags}; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(flags))
