@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python walkthroughs/demo.py --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q --durations=5 tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal --durations=5 tests
 
 $(VENV)/.installed: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -239,7 +239,8 @@ class T2I(nn.Module):
         """The b prompts, where needed cut to what plan and image leave of the context it was trained with."""
         others = self.tokenizer.chat([("user", ""), ("assistant", "<image>")], self.n)[0]
         if (room := self.context - self.plan - len(others)) < 1:
-            raise ValueError(f"this model's context of {self.context} tokens leaves none for a prompt")
+            raise ValueError(f"a context of {self.context} tokens leaves none for a prompt, as plan and "
+                             f"image take {self.plan + len(others)}; give more --context, or --plan 0")
         return [text if len(ids := self.tokenizer.encode(text)) <= room else
                 self.tokenizer.decode(ids[:room]).rstrip("\ufffd") for text in prompts]
 

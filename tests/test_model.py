@@ -230,7 +230,7 @@ def test_tiny_encoder_takes_other_sizes():
 def test_timm_encoder_from_a_file_placed_by_hand(tmp_path, monkeypatch):
     name = "vit_small_patch14_reg4_dinov2.lvd142m"
     monkeypatch.setattr(model_module, "HERE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"huggingface.co/timm/{name} at weights/{name}.safetensors"):
+    with pytest.raises(FileNotFoundError, match=f"hf.co/timm/{name} at weights/{name}.safetensors"):
         Encoder("dinov2-s", 64)
     reference = timm.create_model(name, pretrained=False, num_classes=0).eval()
     (tmp_path / "weights").mkdir()

@@ -201,6 +201,7 @@ def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch, capsys
         def __init__(self, name, size):
             super().__init__()
             self.grid, self.channels, self.mean, self.std = size // 16, 768, (0.5,) * 3, (0.5,) * 3
+            self.image_size = size
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def encode(self, x):

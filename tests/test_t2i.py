@@ -324,7 +324,7 @@ def test_long_prompts_are_cut_to_the_context(tokenizer, monkeypatch, capsys, tmp
     for text in fitted[1:]:
         ids, _, cut = tokenizer.chat([("user", text), ("assistant", "<image>")], 16, 90 - 4)
         assert not cut and len(ids) > 86 - 20
-    with pytest.raises(ValueError, match="this model's context of 30 tokens leaves none for a prompt"):
+    with pytest.raises(ValueError, match="a context of 30 tokens leaves none for a prompt"):
         model.context = 30
         model.fit(texts)
     model.context = 90

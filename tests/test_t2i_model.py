@@ -227,5 +227,5 @@ def test_build_dit_without_classes(tmp_path):
     assert type(wide) is DiTDH and wide.text
     load_release(build_dit(args, 8, 4, None), {"ema": model.state_dict()})         # our own layout
     save_checkpoint(tmp_path / "t2i.pt", llm={}, ema=model.state_dict(), args=args)
-    with pytest.raises(ValueError, match="t2i.pt is a text-to-image checkpoint.*--prompt"):
+    with pytest.raises(ValueError, match="t2i.pt is of text to image: for .*--prompt"):
         load_dit(tmp_path / "t2i.pt")

@@ -118,7 +118,7 @@ def test_unicode_and_byte_order_marks(tmp_path):
 
 def test_missing_captions_are_counted(tmp_path):
     some = folder_of(tmp_path / "some", {"0.txt": "a", "2.txt": ""}, 5)
-    advice = r"put x\.txt or x\.json beside each x\.jpg, an empty x\.txt where .*unconditional"
+    advice = r"put x\.txt or x\.json beside x\.jpg \(in \.jsonl a caption\), empty where .*unconditional"
     fails(rf"some: 3 of 5 images have no text, first .*1\.png.*; {advice}", some, 8)
     fails("3 of 5", [f"a={some}:1", "b=shapes:1"], 8)
     none = folder_of(tmp_path / "none", {}, 2)

@@ -73,8 +73,11 @@ def drawn(model, rae, guidance):
 
 
 # %% noise: what the shipped DiT draws, through the shipped decoder, taught on with more or less of it
+SHIPPED = dict(init=train_dit.SHIPPED_RAE, decoder_depth=4, lr=3e-3)
+
+
 def noise(folder, seed, arm):
-    path = decoder(folder, seed, tau=arm.split()[-1], init=train_dit.SHIPPED_RAE, decoder_depth=4, lr=3e-3)
+    path = decoder(folder, seed, tau=arm.split()[-1], **SHIPPED)
     model, rae, _ = sample.load_dit(train_dit.SHIPPED_RAE.with_name("tiny_dit.safetensors"), encoder=True)
     rae.decoder = unpack_rae(runtime.load_checkpoint(path)["rae"], encoder=False).decoder
     kept, made = reconstructed(path, ["shapes"]), drawn(model, rae, guidance=1)
@@ -82,10 +85,10 @@ def noise(folder, seed, arm):
                 drawn_distance=made["distance"])
 
 
-# %% text: a decoder that has seen it, and one that has not
+# %% text: the shipped decoder, taught on with it or without
 def text(folder, seed, arm):
     data = ["shapes"] if arm == "shapes" else ["a=shapes:0.5", "b=text:0.5"]
-    path = decoder(folder, seed, data=data)
+    path = decoder(folder, seed, data=data, **SHIPPED)
     return {f"{domain}_{k}": v for domain in ("shapes", "text")
             for k, v in reconstructed(path, [domain]).items() if k in ("PSNR", "readable")}
 

@@ -38,7 +38,10 @@ options = parser.parse_args()
 runtime.setup()
 args = sample.parse_args(["--prompt", "-", "--ckpt", options.ckpt, "--seed", "77",
                           "--guidance", "1", "--sampling_steps", "24"])     # quick, and as often wrong
-model, rae, state, _ = sample.load_models(args, "cpu", encoder=True)
+try:
+    model, rae, state, _ = sample.load_models(args, "cpu", encoder=True)
+except (OSError, ValueError) as error:                      # no such file; one of classes
+    parser.error(str(error))
 
 
 # %% Draw, and have the images read

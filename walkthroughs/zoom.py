@@ -29,8 +29,11 @@ parser.add_argument("--out", default="zoom.png")
 options = parser.parse_args()
 
 # %% Originals and reconstructions, at the size of the first decoder's images
-states = [runtime.load_checkpoint(path) for path in options.checkpoints]
-models = [unpack_rae(state["rae"]) for state in states]
+try:
+    states = [runtime.load_checkpoint(path) for path in options.checkpoints]
+    models = [unpack_rae(state["rae"]) for state in states]
+except (OSError, ValueError, KeyError) as error:           # no such file; no autoencoder in it
+    parser.error(str(error))
 side = models[0].decoder.grid * models[0].decoder.patch
 val = open_data(options.data, side, split="val", hold_out=states[0]["args"].get("hold_out", 0))
 images = eval_fid.real_images(val, range(options.first, options.first + options.n))     # n H W 3
