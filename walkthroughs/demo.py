@@ -27,7 +27,7 @@ EXPECTED = {"reconstruction PSNR, dB": (27.9, ""), "guided: right colour, %": (9
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=600)
+parser.add_argument("--decoder_steps", type=int, default=1400)
 parser.add_argument("--dit_steps", type=int, default=2800)
 args = parser.parse_args()
 out, clock, minutes = args.out, time.time(), {}
@@ -69,7 +69,7 @@ def curve(draw, box, points, title):
 
 # %% Stage 1: a decoder over the shipped frozen encoder
 train("decoder", "train_decoder.py", "--out", out / "decoder", "--steps", args.decoder_steps,
-      "--feature", 0.3, "--eval_every", 0, "--preview_every", 0, "--workers", 0, "--overwrite")
+      "--eval_every", 0, "--preview_every", 0, "--workers", 0, "--overwrite")
 reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decoder/last.pt", "--n", 200)
 
 # %% Stage 2: a DiT^DH on its latents
@@ -86,8 +86,7 @@ rae, data = eval_fid.unpack_rae(runtime.load_checkpoint(out / "decoder/last.pt")
 train_decoder.reconstruction_picture(rae, eval_fid.real_images(data, range(12))).resize((1584, 264)).save(
     out / "reconstructions.png")
 sheet = Image.new("RGB", (1100, 380), "white")
-titles = (80, "decoder", "decoder: L1 + 0.3 x feature distance"), (630, "dit", "DiT^DH: squared error of x0")
-for x, name, title in titles:
+for x, name, title in ((80, "decoder", "decoder: L1 loss"), (630, "dit", "DiT^DH: squared error of x0")):
     rows = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     points = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     curve(ImageDraw.Draw(sheet), (x, 40, x + 440, 330), points, title)
