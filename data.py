@@ -126,7 +126,7 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
     """The images, listed and checked; data[k] reads number k = 0, 1, ... without end.
 
     specs: shapes, text, a folder (flat or of class folders), .tar shards, .jsonl; or several name=PATH:weight
-    size: side in pixels; seed: of order, crop and flip; crop: centre or random; flip: mirror half of them
+    size: side in pixels, None: as they are; seed: of order, crop and flip; crop: centre or random; flip: half
     split: train or val; hold_out: images of each source in val, not train, for any seed; 0: all are in both
     objects: count(s) of objects in scenes of shapes, labelled if 1. Raises ValueError, FileNotFoundError.
     chat: texts are conversations [(role, text), ...], those on shapes by chat(scene, rng); None: captions
@@ -196,7 +196,8 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
                     broken.append(path if size < 0 else f"{path}/{name}")
                     at = rng.integers(n)         # another image fills the place
             require(image or get_worker_info(), f"--data has {TRIES} broken images in a row: {broken}")
-            image = square(image or black, self.size, rng if self.crop == "random" else None)
+            if self.size:
+                image = square(image or black, self.size, rng if self.crop == "random" else None)
             image = np.array(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)
         text = texts[rng.integers(len(texts))][:]                # a copy
         text = [("user", text), ("assistant", "<image>")] if self.chat and isinstance(text, str) else text

@@ -1,30 +1,120 @@
-"""Measure: Fréchet distance in an encoder's features, verified accuracy on the shapes, PSNR and SSIM.
+"""Measure: FID and its kin, verified accuracy on the shapes, reconstructions, an encoder's linear probe.
 
     python eval_fid.py                                          the shipped model against held-out images
     python eval_fid.py --ckpt runs/dit/last.pt --n 720 --guidance 1
-    python eval_fid.py --reconstruct runs/decoder/last.pt --data photos/ --n 1000
+    python eval_fid.py --samples guided.npz --data VIRTUAL_imagenet256_labeled.npz
+    python eval_fid.py --reconstruct runs/decoder/last.pt --data photos/ --n 1000 --features inception
+    python eval_fid.py --save_stats photos.npz --data photos/ --size 256
+    python eval_fid.py --probe dinov2-b --data imagenet/ --hold_out 50000
 The training scripts call the same functions on their EMA weights: one road to each number.
 """
 import argparse
+import hashlib
 import json
+import struct
+import sys
 import time
+import zipfile
+from functools import partial
 from itertools import count, islice, permutations
 from pathlib import Path
 
+import lpips
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from scipy import ndimage
+from torchvision.models import Inception3
+from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 import runtime
 import sample
 from data import SHAPES_VAL, open_data
-from model import Encoder, pixel_statistics, unpack_rae
+from model import Encoder, fetching, pixel_statistics, unpack_rae
 from runtime import at_least
 from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"   # the same
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION[0]}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+KEPT = 10_000, 50_000          # feature rows that are kept of references and of samples: as ADM's suite has
+
+
+# ---------------------------------------------------------------------------------- features
+def resize_tf(x, side):        # b c h w; bilinear as in TensorFlow 1: no half-pixel centres, no antialias
+    for dim in (3, 2):
+        at = torch.arange(side, device=x.device) * (x.shape[dim] / side)
+        low, w = at.long(), (at - at.long()).view((-1, 1)[:4 - dim])
+        a, b = (x.index_select(dim, i.clamp(max=x.shape[dim] - 1)) for i in (low, low + 1))
+        x = a + (b - a) * w
+    return x
+
+
+class Inception(nn.Module):
+    """The network that defines FID: TensorFlow's Inception v3 of 2015-12-05, in torchvision's blocks.
+
+    path: its weights, either file of INCEPTION; None: of torch.hub's folder, or downloaded there.
+    forward: images b H W 3 uint8 -> pooled features b 2048; spatial ones b 2023, of sFID: 17 x 17 x the first
+        7 channels of TensorFlow's mixed_6/conv. logits: rows b 2048 -> b 1008, no bias, as in ADM's suite.
+    Source: arXiv 1512.00567, 1706.08500 (FID), 1606.03498 (IS), 2103.03841 (sFID); ADM's evaluator.py
+    Raises FileNotFoundError, and ValueError if the file is another (by sha256).
+    """
+    name, channels = "inception", 2048
+
+    def __init__(self, path=None):
+        super().__init__()
+        hub = Path(torch.hub.get_dir()) / "checkpoints"
+        path = Path(path or next((hub / x for x in INCEPTION if (hub / x).exists()), hub / INCEPTION[0]))
+        if not path.exists():
+            with fetching(f"no {path}", f"put {INCEPTION_URL} into {hub}, or name it by --inception"):
+                if path.parent != hub:
+                    raise FileNotFoundError
+                hub.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != INCEPTION_SHA256:
+            raise ValueError(f"{path} has sha256 {found[:8]}, not {INCEPTION_SHA256[:8]}: it is no copy of "
+                             f"{INCEPTION_URL}; get that one")
+        net = Inception3(1008, aux_logits=False, init_weights=False)
+        net.load_state_dict(torch.load(path, weights_only=True))
+        for name, block in net.named_children():           # the pools that torchvision has differently
+            if hasattr(block, "branch_pool"):
+                how = dict(kernel_size=3, stride=1, padding=1)
+                pool = partial(F.max_pool2d, **how) if name == "Mixed_7c" else \
+                    partial(F.avg_pool2d, **how, count_include_pad=False)
+                block._forward = partial(self.patched, block, block._forward, pool)
+        self.register_buffer("fc", net.fc.weight.detach())
+        self.net = create_feature_extractor(net.eval(), {"Mixed_6d.branch1x1": "spatial", "avgpool": "pool"})
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def patched(block, forward, pool, x):        # its branches, the last of which is pooled otherwise
+        return [*forward(x)[:-1], block.branch_pool(pool(x))]
+
+    def forward(self, images):
+        x = rearrange(images.to(self.fc.device), "b h w c -> b c h w").float()
+        maps = self.net((resize_tf(x, 299) - 128) / 128)
+        return maps["pool"].flatten(1), rearrange(maps["spatial"][:, :7], "b c h w -> b (h w c)")
+
+    def logits(self, rows):
+        return rows.to(self.fc.device) @ self.fc.T
+
+
+@torch.no_grad()
+def features(judge, images):
+    """Rows b c of uint8 images b H W 3, and spatial ones: of Inception, or an Encoder's mean tokens, None."""
+    if isinstance(judge, Inception):
+        return [x.cpu() for x in judge(images)]
+    device = next(judge.parameters(), torch.empty(0)).device           # pixels have none
+    x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
+    return judge.encode(resize(x, judge.image_size)).mean((2, 3)).cpu(), None
+
+
+def find_judge(name, path=None):                           # path: of Inception's weights
+    return Inception(path) if name == "inception" else Encoder(name)
 
 
 # ---------------------------------------------------------------------------------- Fréchet distance
@@ -77,16 +167,146 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 
-def distance(a, b):                                        # of the Moments of all processes
-    a.merge(), b.merge()
+class ImageSet:
+    """What images leave behind: moments of their features, rows of the first `most`, a fingerprint of pixels.
+
+    judge: Inception or Encoder. add(images: uint8 b H W 3, numbers: b), in any batches on any processes; then
+    merge(). pool, spatial: Moments; rows: n c and labels: n, by number; sha1: of all images, in any order;
+    side: (H, W); n: how many, None if statistics do not say.
+    """
+    def __init__(self, judge, most):
+        self.judge, self.most, self.sha1, self.side = judge, most, 0, None
+        self.pool, self.spatial = Moments(), Moments()
+        self.rows, self.numbers = [torch.empty(0)], [torch.empty(0, 2, dtype=torch.long)]
+
+    def add(self, images, numbers, labels=None):
+        numbers = torch.tensor([[*numbers], [*(labels or numbers)]]).T
+        rows, spatial = features(self.judge, images)
+        self.pool.add(rows)
+        spatial is None or self.spatial.add(spatial)
+        for kept, x in ((self.numbers, numbers), (self.rows, rows)):
+            kept.append(x[numbers[:, 0] < self.most])
+        self.side = tuple(images.shape[1:3])
+        self.sha1 += sum(int.from_bytes(hashlib.sha1(x.tobytes()).digest(), "big") for x in images.numpy())
+
+    def merge(self):
+        self.pool.merge(), self.spatial.merge()
+        if self.pool.n < 2:
+            raise ValueError(f"{self.pool.n} image is too few to measure a distance; give at least 2")
+        parts = gather((torch.cat(self.numbers), torch.cat(self.rows), self.sha1, self.side))
+        numbers, rows, sha1, sides = zip(*parts)
+        order = (numbers := torch.cat(numbers))[:, 0].argsort()
+        self.rows, self.labels, self.n = torch.cat(rows)[order], numbers[order, 1], self.pool.n
+        self.side, self.sha1 = next(filter(None, sides)), f"{sum(sha1) % 16 ** 40:040x}"[:12]
+        return self
+
+    def save(self, path):                        # mu, sigma, mu_s, sigma_s: ADM's names
+        spatial = dict(mu_s=self.spatial.mean, sigma_s=self.spatial.cov) if self.spatial.n else {}
+        kept = dict(mu=self.pool.mean, sigma=self.pool.cov, rows=self.rows, n=self.pool.n, side=self.side,
+                    features=self.judge.name, **spatial)
+        runtime.whole_file(path, lambda f: np.savez(f, **kept))
+
+
+def inception_score(logits, splits=10):
+    """exp(mean KL(p(y|x) || p(y))) of logits n k: mean and standard deviation over `splits` parts of them.
+
+    Source: arXiv 1606.03498. The order is torch-fidelity's, so that images sorted by class do no harm.
+    """
+    logits = torch.as_tensor(logits).double()[np.random.RandomState(2020).permutation(len(logits))]
+    ends = [len(logits) * i // splits for i in range(1, splits)]
+    scores = [(p * (p.log() - p.mean(0).log())).sum(1).mean().exp() for p in
+              (x.softmax(1).clamp(min=1e-300) for x in logits.tensor_split(ends) if len(x))]
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Shares of fake in the manifold of real, and of real in that of fake: rows n c and m c.
+
+    Manifold: the balls around all rows that reach to the k-th nearest other one. In blocks, of 1000 rows.
+    Source: arXiv 1904.06991, as in ADM's suite.
+    """
+    def covered(rows, by):
+        radii = torch.cat([torch.cdist(x, by).kthvalue(min(k + 1, len(by))).values for x in by.split(1000)])
+        return sum(int((torch.cdist(x, by) <= radii).any(1).sum()) for x in rows.split(1000)) / len(rows)
+    return covered(fake, real), covered(real, fake)
+
+
+def kernel_distance(real, fake, subsets=100, size=1000):
+    """Unbiased squared MMD of rows n c and m c under (x.y / c + 1)^3: mean and deviation over subsets (KID).
+
+    Source: arXiv 1801.01401; the subsets are torch-fidelity's. size: at most that of the smaller set.
+    """
+    rng, found, m = np.random.RandomState(2020), [], min(size, len(real), len(fake))
+    for _ in range(subsets):
+        y, x = (rows[rng.choice(len(rows), m, replace=False)] for rows in (fake, real))
+        xx, yy, xy = (((a @ b.T).double() / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = sum(z.sum() - z.trace() for z in (xx, yy)) / (m * (m - 1))
+        found.append(float(within - 2 * xy.mean()))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def extrapolate(real, fake, path):
+    """Fréchet distance at ten sample sizes and, by the line through them in 1/n, for n without end; a plot.
+
+    Source: arXiv 1911.07023. Sizes reach from a tenth of n, or twice the dimension if there are so many.
+    """
+    rows, rng, points = fake.rows.double(), np.random.default_rng(0), []
+    low = max(len(rows) / 10, min(2 * rows.shape[1], len(rows) / 2))
+    for n in np.linspace(low, len(rows), 10).astype(int).tolist():
+        part = rows[rng.permutation(len(rows))[:n]]
+        points.append((n, frechet_distance(part.mean(0), part.T.cov(), real.pool.mean, real.pool.cov)))
+    x, y = 1 / np.array(points)[:, 0], np.array(points)[:, 1]
+    slope, end = np.polyfit(x, y, 1).tolist()
+    import matplotlib.pyplot as plt                        # of requirements-dev.txt
+    figure, panel = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    panel.plot(x, y, "o", [0, x.max()], [end, end + slope * x.max()], "-")
+    panel.set(xlabel="1 / n", ylabel=f"Fréchet distance ({fake.judge.name})",
+              title=f"{y[-1]:.3f} of n = {points[-1][0]}, {end:.3f} without end")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return dict(curve=points, extrapolated=end)
+
+
+def compare(real, fake, curve=None):
+    """All distances of ImageSet fake to ImageSet real, by name: a dict, the same on all processes."""
+    same_side(real.side, fake.side)
+    inception, found = isinstance(fake.judge, Inception), {}
+    name, kernel = ("fid", "kid") if inception else ("frechet_distance", "kernel_distance")
+    found[name] = distance(real.pool, fake.pool)
+    if real.spatial.n:
+        found["sfid"] = distance(real.spatial, fake.spatial)
+    if inception:
+        logits = torch.cat([fake.judge.logits(x).cpu() for x in fake.rows.split(1000)])
+        found["inception_score"], found["inception_score_std"] = inception_score(logits)
+    if len(real.rows):
+        found["precision"], found["recall"] = precision_recall(real.rows, fake.rows)
+        found[kernel], found[f"{kernel}_std"] = kernel_distance(real.rows, fake.rows)
+    found |= extrapolate(real, fake, curve) if curve else {}
+    return found | dict(reference_sha1=real.sha1, samples_sha1=fake.sha1)
+
+
+def distance(a, b):                                        # of Moments
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
-def features(encoder, images):
-    """Mean-pooled tokens of uint8 images b H W 3, at the side that the encoder takes: b c."""
-    device = next(encoder.parameters(), torch.empty(0)).device         # pixels have none
-    x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
-    return encoder.encode(resize(x, encoder.image_size)).mean((2, 3)).cpu()
+def same_side(a, b):                                       # (H, W) or None, unknown
+    if a and b and a != b:
+        raise ValueError(f"images of {a[0]} x {a[1]} and {b[0]} x {b[1]} pixels can't be compared; crop the "
+                         f"reference by --size, or resize one of them")
+
+
+def gather(x):
+    """The objects x of all processes, in a list."""
+    parts = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+def total(x):
+    """Sum of a tensor over processes."""
+    return runtime.all_mean(x) * (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 # ---------------------------------------------------------------------------------- pairs of images
@@ -195,23 +415,125 @@ def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
                 answers_on_images=seen, answers_on_own_latents=drawn)
 
 
-# ---------------------------------------------------------------------------------- evaluations
-def gather(x):
-    """The objects x of all processes, in a list."""
-    parts = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(parts) > 1:
-        dist.all_gather_object(parts, x)
-    return parts
-
-
-def total(x):
-    """Sum of a tensor over processes."""
-    return runtime.all_mean(x) * (dist.get_world_size() if dist.is_initialized() else 1)
-
-
+# ---------------------------------------------------------------------------------- images
 def real_images(data, numbers):
-    """Images of open_data by number: uint8 b H W 3."""
-    return rearrange(torch.stack([data[k]["image"] for k in numbers]), "b c h w -> b h w c")
+    """Images of open_data or Arrays by number: uint8 b H W 3. ValueError if one is broken or sizes differ."""
+    return stack([data[k] for k in numbers])
+
+
+def stack(items):
+    if broken := [name for item in items for name in item.get("broken", ())]:
+        raise ValueError(f"broken images can't be measured: {' '.join(broken)}; remove or mend them")
+    if len(sizes := {tuple(item["image"].shape[1:]) for item in items}) > 1:
+        raise ValueError(f"images of different sizes, {sizes}; --size centre-crops those of --data")
+    return rearrange(torch.stack([item["image"] for item in items]), "b c h w -> b h w c")
+
+
+class Arrays:
+    """The images of an .npz, arr_0: n H W 3, uint8 or floats in [0,1], as sample.py and ADM's suite write it.
+
+    Mapped into memory rather than read, unless it is compressed. Raises ValueError for anything else.
+    """
+    class_names, rows = [], [None]
+
+    def __init__(self, path):
+        if not self.inside(path):
+            raise ValueError(f"{path} has neither arr_0 nor mu and sigma; write images by np.savez")
+        with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+            info = z.getinfo("arr_0.npy")
+            with z.open(info) as head:
+                np.lib.format.read_magic(head)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+                skip = head.tell()
+            f.seek(info.header_offset + 26)                            # the lengths of name and extra field
+            skip += info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
+        stored = info.compress_type == zipfile.ZIP_STORED
+        self.images = np.memmap(path, dtype, "r", skip, shape) if stored else np.load(path)["arr_0"]
+        self.path = path
+        if len(shape) != 4 or shape[3] != 3 or not (dtype == np.uint8 or dtype.kind == "f"):
+            raise ValueError(f"{path} has arr_0 of {shape}, {dtype}; images are n H W 3, uint8 or floats")
+
+    @staticmethod
+    def inside(path):
+        return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, k):
+        image = np.array(self.images[k])
+        if image.dtype != np.uint8 and not 0 <= image.min() <= image.max() <= 1:      # nan, too
+            raise ValueError(f"{self.path} has floats of {image.min():.3g} to {image.max():.3g}; scale them "
+                             f"to [0,1], or store uint8")
+        image = image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
+        return dict(image=torch.from_numpy(image).permute(2, 0, 1))
+
+
+def image_set(data, n, judge, most, rank=0, world=1, batch=72):
+    """The merged ImageSet of the first n images of open_data or Arrays."""
+    found = ImageSet(judge, most)
+    for chunk in tqdm(sample.share(n, rank, world, batch), "images", leave=False, disable=rank > 0 or None):
+        items = [data[k] for k in chunk]
+        found.add(stack(items), chunk, [item.get("label", 0) for item in items])
+    return found.merge()
+
+
+def is_npz(specs):
+    return len(specs) == 1 and specs[0].endswith(".npz")
+
+
+def open_images(specs, size=None, hold_out=0, **how):
+    """What --data and --samples name: an .npz as it is, else open_data, cropped to `size` unless None."""
+    if not is_npz(specs):
+        return open_data(specs, size, split="val", hold_out=hold_out, **how)
+    if not Path(specs[0]).exists():
+        raise FileNotFoundError(f"{specs[0]} does not exist; give an .npz, a folder or tars")
+    return Arrays(specs[0])
+
+
+def load_statistics(path, judge):
+    """ImageSet of an .npz with mu and sigma: of ImageSet.save, ADM's suite, pytorch-fid. None without them.
+
+    Raises ValueError if they are another network's."""
+    with np.load(path) as f:
+        if "mu" not in f:
+            return None
+        name, c = str(f["features"]) if "features" in f else "inception", len(f["mu"])
+        if (name, c) != (judge.name, judge.channels):
+            raise ValueError(f"{path} has statistics of {c} features of {name}, not the {judge.channels} of "
+                             f"{judge.name}; give --features {name}, or other statistics")
+        found = ImageSet(judge, 0)
+        n = found.n = int(f["n"]) if "n" in f else None    # ADM's do not say
+        for moments, mu, sigma in ((found.pool, "mu", "sigma"), (found.spatial, "mu_s", "sigma_s")):
+            if mu in f:
+                mean, cov = (torch.from_numpy(f[x]).double() for x in (mu, sigma))
+                moments.join(n or 2, mean, cov * ((n or 2) - 1))
+        found.rows = torch.from_numpy(f["rows"]) if "rows" in f else torch.empty(0)
+        found.side = tuple(f["side"].tolist()) if "side" in f else None
+        found.sha1 = hashlib.sha1(f["mu"].tobytes() + f["sigma"].tobytes()).hexdigest()[:12]
+    return found
+
+
+def reference(specs, size, judge, n=None, **share):
+    """ImageSet of --data: statistics, or all (or the first n) of its images. ADM's file has both."""
+    real = load_statistics(specs[0], judge) if is_npz(specs) and Path(specs[0]).exists() else None
+    if real is None or Arrays.inside(specs[0]) and not len(real.rows):
+        data = open_images(specs, size)
+        own = image_set(data, min(n or len(data), len(data)), judge, KEPT[0], **share)
+        if real is None:
+            return own
+        real.rows, real.side = own.rows, own.side          # for precision and recall
+    return real
+
+
+def check_features(p, args, flag):                         # of --features and the like
+    name = getattr(args, flag) or "inception"
+    try:
+        name == "inception" or pixel_statistics(name)
+    except ValueError as error:
+        p.error(str(error).replace("--encoder", f"--{flag}"))
+    if name.startswith("vae") or getattr(args, flag) == "inception" and flag == "probe":
+        p.error(f"--{flag} {name} can't be used here; give an encoder with weights")
 
 
 def check_n(args, val):
@@ -229,30 +551,41 @@ def check_side(args, val, side):                           # of the decoder's im
                          f"--size or --decoder_patch, or give --eval_every 0")
 
 
+# ---------------------------------------------------------------------------------- evaluations
 def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, weak=None, dtype="fp32",
-                        judge=None):
-    """Fréchet distance of n generated to n held-out images, and verified accuracy on the shapes.
+                        judge=None, real=None, curve=None):
+    """Distances of n generated images to n held-out ones, and verified accuracy on the shapes.
 
     model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
-    judge: the Encoder of whose features the distance is, by default the RAE's own.
-    Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all processes.
+    judge: Inception or an Encoder, whose features are taken, by default the RAE's own. real: an ImageSet in
+    place of val. Labels are balanced: image i has class i % num_classes. Returns a dict, on all processes.
     """
-    real, fake, counts = Moments(), Moments(), torch.zeros(3, dtype=torch.float64)
-    judge = judge or rae.encoder
+    judge, counts = judge or rae.encoder, torch.zeros(3, dtype=torch.float64)
+    verified = val is not None and val.class_names == CLASSES
+    fake, own = ImageSet(judge, KEPT[1]), None if real else ImageSet(judge, KEPT[0])
     for chunk in tqdm(sample.share(n, rank, world, batch), "evaluate", leave=False, disable=rank > 0 or None):
         labels = [i % model.num_classes for i in chunk]
         images = sample.generate(model, rae, labels, args, chunk, weak, dtype)
-        fake.add(features(judge, images))
-        real.add(features(judge, real_images(val, chunk)))
-        if val.class_names == CLASSES:
+        fake.add(images, chunk)
+        own and own.add(real_images(val, chunk), chunk)
+        if verified:
             counts += verify(images, labels)
-    metrics = dict(n=n, guidance=args.guidance, sampling_steps=args.sampling_steps, solver=args.solver,
-                   frechet_distance=distance(real, fake))
+    fake.merge(), own and own.merge()
+    metrics = dict(n=n, labels="balanced", guidance=args.guidance, sampling_steps=args.sampling_steps,
+                   solver=args.solver, **compare(real or own, fake, curve))
     found = zip(("right_colour", "right_colour_and_shape", "unsure"), (total(counts) / n).tolist())
-    return metrics | dict(found if val.class_names == CLASSES else {})
+    return metrics | dict(found if verified else {})
 
 
 @torch.no_grad()
+def reconstruct(rae, images, dtype="fp32"):
+    """Uint8 images b H W 3 and their reconstructions, both of the decoder's side: two b 3 S S in [0,1]."""
+    x = rearrange(images, "b h w c -> b c h w").to(device := rae.pixel_mean.device).float() / 255
+    with runtime.autocast(device, dtype):
+        back = rae.decode(rae.encode(resize(x, rae.encoder.image_size))).float()
+    return resize(x, back.shape[-1]), back
+
+
 def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32", domain=0, vgg=None,
                             judge=None):
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images. Returns a dict.
@@ -260,26 +593,66 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     domain: the source of a mixture that they are of. readable: of scenes, the share that read_scene reads as
     before; of text, of its letters. vgg: lpips.LPIPS, for the distance of that name. judge: as above.
     """
-    device, real, fake, judge = rae.pixel_mean.device, Moments(), Moments(), judge or rae.encoder
+    judge = judge or rae.encoder
+    real, fake, sums = ImageSet(judge, 0), ImageSet(judge, 0), torch.zeros(4, dtype=torch.float64)
     built_in = val.rows[domain] in (Scene, Text)
-    numbers = [*islice((k for k in count() if val.place(k)[0] == domain), n)]
-    sums = torch.zeros(4, dtype=torch.float64)
+    mine = (k for k in count() if isinstance(val, Arrays) or val.place(k)[0] == domain)
+    numbers = [*islice(mine, n)]
     for chunk in tqdm(sample.share(n, rank, world, batch), "evaluate", leave=False, disable=rank > 0 or None):
         chunk = [numbers[k] for k in chunk]
-        x = rearrange(real_images(val, chunk), "b h w c -> b c h w").to(device).float() / 255
-        with runtime.autocast(device, dtype):
-            back = rae.decode(rae.encode(resize(x, rae.encoder.image_size))).float()
-        x = resize(x, back.shape[-1])                                  # judged at the decoder's size
-        sums[2] += vgg(x, back, normalize=True).sum().cpu() if vgg else 0
+        x, back = reconstruct(rae, real_images(val, chunk), dtype)
+        if vgg:
+            with torch.no_grad():
+                sums[2] += vgg(x, back, normalize=True).sum().cpu()
         images, back = (rearrange((y * 255).round().byte(), "b c h w -> b h w c").cpu() for y in (x, back))
         sums[:2] += torch.stack([psnr(images, back).sum(), ssim(images, back).sum()])
         for k, a, b in zip(chunk, images.numpy(), back.numpy()) if built_in else ():
             sums[3] += readable(val.drawn(k), a, b)
-        real.add(features(judge, images))
-        fake.add(features(judge, back))
-    values = (total(sums) / n).tolist()
-    metrics = dict(n=n, psnr=values[0], ssim=values[1], frechet_distance=distance(real, fake))
-    return metrics | dict([("lpips", values[2])] * bool(vgg) + [("readable", values[3])] * built_in)
+        real.add(images, chunk), fake.add(back, chunk)
+    values, name = (total(sums) / n).tolist(), "rfid" if isinstance(judge, Inception) else "frechet_distance"
+    apart = distance(real.merge().pool, fake.merge().pool)
+    metrics = {"n": n, "psnr": values[0], "ssim": values[1], name: apart}
+    return metrics | dict([("lpips", values[2])] * bool(vgg) + [("readable", values[3])] * built_in,
+                          reference_sha1=real.sha1, samples_sha1=fake.sha1)
+
+
+def load_lpips():
+    """LPIPS on VGG-16 (arXiv 1801.03924), frozen. Raises FileNotFoundError without its weights."""
+    with fetching("no weights of VGG-16", f"put download.pytorch.org/models/vgg16-397923af.pth into "
+                  f"{torch.hub.get_dir()}/checkpoints/, or do without --lpips and --gram"):
+        return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+
+
+def linear_probe(x, y, x_test, y_test, classes, steps=1500):
+    """Accuracy on x_test n c, y_test n of a linear classifier of rows x m c, labels y m (AdamW, fp32)."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        probe = nn.Linear(x.shape[1], classes)
+        opt = torch.optim.AdamW(probe.parameters(), lr=1e-2, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (min(1000, len(x)),))
+            opt.zero_grad()
+            F.cross_entropy(probe(x[rows]), y[rows]).backward()
+            opt.step()
+            schedule.step()
+    return (probe(x_test).argmax(1) == y_test).float().mean().item()
+
+
+def evaluate_probe(args, device, share):
+    """Accuracy of a linear probe of an encoder's mean-pooled tokens, on held-out images. [RAE] table 1d"""
+    encoder, built_in = Encoder(args.probe, args.size).to(device), not args.data
+    specs = args.data or ["shapes"]
+    how = dict(hold_out=0 if built_in else args.hold_out, objects=1)
+    parts = [open_data(specs, encoder.image_size, split=split, **how) for split in ("train", "val")]
+    if not parts[0].labelled:
+        raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
+    n = (args.n or 6000, args.hold_out or 3000) if built_in else (args.n or len(parts[0]), args.hold_out)
+    a, b = (image_set(data, count, encoder, count, **share) for data, count in zip(parts, n))
+    accuracy = linear_probe(a.rows, a.labels, b.rows, b.labels, parts[0].num_classes)
+    return dict(probe=args.probe, n=n[0], held_out=n[1], accuracy=accuracy)
 
 
 def readable(seen, image, back):
@@ -296,72 +669,137 @@ def resize(images, side):                                  # b 3 H W in [0,1], a
 
 
 def one_line(metrics):
-    return " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+    parts = {k: v for k, v in metrics.items() if not k.endswith("sha1")}.items()
+    return " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in parts)
 
 
 # ---------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2) instead")
-    p.add_argument("--shapes_eval", action="store_true", help="300 prompts for train_t2i.py's model")
-    p.add_argument("--data", nargs="+", help="reference images; default: those that it was trained on")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--samples", nargs="+", help="measure these images: a folder, tars, or .npz with arr_0")
+    what.add_argument("--reconstruct", metavar="CKPT", help="measure this autoencoder (of stage 1 or 2)")
+    what.add_argument("--shapes_eval", action="store_true", help="300 prompts for train_t2i.py's model")
+    what.add_argument("--probe", metavar="ENCODER", help="accuracy of a linear classifier of its tokens")
+    what.add_argument("--save_stats", metavar="X.npz", help="write the statistics of --data: later --data")
+    p.add_argument("--data", nargs="+", help="reference images, or .npz of statistics; default: as trained")
+    p.add_argument("--size", type=at_least(1), help="side to centre-crop --data to, px; default: as it is")
     p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
-    p.add_argument("--n", type=at_least(2), help="images; few bias the distance; default: up to 720")
-    p.add_argument("--features", help="encoder whose features the distance is of; default: the model's own")
+    p.add_argument("--n", type=at_least(2), help="images; default: all samples, of a model up to 720")
+    p.add_argument("--features", help="inception, or an encoder; default: the model's, of files inception")
+    p.add_argument("--inception", metavar="PATH", help=f"{INCEPTION[0]}; default: download, once")
+    p.add_argument("--lpips", action="store_true", help="with --reconstruct: that distance, too (VGG-16)")
+    p.add_argument("--curve", metavar="X.png", help="distances at growing n, and for n without end; a plot")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
     args = sample.parse_model_args(p, argv, "shapes_eval")
-    if args.shapes_eval and (args.reconstruct or args.data or (args.n or 6) < 6):
-        p.error("--shapes_eval needs neither --reconstruct nor --data, and --n of at least 6")
-    if args.features and args.shapes_eval:
-        p.error("--shapes_eval reads what is drawn; --features is of the Fréchet distance, leave one out")
-    try:
-        args.features and pixel_statistics(args.features)
-    except ValueError as error:
-        p.error(str(error).replace("--encoder", "--features"))
-    if (args.features or "").startswith("vae"):
-        p.error(f"--features {args.features} is untrained; give an encoder with weights")
+    if args.shapes_eval and (args.data or (args.n or 6) < 6):
+        p.error("--shapes_eval needs no --data, and --n of at least 6")
+    if args.features and (args.shapes_eval or args.probe):
+        p.error("--features is of distances, which --shapes_eval and --probe have none of; leave it out")
+    if (args.samples or args.save_stats) and not args.data:
+        p.error("--samples and --save_stats need --data, the reference")
+    if args.curve and (args.reconstruct or args.shapes_eval or args.probe or args.save_stats):
+        p.error("--curve is of generated images or --samples; leave it out")
+    if args.lpips and not args.reconstruct:
+        p.error("--lpips compares pairs of images; it needs --reconstruct")
+    if args.probe and args.data and not args.hold_out:
+        p.error("--probe with --data needs --hold_out, the number of images to test on")
+    check_features(p, args, "features"), check_features(p, args, "probe")
     if args.release and args.reconstruct:
         p.error("--release and --reconstruct exclude each other; leave one out")
     if args.release and not args.data and not args.shapes_eval:
         p.error(f"--release {args.release} needs --data: a folder or tars of ImageNet, its reference images")
+    if not args.features and (args.samples or args.save_stats or args.release):
+        args.features = "inception"
     return args
 
 
-def main(args):
-    rank, world, device = runtime.setup()
-    start, path = time.time(), args.reconstruct or args.ckpt
-    state, val = runtime.load_checkpoint(path) if args.reconstruct else {}, None
-    if args.reconstruct and "rae" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one")
+def caution(n, channels, wanted):                          # what a reader of the number should know
+    for wrong, text in ((n < 10_000, f"distances of {n} images come out too large"),
+                        (n <= channels, f"{n} images give no full covariance of {channels} features"),
+                        (n != wanted, f"the reference's protocol has {wanted} images, not {n}")):
+        if wrong:
+            print(f"warning: {text}; compare with the same n alone (--curve: by how much)", file=sys.stderr)
+
+
+def evaluate_files(args, judge, share):
+    """Distances of --samples to --data; or the statistics of --data, to a file."""
+    endless, samples = {*args.data} & {"shapes", "text"}, args.samples and open_images(args.samples)
+    n = args.n or (len(samples) if samples else None)
+    if samples and n > len(samples):
+        raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n {len(samples)}")
+    if samples and not args.size and Arrays.inside(args.data[0]):       # told before anything is computed
+        same_side(Arrays(args.data[0]).images.shape[1:3], tuple(samples[0]["image"].shape[1:]))
+    count = n or 10_000 if endless else None if samples else n
+    real = reference(args.data, args.size or (64 if endless else None), judge, count, **share)
+    if args.save_stats:
+        share["rank"] == 0 and real.save(args.save_stats)
+        return dict(n=real.pool.n, save_stats=args.save_stats, reference_sha1=real.sha1), real
+    fake = image_set(samples, n, judge, KEPT[1], **share)
+    return dict(n=n, samples=" ".join(args.samples), **compare(real, fake, args.curve)), real
+
+
+def evaluate_model(args, judge, device, share):
+    """Distances of what a checkpoint draws or reconstructs to held-out images or --data; or ShapesEval."""
+    path, state = args.reconstruct or args.ckpt, {}
+    if args.reconstruct:
+        state = runtime.load_checkpoint(path)
+        if "rae" not in state:
+            raise ValueError(f"{path} is no checkpoint of train_decoder.py or train_dit.py; give one")
     stage1 = args.reconstruct and "num_classes" not in state           # it sees scenes of 1 to 4 objects
-    split = dict(split="val", objects=(1, 2, 3, 4) if stage1 else 1)
-    if args.data:                                                      # told before any model is loaded
-        val = open_data(args.data, 64, hold_out=args.hold_out or 0, **split)
+    how = dict(objects=(1, 2, 3, 4) if stage1 else 1)
+    whole = bool(args.data) and is_npz(args.data) and not args.reconstruct
+    given = args.data and not whole                                    # told before any model is loaded
+    val = open_images(args.data, 64, args.hold_out or 0, **how) if given else None
     if args.reconstruct:
         rae = unpack_rae(state["rae"]).to(device)
     else:
         model, rae, state, weak = sample.load_models(args, device, encoder=True)
     if args.shapes_eval:
-        metrics = evaluate_prompts(model, rae, args, args.n or 4 * len(shapes_eval()), rank, world)
-    else:
-        if val is None:
-            hold_out = state["args"].get("hold_out", 0) if args.hold_out is None else args.hold_out
-            val = open_data(state["args"]["data"], 64, hold_out=hold_out, **split)
-        val.size = max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
-        n = args.n or min(720, len(val))
+        return evaluate_prompts(model, rae, args, args.n or 4 * len(shapes_eval()), share["rank"],
+                                share["world"]), None, None
+    judge, side = judge or rae.encoder, max(rae.decoder.grid * rae.decoder.patch, state["rae"]["size"])
+    real = reference(args.data, None, judge, **share) if whole else None
+    if val is None and not whole:
+        hold_out = state["args"].get("hold_out", 0) if args.hold_out is None else args.hold_out
+        val = open_data(state["args"]["data"], side, split="val", hold_out=hold_out, **how)
+    n = args.n or (720 if whole else min(720, len(val)))
+    if val is not None:
+        val.size = side
         if n > len(val):
             raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n {len(val)}")
-        more = dict(rank=rank, world=world, batch=args.batch, dtype=args.dtype,
-                    judge=args.features and Encoder(args.features).to(device))
-        if args.reconstruct:
-            parts = [evaluate_reconstruction(rae, val, min(n, len(order)), domain=i, **more)
-                     for i, order in enumerate(val.order)]
-            metrics = parts[0] if len(parts) == 1 else dict(zip(val.domains, parts))
-        else:
-            metrics = evaluate_generation(model, rae, val, args, n, weak=weak, **more)
-        metrics |= dict(features=args.features or state["rae"]["encoder"])
-    metrics |= dict(checkpoint=str(path), seed=args.seed, commit=runtime.git_commit())
+    if args.reconstruct:
+        vgg = load_lpips().to(device) if args.lpips else None
+        orders = getattr(val, "order", [val])
+        parts = [evaluate_reconstruction(rae, val, min(n, len(order)), domain=i, vgg=vgg, judge=judge,
+                                         dtype=args.dtype, **share) for i, order in enumerate(orders)]
+        metrics = parts[0] if len(parts) == 1 else dict(zip(val.domains, parts))
+    else:
+        real and same_side(real.side, (side, side))
+        metrics = evaluate_generation(model, rae, val, args, n, weak=weak, judge=judge, real=real,
+                                      dtype=args.dtype, curve=args.curve, **share)
+        metrics |= dict(interval=[*args.interval], release_grid=args.release_grid, weights=args.weights)
+    metrics |= dict(checkpoint=str(path), seed=args.seed, dtype=args.dtype,
+                    reference=" ".join(args.data or state["args"]["data"]))
+    return metrics, real, judge
+
+
+def main(args):
+    rank, world, device = runtime.setup()
+    start, share = time.time(), dict(rank=rank, world=world, batch=args.batch)
+    judge, real = find_judge(args.features, args.inception).to(device) if args.features else None, None
+    if args.probe:
+        metrics = evaluate_probe(args, device, share)
+    elif args.samples or args.save_stats:
+        metrics, real = evaluate_files(args, judge, share)
+    else:
+        metrics, real, judge = evaluate_model(args, judge, device, share)
+    if judge and rank == 0 and not args.save_stats and "n" in metrics:
+        caution(n := metrics["n"], judge.channels, min(real.n or 50_000, 50_000) if real else n)
+    if judge:
+        metrics |= dict(features=judge.name, reference_n=real.n if real else metrics.get("n"))
+    metrics |= dict(commit=runtime.git_commit(), torch=torch.__version__, device=device.type)
     if rank == 0:
         for key, value in metrics.items():
             print(f"{key:>24}  {value:.4f}" if isinstance(value, float) else f"{key:>24}  {value}")

@@ -8,6 +8,7 @@ Image i is a function of (seed, i), not of the batch or the processes; a killed 
 """
 import argparse
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -227,14 +228,14 @@ def parse_model_args(p, argv, text):
     p.add_argument("--best_of", type=at_least(1), default=1, help="candidates for each image of a prompt")
     p.add_argument("--verifier", choices=VERIFIERS, default="answer", help="by what it chooses, in latents")
     args = p.parse_args(argv)
-    p.set_defaults(text=bool(getattr(args, text)))
+    p.set_defaults(text=bool(getattr(args, text) or getattr(args, "prompts", None)))
     if args.release in RELEASES:
         p.set_defaults(ckpt=args.release, weak_ckpt=f"{args.release}/guide", solver="euler",
                        sampling_steps=50, guidance=RELEASES[args.release][-1])
     elif args.release:
         p.set_defaults(ckpt=args.release, solver="euler", sampling_steps=50, guidance=1.0)
     else:
-        p.set_defaults(ckpt=str(ASSETS / f"tiny_{'t2i' if getattr(args, text) else 'dit'}.safetensors"))
+        p.set_defaults(ckpt=str(ASSETS / f"tiny_{'t2i' if p.get_default('text') else 'dit'}.safetensors"))
     args = p.parse_args(argv)
     check_sampling_flags(p, args, "release")
     if args.best_of > 1 and not args.text:
@@ -252,11 +253,15 @@ def parse_args(argv=None):
     p.add_argument("--labels", nargs="+", type=lambda name: name.replace(" ", "_"), help="class ids, names, "
                    "balanced (in turn), random or none (unconditional); default balanced, of a release eight")
     p.add_argument("--prompt", nargs="+", help="texts to draw instead of --labels, each in quotes")
+    p.add_argument("--prompts", metavar="PATH", help="GenEval's .jsonl or DPG-Bench's folder of .txt: 4 "
+                   "images each, into a folder --out as their scorers read it")
     p.add_argument("--n", type=at_least(1), help="number of images (default: 3 for each label or prompt)")
     p.add_argument("--out", default="samples.png", help="X.png: grid; X.npz: arr_0, labels; else PNG folder")
     args = parse_model_args(p, argv, "prompt")
-    if args.prompt and args.labels:
-        p.error("--prompt and --labels exclude each other; leave one out")
+    if bool(args.prompt) + bool(args.labels) + bool(args.prompts) > 1:
+        p.error("--prompt, --prompts and --labels exclude each other; give one")
+    if args.prompts and (args.n or Path(args.out).suffix):
+        p.error("--prompts draws 4 images each into a folder; leave --n out, and give --out FOLDER")
     if bad := [text for text in args.prompt or () if not text.strip() or "<image>" in text]:
         p.error(f"--prompt {bad[0]!r} must say what to draw, in words and without <image>")
     args.labels = args.labels or ("207 360 387 974 88 979 417 279".split() if args.release else ["balanced"])
@@ -280,18 +285,48 @@ def parse_labels(labels, class_names, dropout):
     return [known[label] for label in labels]
 
 
+def read_prompts(path):
+    """(name, prompt, line) of each of GenEval's evaluation_metadata.jsonl; DPG-Bench's *.txt, line: None."""
+    path = Path(path)
+    if path.is_dir():
+        found = [(file.stem, file.read_text("utf-8").strip(), None) for file in sorted(path.glob("*.txt"))]
+    else:
+        try:
+            lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+            found = [(f"{i:05d}", json.loads(line)["prompt"], line) for i, line in enumerate(lines)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--prompts {path}: {error!r}; every line must be JSON with a prompt") from None
+    if bad := [name for name, text, _ in found if not text or "<image>" in text] or [path] * (not found):
+        raise ValueError(f"--prompts {path}: no prompt in {bad[0]}; give a .jsonl, or a folder of .txt")
+    return found
+
+
+def finish_prompts(parts, suite):
+    """GenEval: NAME/metadata.jsonl beside NAME/samples/0000.png to 0003.png; DPG-Bench: NAME.png, 2 x 2."""
+    for name, _, line in suite:
+        files = sorted((parts / name / "samples").iterdir())
+        if line is not None:
+            runtime.whole_file(parts / name / "metadata.jsonl", lambda f: f.write(f"{line}\n".encode()))
+        elif files:
+            tiles = np.stack([Image.open(file) for file in files])     # 4 h w c
+            sheet = Image.fromarray(rearrange(tiles, "(r s) h w c -> (r h) (s w) c", r=2))
+            runtime.whole_file(parts / f"{name}.png", lambda f: sheet.save(f, "png"))
+            shutil.rmtree(parts / name)
+
+
 def main(args):
     rank, world, device = runtime.setup()
     out, start, folder = Path(args.out), time.time(), Path(args.out).suffix not in (".png", ".npz")
     if out.is_dir() or folder and out.exists():
         raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+    suite = read_prompts(args.prompts) if args.prompts else []
     model, rae, state, weak = load_models(args, device)
-    names = args.prompt or [*state["class_names"], "none"]
-    ids = range(len(names)) if args.prompt else \
+    names = args.prompt or [text for _, text, _ in suite] or [*state["class_names"], "none"]
+    ids = range(len(names)) if args.text else \
         parse_labels(args.labels, names[:-1], state["args"]["class_dropout"])
-    if rank == 0 and args.prompt and (cut := sum(a != b for a, b in zip(names, model.fit(names)))):
+    if rank == 0 and args.text and (cut := sum(a != b for a, b in zip(names, model.fit(names)))):
         print(f"{cut} prompts are longer than the model's context of {model.context} tokens allows, and cut")
-    n = args.n or 3 * len(ids)
+    n = args.n or (4 if suite else 3) * len(ids)
     if args.labels == ["random"]:
         ids = np.random.default_rng((args.seed, 0, 0, 1)).integers(len(ids), size=n)
     labels = np.resize(ids, n)                             # in turn
@@ -301,14 +336,19 @@ def main(args):
     parts = out.with_name(f"{out.name}.{hashlib.sha1(repr(own).encode()).hexdigest()[:8]}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     files = [parts / f"{i:06d}.png" for i in range(n)]
+    if suite:
+        files = [parts / suite[i % len(ids)][0] / "samples" / f"{i // len(ids):04d}.png" for i in range(n)]
+    for file in files[:len(suite)]:
+        file.parent.mkdir(parents=True, exist_ok=True)
     for chunk in tqdm(share(n, rank, world, -(-args.batch // args.best_of)), disable=rank > 0 or None):
         if chunk := [i for i in chunk if not files[i].exists()]:
-            what = [names[i] for i in labels[chunk]] if args.prompt else labels[chunk]
+            what = [names[i] for i in labels[chunk]] if args.text else labels[chunk]
             images = generate(model, rae, what, args, chunk, weak, args.dtype).numpy()
             for i, image in zip(chunk, map(Image.fromarray, images)):
                 runtime.whole_file(files[i], lambda f: image.save(f, "png", compress_level=1))
     world > 1 and dist.barrier()
     if rank == 0 and folder:
+        finish_prompts(parts, suite)
         parts.rename(out)
     elif rank == 0:
         images = np.memmap(parts / "all", np.uint8, "w+", shape=(n, *Image.open(files[0]).size, 3))

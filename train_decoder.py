@@ -13,7 +13,6 @@ import copy
 import functools
 from itertools import groupby
 
-import lpips
 import numpy as np
 import torch
 import torch.nn as nn
@@ -27,7 +26,7 @@ from torchvision.transforms.functional import normalize
 import eval_fid
 import runtime
 from data import batches, check, open_data
-from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, fetching, load_release,
+from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, load_release,
                    load_strict, load_vit, pixel_statistics, require_heads)
 from runtime import at_least
 
@@ -102,6 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--preview_every", type=at_least(0), default=1000, help="steps between pictures; 0: none")
     p.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between evaluations; 0: none")
     p.add_argument("--eval_n", type=at_least(2), default=200, help="images per evaluation")
+    p.add_argument("--eval_features", help="inception, or an encoder, for distances; default: --encoder")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
@@ -117,6 +117,7 @@ def parse_args(argv=None):
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
     runtime.check_common(p, args)
+    eval_fid.check_features(p, args, "eval_features")
     if args.gan and not args.resume and not args.disc_start <= args.gan_start < args.steps:
         p.error(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and --steps {args.steps} must "
                 f"come in this order, the last alone; lower --gan_start, or give --gan 0")
@@ -188,9 +189,7 @@ class Perceptual(nn.Module):
         super().__init__()
         self.weights, self.vgg, self.encoder = weights, None, Encoder("tiny") if weights["feature"] else None
         if weights["lpips"] or weights["gram"]:
-            with fetching("no weights of VGG-16", f"put download.pytorch.org/models/vgg16-397923af.pth into "
-                          f"{torch.hub.get_dir()}/checkpoints/, or give --lpips 0 --gram 0"):
-                self.vgg = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+            self.vgg = eval_fid.load_lpips()
 
     def maps(self, images):                      # b 3 H W -> 5 maps b c h w
         return self.vgg.net(self.vgg.scaling_layer(2 * images - 1))
@@ -324,6 +323,7 @@ def main(args):
     val = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check(data, args.batch)
     eval_fid.check_n(args, val)
+    judge = eval_fid.find_judge(args.eval_features).to(device) if args.eval_features else None
     torch.manual_seed(args.seed)                           # a VAE starts at random
     encoder = Encoder(args.encoder, args.size).to(device)
     args.decoder_patch = args.decoder_patch or args.size // encoder.grid
@@ -482,7 +482,8 @@ def main(args):
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             for i, name in enumerate(val.domains):
                 metrics = eval_fid.evaluate_reconstruction(
-                    rae, val, args.eval_n, rank, world, args.micro_batch, domain=i, vgg=perceptual.vgg)
+                    rae, val, args.eval_n, rank, world, args.micro_batch, domain=i, vgg=perceptual.vgg,
+                    judge=judge)
                 log.write(dict(step=done, domain=name, **metrics))
                 log.say(f"step {done} | held-out {name} " + eval_fid.one_line(metrics))
 
@@ -490,9 +491,7 @@ def main(args):
 @torch.no_grad()
 def reconstruction_picture(rae, images):
     """A PIL picture: originals in the upper row, reconstructions below.  images: uint8 b H W 3."""
-    x = rearrange(images, "b h w c -> b c h w").to(rae.pixel_mean.device).float() / 255
-    back = rae.decode(rae.encode(eval_fid.resize(x, rae.encoder.image_size)))
-    rows = torch.cat([eval_fid.resize(x, back.shape[-1]), back]).float().cpu()
+    rows = torch.cat(eval_fid.reconstruct(rae, images)).cpu()
     sheet = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "(r b) c h w -> (r h) (b w) c", r=2)
     return Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8))
 

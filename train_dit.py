@@ -108,12 +108,14 @@ def parse_args(argv=None):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between EMA evaluations; 0: none")
     p.add_argument("--eval_n", type=at_least(2), default=360, help="images per evaluation")
+    p.add_argument("--eval_features", help="inception, or an encoder, for distances; default: the RAE's")
     args = p.parse_args(argv)
     if args.init in RELEASES:                                  # goes on as it was trained
         p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])
     p.set_defaults(**DIT_SIZES.get(args.model, {}))            # the size, then what was given beside it
     args = p.parse_args(argv)
     check_dit_flags(p, args)
+    eval_fid.check_features(p, args, "eval_features")
     return args
 
 
@@ -144,6 +146,7 @@ def main(args):
     val = open_data(args.data, packed["size"], split="val", **split)
     check(data, args.batch)
     eval_fid.check_n(args, val)
+    judge = eval_fid.find_judge(args.eval_features).to(device) if args.eval_features else None
     usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
     vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
     rae = unpack_rae(packed).to(device)
@@ -223,7 +226,7 @@ def main(args):
             images = sample.generate(ema, rae, [*range(min(36, data.num_classes))] * 2, args)
             sample.draw_grid(images, data.class_names[:36]).save(f"{args.out}/preview_{done:07d}.png")
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            metrics = eval_fid.evaluate_generation(ema, rae, val, args, args.eval_n, rank, world)
+            metrics = eval_fid.evaluate_generation(ema, rae, val, args, args.eval_n, rank, world, judge=judge)
             log.write(dict(step=done, **metrics))
             log.say(f"step {done} | " + eval_fid.one_line(metrics))
 

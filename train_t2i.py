@@ -84,6 +84,8 @@ def parse_args(argv=None):
     p.add_argument("--draws", type=at_least(1), default=2, help="times t for each image; the papers: 1")
     p.add_argument("--shard", action="store_true", help="FSDP2: weights and optimizer spread over processes")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: for memory, slower")
+    p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between ShapesEvals; 0: none")
+    p.add_argument("--eval_n", type=at_least(6), default=300, help="images of each")
     p.set_defaults(out="runs/t2i", steps=1500)
     args = p.parse_args(argv)
     size = args.model or T2I_RELEASES.get(args.init, "DiT").split("DiT")[1]    # Scale-RAE-Qwen1.5B_DiT2.4B
@@ -104,6 +106,8 @@ def parse_args(argv=None):
         p.error(f"--llm_width {args.llm_width} must be a multiple of 2 x --llm_heads {args.llm_heads}")
     if args.init and (args.llm or args.rae):
         p.error(f"--init {args.init} brings its language model and autoencoder; leave --llm and --rae out")
+    if args.shard and args.eval_every:
+        p.error("--eval_every draws with all weights, which --shard has not; evaluate by eval_fid.py")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--shard needs processes to share among; start with torchrun --nproc_per_node=N train_t2i.py")
     return args
@@ -433,6 +437,7 @@ def main(args):
     step_model = DistributedDataParallel(model, broadcast_buffers=False) if parallel else model
     log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
     prompts = []                                                        # of the previews
+    alone = argparse.Namespace(**{**vars(args), "best_of": 1, "verifier": "answer", "batch": 72})
     if args.preview_every and rank == 0 and not args.shard:
         val = open_data(args.data, packed["size"], split="val", chat=partial(converse, questions=0.0))
         talks = [talk for k in range(60) if "<image>" in (talk := val[k]["text"])[1][1] and len(talk) == 2]
@@ -506,9 +511,13 @@ def main(args):
         if done % args.save_every == 0 or done == args.steps:
             save(done)
         if prompts and (done % args.preview_every == 0 or done == args.steps):
-            images = sample.generate(ema.eval(), rae, prompts, argparse.Namespace(best_of=1, **vars(args)))
+            images = sample.generate(ema.eval(), rae, prompts, alone)
             sample.draw_grid(images, prompts).save(f"{args.out}/preview_{done:07d}.png")
-            model.train()
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            metrics = eval_fid.evaluate_prompts(ema.eval(), rae, alone, args.eval_n, rank, world)
+            log.write(dict(step=done, **metrics))
+            log.say(f"step {done} | " + eval_fid.one_line(metrics))
+        model.train()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 
+import eval_fid
 import runtime
 from data import batches, open_data
 from model import TINY
@@ -105,19 +106,7 @@ def mean_tokens(model, n, seed):
 
 def linear_probe(model, train=6_000, test=3_000):
     """Accuracy over the 36 classes of a linear classifier on mean-pooled tokens, on scenes not trained on."""
-    (x, y), (x_test, y_test) = mean_tokens(model, train, 101), mean_tokens(model, test, 202)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    probe = nn.Linear(x.shape[1], 36)
-    opt = torch.optim.AdamW(probe.parameters(), lr=1e-2, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1500)
-    for _ in range(1500):
-        rows = torch.randint(len(x), (1000,))
-        opt.zero_grad()
-        F.cross_entropy(probe(x[rows]), y[rows]).backward()
-        opt.step()
-        schedule.step()
-    return (probe(x_test).argmax(1) == y_test).float().mean().item()
+    return eval_fid.linear_probe(*mean_tokens(model, train, 101), *mean_tokens(model, test, 202), 36)
 
 
 class TokenRegressor(nn.Module):

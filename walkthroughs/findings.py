@@ -95,7 +95,7 @@ def judge(folder, shown):
 
     def moments(images):
         found = eval_fid.Moments()
-        found.add(eval_fid.features(rae.encoder, images))
+        found.add(eval_fid.features(rae.encoder, images)[0])
         return found.mean, found.cov
 
     labels = [i % len(CLASSES) for i in range(options.n)]

@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 from PIL import Image
 
 import eval_fid
@@ -40,8 +39,7 @@ images = eval_fid.real_images(val, range(options.first, options.first + options.
 x = images.movedim(3, 1).float() / 255
 rows = [images]
 for rae, path in zip(models, options.checkpoints):
-    with torch.no_grad():
-        back = eval_fid.resize(rae.decode(rae.encode(eval_fid.resize(x, rae.encoder.image_size))), side)
+    back = eval_fid.resize(eval_fid.reconstruct(rae, images)[1], side)
     rows.append((back * 255).round().byte().movedim(1, 3))
     print(f"{path}: {eval_fid.psnr(images, rows[-1]).mean():.2f} dB")
 
