@@ -161,8 +161,10 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, cov1, mu2, cov2))
     if cov1.shape != cov2.shape or mu1.shape != mu2.shape or cov1.shape != (len(mu1), len(mu1)):
         raise ValueError(f"features of {len(mu1)} and {len(mu2)} dimensions differ; use one encoder")
-    (values1, vectors1), (values2, vectors2) = (torch.linalg.eigh(cov) for cov in (cov1, cov2))
-    roots = vectors1 * values1.clamp(min=0).sqrt(), vectors2 * values2.clamp(min=0).sqrt()
+    roots = []
+    for values, vectors in (torch.linalg.eigh(cov) for cov in (cov1, cov2)):
+        at = values > values[-1] * len(values) * 2e-16     # the others are zeros, rounded
+        roots.append(vectors[:, at] * values[at].sqrt())
     cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()           # rotations drop out
     return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 

@@ -1,4 +1,4 @@
-"""Inception, FID and its kin, image files, statistics, the probe. Run: python -m pytest tests/test_metrics.py"""
+"""Inception, FID and its kin, files, statistics, the probe. Run: python -m pytest tests/test_metrics.py"""
 import hashlib
 import json
 import time
@@ -16,7 +16,7 @@ import train_dit
 import train_t2i
 from data import open_data
 from eval_fid import (Inception, Moments, extrapolate, frechet_distance, image_set, inception_score,
-                      kernel_distance, open_images, precision_recall)
+                      kernel_distance, load_statistics, open_images, precision_recall)
 from model import Encoder
 
 from conftest import SHIPPED, torchrun
@@ -31,7 +31,7 @@ def weights(tmp_path_factory):
         if isinstance(m, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
         if isinstance(m, torch.nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5), torch.nn.init.normal_(m.bias, 0, 0.1)
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.1)
     path = tmp_path_factory.mktemp("inception") / eval_fid.INCEPTION[1]
     torch.save(net.state_dict(), path)
     return path
@@ -105,14 +105,15 @@ def test_scores_are_those_of_torch_fidelity_on_the_same_rows():
     fake, real = torch.randn(257, 16) + 0.5, torch.randn(311, 16)
     logits = 3 * torch.randn(257, 40)
     assert inception_score(logits) == pytest.approx([*isc.isc_features_to_metric(logits).values()], rel=1e-9)
-    how = dict(kid_subsets=100, kid_subset_size=200, kid_kernel="poly", kid_kernel_poly_degree=3, rng_seed=2020,
-               kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, prc_neighborhood=3, prc_batch_size=100,
-               save_cpu_ram=True, verbose=False)
+    how = dict(kid_subsets=100, kid_subset_size=200, kid_kernel="poly", kid_kernel_poly_degree=3,
+               rng_seed=2020, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, prc_neighborhood=3,
+               prc_batch_size=100, save_cpu_ram=True, verbose=False)
     expected = [*metric_kid.kid_features_to_metric(fake, real, **how).values()]
     assert kernel_distance(real, fake, size=200) == pytest.approx(expected, rel=1e-3)
     expected = metric_prc.prc_features_to_metric(fake, real, **how)
     found = precision_recall(real, fake)
-    assert found == pytest.approx((expected["precision"], expected["recall"])) and 0 < min(found) < max(found) < 1
+    assert found == pytest.approx((expected["precision"], expected["recall"]))
+    assert 0 < min(found) < max(found) < 1
 
 
 def test_precision_and_recall_on_a_line():
@@ -164,7 +165,7 @@ def test_curve_leads_from_the_biased_distance_to_the_true_one(tmp_path):
     found = extrapolate(some(200_000, 0.0), some(600, 0.1), tmp_path / "curve.png")
     sizes, distances = zip(*found["curve"])
     assert sizes[-1] == 600 and len(sizes) == 10 and (tmp_path / "curve.png").stat().st_size > 5000
-    assert abs(found["extrapolated"] - 0.24) < distances[-1] - 0.24 < distances[0] - 0.24     # |mean|^2 = 0.24
+    assert abs(found["extrapolated"] - 0.24) < distances[-1] - 0.24 < distances[0] - 0.24     # |mean|^2
 
 
 # ---------------------------------------------------------------------------------- files in
@@ -173,7 +174,8 @@ def test_the_same_images_give_the_same_numbers_from_any_file_batch_and_process(t
     np.savez(tmp_path / "stored.npz", arr_0=images.numpy(), labels=np.zeros(40))
     np.savez_compressed(tmp_path / "packed.npz", images.numpy())
     np.savez(tmp_path / "floats.npz", images.numpy() / np.float32(255))
-    sources = [folder(tmp_path / "pngs", images), *(tmp_path / f"{x}.npz" for x in ("stored", "packed", "floats"))]
+    npz = [tmp_path / f"{x}.npz" for x in ("stored", "packed", "floats")]
+    sources = [folder(tmp_path / "pngs", images), *npz]
     how = "--data", real, "--features", "tiny"
     found = [eval_fid.main(flags("--samples", source, *how, "--batch", batch))
              for source, batch in zip(sources, (72, 7, 40, 13))]
@@ -192,13 +194,17 @@ def test_saved_statistics_stand_for_their_images(tmp_path, trusted):
     for name in ("tiny", "inception"):
         how = "--features", name, "--inception", trusted
         eval_fid.main(flags("--save_stats", tmp_path / f"{name}.npz", "--data", real, *how))
-        found = [eval_fid.main(flags("--samples", fake, "--data", data, *how))
-                 for data in (real, tmp_path / f"{name}.npz")]
-        for key, value in found[0].items():
-            if isinstance(value, float):
-                assert found[1][key] == pytest.approx(value, rel=1e-9), key
-        assert found[1]["reference_n"] == 12
-    assert {"fid", "sfid", "inception_score", "inception_score_std", "kid", "precision"} <= found[0].keys()
+    found = [eval_fid.main(flags("--samples", fake, "--data", data, "--features", "tiny"))
+             for data in (real, tmp_path / "tiny.npz")]
+    for key in ("frechet_distance", "precision", "recall", "kernel_distance"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-9), key
+    assert found[1]["reference_n"] == 12
+    judge = Inception(trusted)
+    kept = load_statistics(tmp_path / "inception.npz", judge)
+    own = image_set(open_images([real]), 12, judge, 12)
+    for a, b in ((kept.pool, own.pool), (kept.spatial, own.spatial)):
+        assert torch.allclose(a.mean, b.mean) and torch.allclose(a.cov, b.cov) and a.n == b.n == 12
+    assert torch.equal(kept.rows, own.rows) and kept.side == own.side == (32, 32)
     with pytest.raises(ValueError, match="statistics of 192 features of tiny, not the 2048 of inception"):
         eval_fid.main(flags("--samples", fake, "--data", tmp_path / "tiny.npz", "--inception", trusted))
 
@@ -207,17 +213,23 @@ def test_adm_reference_has_statistics_for_fid_and_images_for_precision(tmp_path,
     judge, images = Inception(trusted), photos(9)
     np.savez(tmp_path / "own.npz", images.numpy())
     moments = image_set(open_images([str(tmp_path / "own.npz")]), 9, judge, 9)
-    more = dict(mu_s=moments.spatial.mean, sigma_s=moments.spatial.cov)
-    np.savez(tmp_path / "VIRTUAL.npz", images[:6].numpy(), mu=moments.pool.mean, sigma=moments.pool.cov, **more)
+    more = dict(mu_s=moments.spatial.mean, sigma_s=moments.spatial.cov, mu=moments.pool.mean)
+    path = tmp_path / "VIRTUAL.npz"
+    np.savez(path, images[:6].numpy(), sigma=moments.pool.cov, **more)
     fake = folder(tmp_path / "fake", photos(7, seed=1))
-    found, direct = (eval_fid.main(flags("--samples", fake, "--data", tmp_path / f"{x}.npz", "--inception", trusted))
-                     for x in ("VIRTUAL", "own"))
-    assert found["fid"] == pytest.approx(direct["fid"], rel=1e-9) and found["reference_n"] is None
-    assert found["sfid"] == pytest.approx(direct["sfid"], rel=1e-9)
-    rows = moments.rows[:6], image_set(open_images([fake]), 7, judge, 7).rows
-    assert (found["precision"], found["recall"]) == precision_recall(*rows)
+    found = eval_fid.main(flags("--samples", fake, "--data", path, "--inception", trusted))
+    other = image_set(open_images([fake]), 7, judge, 7)
+    assert {"fid", "sfid", "inception_score", "inception_score_std", "kid", "precision"} <= found.keys()
+    a, b = ((x.rows - x.rows.mean(0)).double() / (len(x.rows) - 1) ** 0.5 for x in (moments, other))
+    cross = torch.linalg.svdvals(a @ b.T).sum()                        # the same trace, of few images
+    apart = (moments.pool.mean - other.pool.mean).square().sum()
+    expected = apart + a.square().sum() + b.square().sum() - 2 * cross
+    assert found["fid"] == pytest.approx(float(expected), rel=1e-5)
+    assert (found["precision"], found["recall"]) == precision_recall(moments.rows[:6], other.rows)
+    assert found["reference_n"] is None                                # ADM's file does not say
     warned = capsys.readouterr().err
-    assert "the reference's protocol has 50000 images, not 7" in warned and "7 images give no full cov" in warned
+    assert "the reference's protocol has 50000 images, not 7" in warned
+    assert "7 images give no full covariance of 2048 features" in warned
     assert "distances of 7 images come out too large" in warned
 
 
@@ -238,7 +250,10 @@ def test_references_are_cropped_only_where_size_says_so(tmp_path):
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     def samples(name, **arrays):
         np.savez(tmp_path / name, **arrays)
-        return eval_fid.main(flags("--samples", tmp_path / name, "--data", tmp_path / name, "--features", "tiny"))
+        return measure("--samples", tmp_path / name, "--data", tmp_path / name)
+
+    def measure(*argv):
+        return eval_fid.main(flags(*argv, "--features", "tiny"))
     with pytest.raises(ValueError, match=r"floats of 1 to 2; scale them to \[0,1\]"):
         samples("a.npz", arr_0=np.linspace(0, 2, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3))
     with pytest.raises(ValueError, match="neither arr_0 nor mu and sigma"):
@@ -249,13 +264,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         samples("d.npz", arr_0=np.zeros((1, 32, 32, 3), np.uint8))
     np.savez(tmp_path / "e.npz", np.zeros((2, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="--n 3 is more than the 2 of --samples"):
-        eval_fid.main(flags("--samples", tmp_path / "e.npz", "--data", tmp_path / "e.npz", "--n", 3, "--features",
-                            "tiny"))
+        measure("--samples", tmp_path / "e.npz", "--data", tmp_path / "e.npz", "--n", 3)
     with pytest.raises(FileNotFoundError, match="f.npz does not exist"):
-        eval_fid.main(flags("--samples", tmp_path / "f.npz", "--data", tmp_path / "e.npz", "--features", "tiny"))
+        measure("--samples", tmp_path / "f.npz", "--data", tmp_path / "e.npz")
     for argv, message in ((("--samples", "x"), "need --data"), (("--save_stats", "x.npz"), "need --data"),
                           (("--samples", "x", "--probe", "tiny"), "not allowed with"),
-                          (("--lpips",), "--lpips compares pairs"), (("--curve", "x.png", "--shapes_eval"), "leave"),
+                          (("--lpips",), "--lpips compares pairs"),
+                          (("--curve", "x.png", "--shapes_eval"), "leave"),
                           (("--probe", "tiny", "--data", "x"), "needs --hold_out"),
                           (("--probe", "inception"), "--probe inception can't be used here")):
         with pytest.raises(SystemExit):
@@ -295,28 +310,32 @@ def test_online_numbers_are_the_offline_ones(tmp_path):
     few = "--steps", 2, "--preview_every", 0, "--eval_every", 2, "--overwrite"
     out = tmp_path / "decoder"
     train_decoder.main(train_decoder.parse_args([str(x) for x in (
-        *few, "--batch", 8, "--eval_n", 20, "--hold_out", 20, "--stats_n", 64, "--out", out, "--eval_features", "random")]))
+        *few, "--batch", 8, "--eval_n", 20, "--hold_out", 20, "--stats_n", 64, "--out", out,
+        "--eval_features", "random")]))
     same(logged(out / "log.jsonl", "psnr"), eval_fid.main(flags(
         "--reconstruct", out / "last.pt", "--n", 20, "--batch", 8, "--features", "random")))
     out = tmp_path / "dit"
     train_dit.main(train_dit.parse_args([str(x) for x in (
-        *few, "--batch", 8, "--eval_n", 20, "--sampling_steps", 3, "--out", out, "--width", 64, "--head_width", 0)]))
+        *few, "--batch", 8, "--eval_n", 20, "--sampling_steps", 3, "--out", out, "--width", 64,
+        "--head_width", 0)]))
     same(logged(out / "log.jsonl", "frechet_distance"), eval_fid.main(flags(
         "--ckpt", out / "last.pt", "--n", 20, "--sampling_steps", 3)))
     out = tmp_path / "t2i"
     train_t2i.main(train_t2i.parse_args([str(x) for x in (
-        *few, "--batch", 8, "--eval_n", 12, "--sampling_steps", 3, "--out", out, "--width", 64, "--llm_width", 64,
-        "--llm_depth", 1, "--head_width", 0, "--plan", 4)]))
+        *few, "--batch", 8, "--eval_n", 12, "--sampling_steps", 3, "--out", out, "--width", 64, "--llm_width",
+        64, "--llm_depth", 1, "--head_width", 0, "--plan", 4)]))
     same(logged(out / "log.jsonl", "overall"), eval_fid.main(flags(
         "--shapes_eval", "--ckpt", out / "last.pt", "--n", 12, "--sampling_steps", 3)))
 
 
 def test_folders_are_laid_out_as_geneval_and_dpg_bench_read_them(tmp_path):
-    lines = [json.dumps(dict(tag="colors", include=[{"class": "star"}], prompt=f"a {x} star")) for x in ("red", "blue")]
+    lines = [json.dumps(dict(tag="colors", include=[{"class": "star"}], prompt=f"a {colour} star"))
+             for colour in ("red", "blue")]
     (tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(lines) + "\n")
     draw = "--sampling_steps", "2", "--guidance", "1"
     out = tmp_path / "geneval"
-    sample.main(sample.parse_args(["--prompts", f"{tmp_path}/evaluation_metadata.jsonl", "--out", f"{out}", *draw]))
+    path = f"{tmp_path}/evaluation_metadata.jsonl"
+    sample.main(sample.parse_args(["--prompts", path, "--out", f"{out}", *draw]))
     assert sorted(x.name for x in out.iterdir()) == ["00000", "00001"]  # evaluate_images.py: isdigit()
     for k, line in enumerate(lines):
         assert json.load(open(out / f"0000{k}" / "metadata.jsonl")) == json.loads(line)
@@ -328,7 +347,7 @@ def test_folders_are_laid_out_as_geneval_and_dpg_bench_read_them(tmp_path):
         (prompts / f"{name}.txt").write_text(f"a {colour} star\n")
     sample.main(sample.parse_args(["--prompts", f"{prompts}", "--out", f"{tmp_path}/dpg", *draw]))
     assert sorted(x.name for x in (tmp_path / "dpg").iterdir()) == ["partiprompts0.png", "stanford7.png"]
-    for k, name in enumerate(("partiprompts0", "stanford7")):          # compute_dpg_bench.py: the id before "."
+    for k, name in enumerate(("partiprompts0", "stanford7")):          # compute_dpg_bench.py: id, then "."
         sheet = Image.open(tmp_path / "dpg" / f"{name}.png")
         assert sheet.size == (128, 128)
         for s, corner in enumerate(((0, 0), (64, 0), (0, 64), (64, 64))):       # its crops, --resolution 64
@@ -353,6 +372,7 @@ def test_evaluation_refuses_another_resolution_before_drawing(tmp_path):
     np.savez(tmp_path / "ref.npz", np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="32 x 32 and 64 x 64"):
         eval_fid.main(flags("--data", tmp_path / "ref.npz", "--n", 4))
-    np.savez(tmp_path / "ref.npz", open_data("shapes", 64)[0]["image"].permute(1, 2, 0).numpy()[None].repeat(4, 0))
+    image = open_data("shapes", 64)[0]["image"].permute(1, 2, 0).numpy()
+    np.savez(tmp_path / "ref.npz", image[None].repeat(4, 0))
     found = eval_fid.main(flags("--data", tmp_path / "ref.npz", "--n", 6, "--sampling_steps", 2))
     assert found["reference_n"] == 4 and found["n"] == 6 and "right_colour" not in found

@@ -234,7 +234,7 @@ def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch, capsys
             eval_fid.parse_args(["--release", "imagenet256", *argv])
         assert message in capsys.readouterr().err
     metrics = eval_fid.main(eval_fid.parse_args(["--release", "imagenet256", *flags, "--n", "4",
-                                                 "--sampling_steps", "1"]))
+                                                 "--sampling_steps", "1", "--features", "tiny"]))
     assert metrics["n"] == 4 and metrics["guidance"] == 1.42 and np.isfinite(metrics["frechet_distance"])
 
 

@@ -34,7 +34,7 @@ NONE = dict(l1=1.0, lpips=0.0, gram=0.0, feature=0.0)
 def vgg(monkeypatch):
     """LPIPS with a random VGG: the package's own calibrated layers, no download."""
     torch.manual_seed(0)
-    monkeypatch.setattr(train_decoder.lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    monkeypatch.setattr(eval_fid.lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
 
 
 def pair(side=64, n=2):
@@ -71,7 +71,7 @@ def test_missing_vgg_weights_say_which_file_goes_where(monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no route")
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth into .*checkpoints/, or give --lpips 0"):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth into .*checkpoints/, or do without"):
         Perceptual({**NONE, "lpips": 1.0})
     Perceptual({**NONE, "feature": 1.0})        # needs none
 
