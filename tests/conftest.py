@@ -29,24 +29,30 @@ def processes():
     runtime.setup()
 
 
-def work(rank, port, name, argv):
-    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="localhost",
-                      MASTER_PORT=f"{port}")
+def work(name, argv, errors, environment):
+    os.environ.update(environment)
+    if errors:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
     script = importlib.import_module(name)
     runtime.run(script.main, lambda: script.parse_args(argv))
 
 
+def start(script, *argv, errors=None, **environment):
+    """A script in a process of its own, of a server that has imported everything, once; errors: a file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload("train_decoder train_dit train_t2i sample eval_fid".split())
+    child = context.Process(target=work, args=(script.__name__, [*map(str, argv)], errors, environment))
+    child.start()
+    return child
+
+
 def torchrun(script, *argv):
-    """A script in two processes, as torchrun starts it; of a server that has imported everything, once."""
+    """A script in two processes, as torchrun starts it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_decoder", "train_dit", "train_t2i"])
-    args = port, script.__name__, [*map(str, argv)]
-    both = [context.Process(target=work, args=(rank, *args)) for rank in (0, 1)]
-    [child.start() for child in both]
+        where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=f"{free.getsockname()[1]}")
+    both = [start(script, *argv, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
     [child.join(300) for child in both]
     [child.kill() for child in both if child.is_alive()]                # it waits for the other for ever
     assert [child.exitcode for child in both] == [0, 0]

@@ -82,7 +82,7 @@ def test_every_solver_reaches_the_mean_and_covariance_of_a_gaussian(solver, step
 def test_reverse_ode_returns_to_the_image():
     """A drawn image -> noise -> image, along the same ODE: the noise and the image both come back."""
     model, rae, _ = load_dit(SHIPPED)
-    eps, y = sample.noise((192, 4, 4), 0, range(2)), torch.tensor([8, 35])
+    eps, y = sample.noise((192, 4, 4), 0, range(1)), torch.tensor([35])
     times = time_grid(200, math.sqrt(eps[0].numel() / model.shift_base))
     with torch.no_grad():
         z = heun(cfg(model, y, 36, 1.0), eps, times)

@@ -233,7 +233,8 @@ def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
     flags = [*GAN, "--encoder", encoder, "--feature", 0]
     go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "straight")
     go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "twice", "--save_every", 4)
-    torch.save(load_at(train_decoder, flags, tmp_path, 4), tmp_path / "twice" / "last.pt")
+    first = load_at(train_decoder, flags, tmp_path, 4)
+    torch.save(first, tmp_path / "twice" / "last.pt")
     go(train_decoder, *flags, "--steps", 6, "--out", tmp_path / "twice", "--resume")
     state = load(tmp_path / "straight")
     assert difference(state, load(tmp_path / "twice")) == 0
@@ -241,7 +242,6 @@ def test_other_autoencoders_train_resume_and_load(encoder, tmp_path):
     channels = {"vae:8:16": 8, "pixel": 768}[encoder]
     assert rae.encode(x).shape == (2, channels, 4, 4) and rae.decode(rae.encode(x)).shape == x.shape
     if encoder == "vae:8:16":
-        first = load_at(train_decoder, [*flags, "--save_every", 2, "--overwrite"], tmp_path, 2)
         assert difference(first["encoder"], state["encoder"]) > 1e-4
         assert difference(first["rae"]["latent_var"], state["rae"]["latent_var"]) > 1e-6
         rows = [json.loads(r) for r in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
@@ -327,12 +327,12 @@ def test_diffusers_vae_is_frozen_and_its_means_are_the_latents(tmp_path):
 
 # ---------------------------------------------------------------------------------- text
 def test_text_is_read_back_letter_by_letter():
-    words = [Text.random(0, k) for k in range(30)]
+    words = [Text.random(0, k) for k in range(15)]
     images = [one.render() for one in words]
-    assert sum(one.read(image) for one, image in zip(words, images)) > 29.5
-    assert sum(one.read(image) for one, image in zip(words, images[1:] + images[:1])) < 2
+    assert sum(one.read(image) for one, image in zip(words, images)) > 14.8
+    assert sum(one.read(image) for one, image in zip(words, images[1:] + images[:1])) < 1
     blurred = [ndimage.gaussian_filter(image, (3, 3, 0)) for image in images]
-    assert sum(one.read(image) for one, image in zip(words, blurred)) < 10
+    assert sum(one.read(image) for one, image in zip(words, blurred)) < 5
     assert words[3] == Text.random(0, 3) != Text.random(1, 3)
     assert words[0].read(words[0].render(128)) == 1
     tilted = Text(("AB", "CD"), 0.25, 8.0)

@@ -18,7 +18,7 @@ import runtime
 import sample
 import train_decoder
 import train_dit
-from conftest import ROOT, torchrun
+from conftest import ROOT, start, torchrun
 from data import open_data
 from model import build_decoder, unpack_rae
 
@@ -104,17 +104,16 @@ def test_kill_in_mid_save_leaves_the_last_whole_checkpoint(tmp_path):
 
 
 def test_real_run_killed_with_9_resumes_to_the_same_weights(tmp_path):
-    flags = [*DIT, "--decay_end", "40", "--steps", "40"]
-    argv = [sys.executable, "train_dit.py", *flags, "--out", str(tmp_path / "killed")]
-    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+    flags = [*DIT, "--decay_end", "30", "--steps", "30"]
+    child = start(train_dit, *flags, "--out", tmp_path / "killed")
     while not (tmp_path / "killed" / "last.pt").exists():
-        assert child.poll() is None
+        assert child.is_alive()
         time.sleep(0.02)
     time.sleep(0.1)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     step = load(tmp_path / "killed")["step"]
-    assert step < 40
+    assert step < 30
     go(train_dit, *flags, "--out", tmp_path / "killed", "--resume")
     go(train_dit, *flags, "--out", tmp_path / "straight")
     assert difference(load(tmp_path / "straight"), load(tmp_path / "killed")) == 0
