@@ -195,7 +195,7 @@ class open_data(Dataset):      # a verb, where it is called, as functools.partia
                 except Exception:                # Pillow's decoders raise a dozen kinds
                     broken.append(path if size < 0 else f"{path}/{name}")
                     at = rng.integers(n)         # another image fills the place
-            require(image or get_worker_info(), f"--data has {TRIES} broken images in a row: {broken}")
+            require(image or get_worker_info(), f"--data has {TRIES} broken images in a row: {set(broken)}")
             if self.size:
                 image = square(image or black, self.size, rng if self.crop == "random" else None)
             image = np.array(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from functools import partial
+from importlib.util import find_spec
 from itertools import count, islice, permutations
 from pathlib import Path
 
@@ -42,6 +43,10 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-0
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION[0]}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 KEPT = 10_000, 50_000          # feature rows that are kept of references and of samples: as ADM's suite has
+USED = {"samples": "data size n batch features inception curve out",        # flags of what draws nothing
+        "save_stats": "data size n batch features inception out", "probe": "data size hold_out n batch out",
+        "reconstruct": "data hold_out n batch features inception lpips dtype out"}
+NOT_USED = {"shapes_eval": "data size hold_out features inception curve lpips", "ckpt": "size lpips"}
 
 
 # ---------------------------------------------------------------------------------- features
@@ -265,7 +270,7 @@ def extrapolate(real, fake, path):
     panel.plot(x, y, "o", [0, x.max()], [end, end + slope * x.max()], "-")
     panel.set(xlabel="1 / n", ylabel=f"Fréchet distance ({fake.judge.name})",
               title=f"{y[-1]:.3f} of n = {points[-1][0]}, {end:.3f} without end")
-    figure.savefig(path, dpi=100)
+    runtime.whole_file(path, lambda f: figure.savefig(f, dpi=100, format="png"))
     plt.close(figure)
     return dict(curve=points, extrapolated=end)
 
@@ -424,7 +429,7 @@ def real_images(data, numbers):
 
 
 def stack(items):
-    if broken := [name for item in items for name in item.get("broken", ())]:
+    if broken := {name: 0 for item in items for name in item.get("broken", ())}:
         raise ValueError(f"broken images can't be measured: {' '.join(broken)}; remove or mend them")
     if len(sizes := {tuple(item["image"].shape[1:]) for item in items}) > 1:
         raise ValueError(f"images of different sizes, {sizes}; --size centre-crops those of --data")
@@ -440,7 +445,7 @@ class Arrays:
 
     def __init__(self, path):
         if not self.inside(path):
-            raise ValueError(f"{path} has neither arr_0 nor mu and sigma; write images by np.savez")
+            raise ValueError(f"{path} is no whole .npz of arr_0, or mu and sigma; write images by np.savez")
         with zipfile.ZipFile(path) as z, open(path, "rb") as f:
             info = z.getinfo("arr_0.npy")
             with z.open(info) as head:
@@ -481,7 +486,7 @@ def image_set(data, n, judge, most, rank=0, world=1, batch=72):
 
 
 def is_npz(specs):
-    return len(specs) == 1 and specs[0].endswith(".npz")
+    return len(specs) == 1 and (specs[0].endswith(".npz") or zipfile.is_zipfile(specs[0]))
 
 
 def open_images(specs, size=None, hold_out=0, **how):
@@ -498,7 +503,7 @@ def load_statistics(path, judge):
 
     Raises ValueError if they are another network's."""
     with np.load(path) as f:
-        if "mu" not in f:
+        if not {"mu", "sigma"} <= {*f}:
             return None
         name, c = str(f["features"]) if "features" in f else "inception", len(f["mu"])
         if (name, c) != (judge.name, judge.channels):
@@ -507,7 +512,7 @@ def load_statistics(path, judge):
         found = ImageSet(judge, 0)
         n = found.n = int(f["n"]) if "n" in f else None    # ADM's do not say
         for moments, mu, sigma in ((found.pool, "mu", "sigma"), (found.spatial, "mu_s", "sigma_s")):
-            if mu in f:
+            if sigma in f:
                 mean, cov = (torch.from_numpy(f[x]).double() for x in (mu, sigma))
                 moments.join(n or 2, mean, cov * ((n or 2) - 1))
         found.rows = torch.from_numpy(f["rows"]) if "rows" in f else torch.empty(0)
@@ -518,7 +523,7 @@ def load_statistics(path, judge):
 
 def reference(specs, size, judge, n=None, **share):
     """ImageSet of --data: statistics, or all (or the first n) of its images. ADM's file has both."""
-    real = load_statistics(specs[0], judge) if is_npz(specs) and Path(specs[0]).exists() else None
+    real = load_statistics(specs[0], judge) if zipfile.is_zipfile(specs[0]) else None
     if real is None or Arrays.inside(specs[0]) and not len(real.rows):
         data = open_images(specs, size)
         own = image_set(data, min(n or len(data), len(data)), judge, KEPT[0], **share)
@@ -695,25 +700,26 @@ def parse_args(argv=None):
     p.add_argument("--curve", metavar="X.png", help="distances at growing n, and for n without end; a plot")
     p.add_argument("--out", type=Path, help="also write the JSON result to this file")
     args = sample.parse_model_args(p, argv, "shapes_eval")
-    if args.shapes_eval and (args.data or (args.n or 6) < 6):
-        p.error("--shapes_eval needs no --data, and --n of at least 6")
-    if args.features and (args.shapes_eval or args.probe):
-        p.error("--features is of distances, which --shapes_eval and --probe have none of; leave it out")
-    if (args.samples or args.save_stats) and not args.data:
+    mode = next((x for x in ("shapes_eval", *USED) if getattr(args, x)), "ckpt")
+    given = {x[2:].split("=")[0] for x in (sys.argv[1:] if argv is None else argv) if x[:2] == "--"} - {mode}
+    if idle := given - {*USED[mode].split()} if mode in USED else given & {*NOT_USED[mode].split()}:
+        what = "new images" if mode == "ckpt" else f"--{mode}"
+        p.error(f"--{min(idle)} does nothing with {what}; leave it out")
+    if args.shapes_eval and (args.n or 6) < 6:
+        p.error("--shapes_eval needs --n of at least 6")
+    if mode in ("samples", "save_stats") and not args.data:
         p.error("--samples and --save_stats need --data, the reference")
-    if args.curve and (args.reconstruct or args.shapes_eval or args.probe or args.save_stats):
-        p.error("--curve is of generated images or --samples; leave it out")
-    if args.lpips and not args.reconstruct:
-        p.error("--lpips compares pairs of images; it needs --reconstruct")
+    if args.curve and not (args.curve.endswith(".png") and find_spec("matplotlib")):
+        p.error(f"--curve {args.curve} must be a .png, and needs matplotlib: pip install matplotlib")
+    if args.inception and (args.features or "inception") != "inception":
+        p.error(f"--inception {args.inception} does nothing with --features {args.features}; leave one out")
     if args.probe and args.data and not args.hold_out:
         p.error("--probe with --data needs --hold_out, the number of images to test on")
     check_features(p, args, "features"), check_features(p, args, "probe")
-    if args.release and args.reconstruct:
-        p.error("--release and --reconstruct exclude each other; leave one out")
     if args.release and not args.data and not args.shapes_eval:
         p.error(f"--release {args.release} needs --data: a folder or tars of ImageNet, its reference images")
-    if not args.features and (args.samples or args.save_stats or args.release):
-        args.features = "inception"
+    if mode in ("samples", "save_stats") or args.release or args.inception:
+        args.features = args.features or "inception"
     return args
 
 
@@ -789,6 +795,10 @@ def evaluate_model(args, judge, device, share):
 
 def main(args):
     rank, world, device = runtime.setup()
+    for path in filter(None, (args.out, args.curve, args.save_stats)):  # told before anything is computed
+        (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
     start, share = time.time(), dict(rank=rank, world=world, batch=args.batch)
     judge, real = find_judge(args.features, args.inception).to(device) if args.features else None, None
     if args.probe:
@@ -808,8 +818,7 @@ def main(args):
         print(f"{'seconds':>24}  {time.time() - start:.1f}")
         print(json.dumps(metrics))
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(metrics) + "\n")
+            runtime.whole_file(args.out, lambda f: f.write(json.dumps(metrics).encode() + b"\n"))
     return metrics
 
 

@@ -107,7 +107,7 @@ def test_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         flags("--n", 1)
     assert "--n: 1 must be at least 2" in capsys.readouterr().err
-    for argv, message in ((("--features", "tiny", "--shapes_eval"), "leave it out"),
+    for argv, message in ((("--features", "tiny", "--shapes_eval"), "--features does nothing with --shapes"),
                           (("--features", "vae:8:16"), "--features vae:8:16 can't be used here"),
                           (("--features", "nope"), "--features nope is neither one of")):
         with pytest.raises(SystemExit):

@@ -192,7 +192,7 @@ def test_the_same_images_give_the_same_numbers_from_any_file_batch_and_process(t
 def test_saved_statistics_stand_for_their_images(tmp_path, trusted):
     real, fake = folder(tmp_path / "real", photos(6)), folder(tmp_path / "fake", photos(7, seed=1))
     for name in ("tiny", "inception"):
-        how = "--features", name, "--inception", trusted
+        how = ("--features", name) if name == "tiny" else ("--inception", trusted)
         eval_fid.main(flags("--save_stats", tmp_path / f"{name}.npz", "--data", real, *how))
     found = [eval_fid.main(flags("--samples", fake, "--data", data, "--features", "tiny"))
              for data in (real, tmp_path / "tiny.npz")]
@@ -256,8 +256,17 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         return eval_fid.main(flags(*argv, "--features", "tiny"))
     with pytest.raises(ValueError, match=r"floats of 1 to 2; scale them to \[0,1\]"):
         samples("a.npz", arr_0=np.linspace(0, 2, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3))
-    with pytest.raises(ValueError, match="neither arr_0 nor mu and sigma"):
+    with pytest.raises(ValueError, match="b.npz is no whole .npz of arr_0, or mu and sigma"):
         samples("b.npz", images=np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cut.npz is no whole .npz"):
+        measure("--n", 4, "--data", tmp_path / "cut.npz")
+    folder(tmp_path / "cut", photos(3))
+    (tmp_path / "cut" / "x.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="broken images can't be measured: [^ ]*x.png; remove or mend"):
+        measure("--samples", tmp_path / "cut", "--data", tmp_path / "cut")
+    with pytest.raises(ValueError, match="cut is a folder; name a file"):
+        measure("--n", 4, "--out", tmp_path / "cut")
     with pytest.raises(ValueError, match=r"arr_0 of \(2, 3, 32, 32\), uint8; images are n H W 3"):
         samples("c.npz", arr_0=np.zeros((2, 3, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="1 image is too few"):
@@ -269,8 +278,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         measure("--samples", tmp_path / "f.npz", "--data", tmp_path / "e.npz")
     for argv, message in ((("--samples", "x"), "need --data"), (("--save_stats", "x.npz"), "need --data"),
                           (("--samples", "x", "--probe", "tiny"), "not allowed with"),
-                          (("--lpips",), "--lpips compares pairs"),
-                          (("--curve", "x.png", "--shapes_eval"), "leave"),
+                          (("--lpips",), "--lpips does nothing with new images"),
+                          (("--curve", "x.png", "--shapes_eval"), "--curve does nothing with --shapes_eval"),
+                          (("--samples", "x", "--data", "y", "--guidance=3"), "--guidance does nothing with"),
+                          (("--reconstruct", "x", "--size", 64), "--size does nothing with --reconstruct"),
+                          (("--inception", "x", "--features", "tiny"), "--inception x does nothing with"),
+                          (("--curve", "x.pdf"), "--curve x.pdf must be a .png"),
                           (("--probe", "tiny", "--data", "x"), "needs --hold_out"),
                           (("--probe", "inception"), "--probe inception can't be used here")):
         with pytest.raises(SystemExit):
