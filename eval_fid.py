@@ -30,18 +30,20 @@ from einops import rearrange
 from scipy import ndimage
 from torchvision.models import Inception3
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 import runtime
 import sample
 from data import SHAPES_VAL, open_data
-from model import Encoder, fetching, pixel_statistics, unpack_rae
+from model import IMAGENET, Encoder, fetching, load_vit, pixel_statistics, unpack_rae
 from runtime import at_least
 from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"   # the same
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION[0]}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+FRECHET = {"inception": "fid", "fd-dinov2": "fd_dinov2", None: "frechet_distance"}      # names, by features
 KEPT = 10_000, 50_000          # feature rows that are kept of references and of samples: as ADM's suite has
 USED = {"samples": "data size n batch features inception curve out",        # flags of what draws nothing
         "save_stats": "data size n batch features inception out", "probe": "data size hold_out n batch out",
@@ -108,18 +110,43 @@ class Inception(nn.Module):
         return rows.to(self.fc.device) @ self.fc.T
 
 
+class DINOv2(nn.Module):
+    """The network of FD-DINOv2, ViT-L/14 without registers. forward: images b H W 3 uint8 -> its CLS b 1024.
+
+    As dgm-eval: 224 px, bicubic and antialiased; positions by DINOv2's own code, which adds 0.1 to the grid.
+    Source: arXiv 2306.04675
+    """
+    name, channels, release, sides = "fd-dinov2", 1024, "vit_large_patch14_dinov2.lvd142m", (37, 16)
+
+    def __init__(self):
+        super().__init__()
+        (old, new), self.vit = self.sides, load_vit(self.release, 14 * self.sides[0])
+        self.vit.patch_embed.set_input_size(img_size=14 * new)
+        first, table = self.vit.pos_embed.data.split([1, old * old], 1)
+        table = rearrange(table, "1 (h w) c -> 1 c h w", h=old)
+        table = F.interpolate(table, scale_factor=(new + 0.1) / old, mode="bicubic")
+        self.vit.pos_embed.data = torch.cat([first, rearrange(table, "1 c h w -> 1 (h w) c")], 1)
+        self.requires_grad_(False).eval()
+
+    def forward(self, images):
+        x = rearrange(images.to(self.vit.pos_embed.device), "b h w c -> b c h w").float() / 255
+        return self.vit(normalize(resize(x, 14 * self.sides[1]), *IMAGENET))
+
+
 @torch.no_grad()
 def features(judge, images):
-    """Rows b c of uint8 images b H W 3, and spatial ones: of Inception, or an Encoder's mean tokens, None."""
+    """Rows b c of uint8 images b H W 3, and spatial ones of Inception, else None; of Encoders mean tokens."""
     if isinstance(judge, Inception):
         return [x.cpu() for x in judge(images)]
+    if isinstance(judge, DINOv2):
+        return judge(images).cpu(), None
     device = next(judge.parameters(), torch.empty(0)).device           # pixels have none
     x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
     return judge.encode(resize(x, judge.image_size)).mean((2, 3)).cpu(), None
 
 
 def find_judge(name, path=None):                           # path: of Inception's weights
-    return Inception(path) if name == "inception" else Encoder(name)
+    return Inception(path) if name == "inception" else DINOv2() if name == "fd-dinov2" else Encoder(name)
 
 
 # ---------------------------------------------------------------------------------- Fréchet distance
@@ -279,8 +306,8 @@ def compare(real, fake, curve=None):
     """All distances of ImageSet fake to ImageSet real, by name: a dict, the same on all processes."""
     same_side(real.side, fake.side)
     inception, found = isinstance(fake.judge, Inception), {}
-    name, kernel = ("fid", "kid") if inception else ("frechet_distance", "kernel_distance")
-    found[name] = distance(real.pool, fake.pool)
+    kernel = "kid" if inception else "kernel_distance"
+    found[FRECHET.get(fake.judge.name, FRECHET[None])] = distance(real.pool, fake.pool)
     if real.spatial.n:
         found["sfid"] = distance(real.spatial, fake.spatial)
     if inception:
@@ -536,10 +563,10 @@ def reference(specs, size, judge, n=None, **share):
 def check_features(p, args, flag):                         # of --features and the like
     name = getattr(args, flag) or "inception"
     try:
-        name == "inception" or pixel_statistics(name)
+        name in FRECHET or pixel_statistics(name)
     except ValueError as error:
         p.error(str(error).replace("--encoder", f"--{flag}"))
-    if name.startswith("vae") or getattr(args, flag) == "inception" and flag == "probe":
+    if name.startswith("vae") or getattr(args, flag) in [*FRECHET][:2] and flag == "probe":
         p.error(f"--{flag} {name} can't be used here; give an encoder with weights")
 
 
@@ -616,8 +643,8 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
         for k, a, b in zip(chunk, images.numpy(), back.numpy()) if built_in else ():
             sums[3] += readable(val.drawn(k), a, b)
         real.add(images, chunk), fake.add(back, chunk)
-    values, name = (total(sums) / n).tolist(), "rfid" if isinstance(judge, Inception) else "frechet_distance"
-    apart = distance(real.merge().pool, fake.merge().pool)
+    name = "rfid" if isinstance(judge, Inception) else FRECHET.get(judge.name, FRECHET[None])
+    values, apart = (total(sums) / n).tolist(), distance(real.merge().pool, fake.merge().pool)
     metrics = {"n": n, "psnr": values[0], "ssim": values[1], name: apart}
     return metrics | dict([("lpips", values[2])] * bool(vgg) + [("readable", values[3])] * built_in,
                           reference_sha1=real.sha1, samples_sha1=fake.sha1)
@@ -694,7 +721,8 @@ def parse_args(argv=None):
     p.add_argument("--size", type=at_least(1), help="side to centre-crop --data to, px; default: as it is")
     p.add_argument("--hold_out", type=at_least(0), help="held-out; default: as trained; 0 with --data: all")
     p.add_argument("--n", type=at_least(2), help="images; default: all samples, of a model up to 720")
-    p.add_argument("--features", help="inception, or an encoder; default: the model's, of files inception")
+    p.add_argument("--features", help="inception, fd-dinov2 or an encoder; default: the model's, of files "
+                   "inception")
     p.add_argument("--inception", metavar="PATH", help=f"{INCEPTION[0]}; default: download, once")
     p.add_argument("--lpips", action="store_true", help="with --reconstruct: that distance, too (VGG-16)")
     p.add_argument("--curve", metavar="X.png", help="distances at growing n, and for n without end; a plot")

@@ -5,11 +5,14 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.models import Inception3
 
 import eval_fid
+import model
 import sample
 import train_decoder
 import train_dit
@@ -99,6 +102,37 @@ def no_network(*args, **kwargs):
 
 
 # ---------------------------------------------------------------------------------- numbers from rows
+def test_fd_dinov2_is_the_class_token_with_positions_as_dinov2_takes_them(tmp_path, monkeypatch):
+    """A small one, against Pillow's resize and a table sampled at (j + 1/2) 37 / 16.1 - 1/2."""
+    name = "vit_small_patch14_dinov2.lvd142m"
+    vit = timm.create_model(name, num_classes=0).eval()                # of 518 px
+    torch.nn.init.normal_(vit.pos_embed)
+    (tmp_path / "weights").mkdir()
+    save_file(vit.state_dict(), tmp_path / "weights" / f"{name}.safetensors")
+    monkeypatch.setattr(model, "HERE", tmp_path)
+    monkeypatch.setattr(eval_fid.DINOv2, "release", name)
+    monkeypatch.setattr(eval_fid.DINOv2, "channels", 384)
+    images = photos(2, 256)
+    small = [Image.fromarray(x).resize((224, 224), Image.BICUBIC) for x in images.numpy()]
+    x = torch.from_numpy(np.stack(small)).movedim(3, 1) / 255
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in model.IMAGENET)
+    x = (x - mean) / std
+    at = (torch.arange(16) + 0.5) * 2 / 16.1 - 1                       # -1 to 1 is the whole table
+    where = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)[None]
+    table = vit.pos_embed.data[:, 1:].unflatten(1, (37, 37)).movedim(3, 1)
+    table = torch.nn.functional.grid_sample(table, where, "bicubic", "border", align_corners=False)
+    tokens = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed.proj(x).flatten(2).mT], 1)
+    tokens = tokens + torch.cat([vit.pos_embed.data[:, :1], table.flatten(2).mT], 1)
+    with torch.no_grad():
+        expected = vit.norm(vit.blocks(tokens))[:, 0]
+    found, _ = eval_fid.features(eval_fid.find_judge("fd-dinov2"), images)
+    assert (found - expected).abs().max() < 0.02 * expected.std()       # Pillow rounds to 8 bits
+    real, fake = (folder(tmp_path / side, photos(4, 28, seed)) for seed, side in enumerate(("real", "fake")))
+    eval_fid.main(flags("--save_stats", tmp_path / "s.npz", "--data", real, "--features", "fd-dinov2"))
+    found = eval_fid.main(flags("--samples", fake, "--data", tmp_path / "s.npz", "--features", "fd-dinov2"))
+    assert found["fd_dinov2"] > 0 and "fid" not in found
+
+
 def test_scores_are_those_of_torch_fidelity_on_the_same_rows():
     isc = pytest.importorskip("torch_fidelity.metric_isc")
     from torch_fidelity import metric_kid, metric_prc
