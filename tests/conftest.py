@@ -1,5 +1,4 @@
 """Shared by all tests: the checkout on sys.path, two threads, no network; two processes of a script."""
-import importlib
 import multiprocessing
 import os
 import socket
@@ -10,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = str(ROOT / "assets" / "tiny_dit.safetensors")
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)           # for the server of processes
 os.chdir(ROOT)
 
 import pytest  # noqa: E402
@@ -29,20 +27,18 @@ def processes():
     runtime.setup()
 
 
-def work(name, argv, errors, environment):
+def work(script, argv, errors, environment):
     os.environ.update(environment)
     if errors:
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(errors, "w", buffering=1)
     torch.set_num_threads(1)
-    script = importlib.import_module(name)
     runtime.run(script.main, lambda: script.parse_args(argv))
 
 
 def start(script, *argv, errors=None, **environment):
-    """A script in a process of its own, of a server that has imported everything, once; errors: a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload("train_decoder train_dit train_t2i sample eval_fid".split())
-    child = context.Process(target=work, args=(script.__name__, [*map(str, argv)], errors, environment))
+    """A script in a process of its own, forked, for the imports take seconds. errors: a file for stderr."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=work, args=(script, [*map(str, argv)], errors, environment))
     child.start()
     return child
 
