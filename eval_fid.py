@@ -43,7 +43,7 @@ from shapes import CLASSES, SHAPES, Object, Scene, Text, listing, read_scene
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"   # the same
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION[0]}"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-FRECHET = {"inception": "fid", "fd-dinov2": "fd_dinov2", None: "frechet_distance"}      # names, by features
+FRECHET = {"inception": "fid", "fd-dinov2": "fd_dinov2"}    # name by features; of encoders frechet_distance
 KEPT = 10_000, 50_000          # feature rows that are kept of references and of samples: as ADM's suite has
 USED = {"samples": "data size n batch features inception curve out",        # flags of what draws nothing
         "save_stats": "data size n batch features inception out", "probe": "data size hold_out n batch out",
@@ -111,26 +111,25 @@ class Inception(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """The network of FD-DINOv2, ViT-L/14 without registers. forward: images b H W 3 uint8 -> its CLS b 1024.
+    """The network of FD-DINOv2, ViT-L/14 without registers. forward: b 3 224 224 in [0,1] -> its CLS b 1024.
 
     As dgm-eval: 224 px, bicubic and antialiased; positions by DINOv2's own code, which adds 0.1 to the grid.
     Source: arXiv 2306.04675
     """
-    name, channels, release, sides = "fd-dinov2", 1024, "vit_large_patch14_dinov2.lvd142m", (37, 16)
+    name, channels, image_size, release = "fd-dinov2", 1024, 224, "vit_large_patch14_dinov2.lvd142m"
 
     def __init__(self):
         super().__init__()
-        (old, new), self.vit = self.sides, load_vit(self.release, 14 * self.sides[0])
-        self.vit.patch_embed.set_input_size(img_size=14 * new)
-        first, table = self.vit.pos_embed.data.split([1, old * old], 1)
-        table = rearrange(table, "1 (h w) c -> 1 c h w", h=old)
-        table = F.interpolate(table, scale_factor=(new + 0.1) / old, mode="bicubic")
+        self.vit = load_vit(self.release, 518)             # as it was trained: 37 x 37 patches; 16 x 16 here
+        self.vit.patch_embed.set_input_size(img_size=self.image_size)
+        first, table = self.vit.pos_embed.data.split([1, 37 * 37], 1)
+        table = rearrange(table, "1 (h w) c -> 1 c h w", h=37)
+        table = F.interpolate(table, scale_factor=16.1 / 37, mode="bicubic")
         self.vit.pos_embed.data = torch.cat([first, rearrange(table, "1 c h w -> 1 (h w) c")], 1)
         self.requires_grad_(False).eval()
 
-    def forward(self, images):
-        x = rearrange(images.to(self.vit.pos_embed.device), "b h w c -> b c h w").float() / 255
-        return self.vit(normalize(resize(x, 14 * self.sides[1]), *IMAGENET))
+    def forward(self, x):
+        return self.vit(normalize(x, *IMAGENET))
 
 
 @torch.no_grad()
@@ -138,11 +137,10 @@ def features(judge, images):
     """Rows b c of uint8 images b H W 3, and spatial ones of Inception, else None; of Encoders mean tokens."""
     if isinstance(judge, Inception):
         return [x.cpu() for x in judge(images)]
-    if isinstance(judge, DINOv2):
-        return judge(images).cpu(), None
     device = next(judge.parameters(), torch.empty(0)).device           # pixels have none
     x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
-    return judge.encode(resize(x, judge.image_size)).mean((2, 3)).cpu(), None
+    x = resize(x, judge.image_size)
+    return (judge(x) if isinstance(judge, DINOv2) else judge.encode(x).mean((2, 3))).cpu(), None
 
 
 def find_judge(name, path=None):                           # path: of Inception's weights
@@ -204,7 +202,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 class ImageSet:
     """What images leave behind: moments of their features, rows of the first `most`, a fingerprint of pixels.
 
-    judge: Inception or Encoder. add(images: uint8 b H W 3, numbers: b), in any batches on any processes; then
+    judge: of find_judge. add(images: uint8 b H W 3, numbers: b), in any batches on any processes; then
     merge(). pool, spatial: Moments; rows: n c and labels: n, by number; sha1: of all images, in any order;
     side: (H, W); n: how many, None if statistics do not say.
     """
@@ -307,7 +305,7 @@ def compare(real, fake, curve=None):
     same_side(real.side, fake.side)
     inception, found = isinstance(fake.judge, Inception), {}
     kernel = "kid" if inception else "kernel_distance"
-    found[FRECHET.get(fake.judge.name, FRECHET[None])] = distance(real.pool, fake.pool)
+    found[FRECHET.get(fake.judge.name, "frechet_distance")] = distance(real.pool, fake.pool)
     if real.spatial.n:
         found["sfid"] = distance(real.spatial, fake.spatial)
     if inception:
@@ -456,8 +454,8 @@ def real_images(data, numbers):
 
 
 def stack(items):
-    if broken := {name: 0 for item in items for name in item.get("broken", ())}:
-        raise ValueError(f"broken images can't be measured: {' '.join(broken)}; remove or mend them")
+    if broken := {name for item in items for name in item.get("broken", ())}:
+        raise ValueError(f"broken images can't be measured: {' '.join(sorted(broken))}; remove or mend them")
     if len(sizes := {tuple(item["image"].shape[1:]) for item in items}) > 1:
         raise ValueError(f"images of different sizes, {sizes}; --size centre-crops those of --data")
     return rearrange(torch.stack([item["image"] for item in items]), "b c h w -> b h w c")
@@ -539,7 +537,7 @@ def load_statistics(path, judge):
         found = ImageSet(judge, 0)
         n = found.n = int(f["n"]) if "n" in f else None    # ADM's do not say
         for moments, mu, sigma in ((found.pool, "mu", "sigma"), (found.spatial, "mu_s", "sigma_s")):
-            if sigma in f:
+            if {mu, sigma} <= {*f}:
                 mean, cov = (torch.from_numpy(f[x]).double() for x in (mu, sigma))
                 moments.join(n or 2, mean, cov * ((n or 2) - 1))
         found.rows = torch.from_numpy(f["rows"]) if "rows" in f else torch.empty(0)
@@ -550,7 +548,7 @@ def load_statistics(path, judge):
 
 def reference(specs, size, judge, n=None, **share):
     """ImageSet of --data: statistics, or all (or the first n) of its images. ADM's file has both."""
-    real = load_statistics(specs[0], judge) if zipfile.is_zipfile(specs[0]) else None
+    real = load_statistics(specs[0], judge) if is_npz(specs) and zipfile.is_zipfile(specs[0]) else None
     if real is None or Arrays.inside(specs[0]) and not len(real.rows):
         data = open_images(specs, size)
         own = image_set(data, min(n or len(data), len(data)), judge, KEPT[0], **share)
@@ -566,7 +564,7 @@ def check_features(p, args, flag):                         # of --features and t
         name in FRECHET or pixel_statistics(name)
     except ValueError as error:
         p.error(str(error).replace("--encoder", f"--{flag}"))
-    if name.startswith("vae") or getattr(args, flag) in [*FRECHET][:2] and flag == "probe":
+    if name.startswith("vae") or getattr(args, flag) in FRECHET and flag == "probe":
         p.error(f"--{flag} {name} can't be used here; give an encoder with weights")
 
 
@@ -591,7 +589,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     """Distances of n generated images to n held-out ones, and verified accuracy on the shapes.
 
     model: a DiT in eval mode. rae: with its encoder. val: Data of the held-out split. args: sampling flags.
-    judge: Inception or an Encoder, whose features are taken, by default the RAE's own. real: an ImageSet in
+    judge: of find_judge, whose features are taken, by default the RAE's own. real: an ImageSet in
     place of val. Labels are balanced: image i has class i % num_classes. Returns a dict, on all processes.
     """
     judge, counts = judge or rae.encoder, torch.zeros(3, dtype=torch.float64)
@@ -643,7 +641,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
         for k, a, b in zip(chunk, images.numpy(), back.numpy()) if built_in else ():
             sums[3] += readable(val.drawn(k), a, b)
         real.add(images, chunk), fake.add(back, chunk)
-    name = "rfid" if isinstance(judge, Inception) else FRECHET.get(judge.name, FRECHET[None])
+    name = "rfid" if isinstance(judge, Inception) else FRECHET.get(judge.name, "frechet_distance")
     values, apart = (total(sums) / n).tolist(), distance(real.merge().pool, fake.merge().pool)
     metrics = {"n": n, "psnr": values[0], "ssim": values[1], name: apart}
     return metrics | dict([("lpips", values[2])] * bool(vgg) + [("readable", values[3])] * built_in,

@@ -101,7 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--preview_every", type=at_least(0), default=1000, help="steps between pictures; 0: none")
     p.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between evaluations; 0: none")
     p.add_argument("--eval_n", type=at_least(2), default=200, help="images per evaluation")
-    p.add_argument("--eval_features", help="inception, or an encoder, for distances; default: --encoder")
+    p.add_argument("--eval_features", help="inception, fd-dinov2 or an encoder; default: --encoder")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
     p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")

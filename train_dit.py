@@ -108,7 +108,7 @@ def parse_args(argv=None):
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between EMA evaluations; 0: none")
     p.add_argument("--eval_n", type=at_least(2), default=360, help="images per evaluation")
-    p.add_argument("--eval_features", help="inception, or an encoder, for distances; default: the RAE's")
+    p.add_argument("--eval_features", help="inception, fd-dinov2 or an encoder; default: the RAE's")
     args = p.parse_args(argv)
     if args.init in RELEASES:                                  # goes on as it was trained
         p.set_defaults(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02, **DIT_SIZES["DiTDH-XL"])

@@ -78,7 +78,7 @@ def pixel_statistics(constants, name):
 
 
 @pytest.mark.parametrize("name, side, pixels", [
-    ("dinov2-s", 512, 448), ("dinov2-s", 256, 224), ("siglip2-b", 256, 256),
+    ("dinov2-s", 592, 518), ("dinov2-s", 512, 448), ("dinov2-s", 256, 224), ("siglip2-b", 256, 256),
     ("siglip2-so400m", 256, 224), ("siglip2-so400m", 320, 280), ("mae-b", 256, 256)])
 def test_encoder_equals_transformers(name, side, pixels, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", minversion="5")         # the names of version 4 differ

@@ -239,6 +239,8 @@ def test_saved_statistics_stand_for_their_images(tmp_path, trusted):
     for a, b in ((kept.pool, own.pool), (kept.spatial, own.spatial)):
         assert torch.allclose(a.mean, b.mean) and torch.allclose(a.cov, b.cov) and a.n == b.n == 6
     assert torch.equal(kept.rows, own.rows) and kept.side == own.side == (32, 32)
+    with pytest.raises(ValueError, match="tiny.npz"):                   # none is left out in silence
+        eval_fid.main(flags("--samples", fake, "--data", tmp_path / "tiny.npz", real, "--features", "tiny"))
     with pytest.raises(ValueError, match="statistics of 192 features of tiny, not the 2048 of inception"):
         eval_fid.main(flags("--samples", fake, "--data", tmp_path / "tiny.npz", "--inception", trusted))
 

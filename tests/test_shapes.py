@@ -77,13 +77,15 @@ def test_classes_counts_and_sizes_are_balanced():
 
 def test_speed():
     rates = []
-    for turn in range(3):                                            # best of three: others use the machine
+    for turn in range(20):                                           # till it is: others use the machine
         start = time.process_time()
         for index in range(500):
             Scene.random(turn, index).render(64)
         rates.append(500 / (time.process_time() - start))
+        if rates[-1] > 1000:
+            break
     print(f"{max(rates):.0f} images/s")
-    assert max(rates) > 400                                          # 1000 and more where it is alone
+    assert max(rates) > 1000
 
 
 def test_the_verifier_reads_fresh_renderings():

@@ -23,7 +23,7 @@ import train_dit
 from conftest import torchrun
 from data import open_data
 from shapes import Text
-from test_train import DECODER, DIT, difference, go, load, load_at
+from test_train import DECODER, DIT, difference, go, go_on_one_thread, load, load_at
 from train_decoder import Discriminator, Perceptual, augment, gram
 
 GAN = [*DECODER, *"--gan 0.75 --disc_start 1 --gan_start 2 --disc_lr 1e-3 --disc_warmup 1".split()]
@@ -202,10 +202,7 @@ def test_two_processes_have_one_discriminator(encoder, tmp_path):
     """After a step with all on, in two parts each: AdamW's means of gradients are those of one process."""
     common = [*GAN, *"--disc_start 0 --gan_start 0 --batch 16 --micro_batch 4 --steps 1".split(),
               "--encoder", encoder, "--optimizer", "adamw"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                               # as torchrun does
-    go(train_decoder, *common, "--out", tmp_path / "one")
-    torch.set_num_threads(threads)
+    go_on_one_thread(train_decoder, *common, "--out", tmp_path / "one")
     torchrun(train_decoder, *common, "--out", tmp_path / "two")
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     for a, b in zip(one["opt"], two["opt"], strict=True):  # of decoder (and VAE), of the discriminator

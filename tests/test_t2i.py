@@ -24,7 +24,7 @@ from llm import IMAGE, SYSTEM, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
 from shapes import Scene, read_scene
 from test_shapes import answer, holds
-from test_train import DIT, difference, go, load
+from test_train import DIT, difference, go, go_on_one_thread, load
 from train_t2i import ALIGN, DESCRIBE, T2I, TOKENIZER, WHERE, converse, load_t2i, tokenise
 
 FLAGS = ("--width 32 --depth 1 --heads 2 --head_width 192 --head_depth 1 --head_heads 4 --llm_width 32 "
@@ -448,10 +448,7 @@ def test_the_language_model_has_its_own_rate_and_can_be_frozen(tmp_path, monkeyp
 def test_two_processes_and_shards_equal_one_process(tmp_path):
     """One process of 4 x 2, two of 2 x 2, two that share the weights, killed and resumed: all the same."""
     common = [*FLAGS, "--micro_batch", 2, "--dtype", "fp32", "--llm_lr", 1e-3]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    go(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
-    torch.set_num_threads(threads)
+    go_on_one_thread(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
     torchrun(train_t2i, *common, "--steps", 4, "--out", tmp_path / "two")
     torchrun(train_t2i, *common, "--steps", 2, "--shard", "--preview_every", 2, "--recompute",
              "--out", tmp_path / "shard")

@@ -36,6 +36,13 @@ def go(script, *argv):
     script.main(script.parse_args([str(a) for a in argv]))
 
 
+def go_on_one_thread(script, *argv):               # as each process of torchrun does
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    go(script, *argv)
+    torch.set_num_threads(threads)
+
+
 def load(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
@@ -114,21 +121,15 @@ def test_real_run_killed_with_9_resumes_to_the_same_weights(tmp_path):
     child.join()
     step = load(tmp_path / "killed")["step"]
     assert step < 30
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                       # as the child had
-    go(train_dit, *flags, "--out", tmp_path / "killed", "--resume")
-    go(train_dit, *flags, "--out", tmp_path / "straight")
-    torch.set_num_threads(threads)
+    go_on_one_thread(train_dit, *flags, "--out", tmp_path / "killed", "--resume")
+    go_on_one_thread(train_dit, *flags, "--out", tmp_path / "straight")
     assert difference(load(tmp_path / "straight"), load(tmp_path / "killed")) == 0
 
 
 @pytest.mark.parametrize("script, flags", [*STAGES, CACHED])
 def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path):
     common = [*flags, "--micro_batch", "4", "--steps", "3", "--dtype", "fp32"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                       # as torchrun does
-    go(script, *common, "--out", tmp_path / "one")
-    torch.set_num_threads(threads)
+    go_on_one_thread(script, *common, "--out", tmp_path / "one")
     torchrun(script, *common, "--out", tmp_path / "two")
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert difference(one["model"], two["model"]) < 1e-5 and difference(one["ema"], two["ema"]) < 1e-5
