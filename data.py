@@ -1,243 +1,864 @@
-"""Images and texts in, resumable batches out: shapes, image folders, tar shards, .jsonl, mixtures of them.
+"""Images and texts in, resumable batches out.
 
-    data = open_data(["a=photos/faces:0.7", "b=shards/birds-{000..012}.tar:0.3"], size=256, crop="random")
-    for step, m, images, labels, texts in batches(data, batch=64, micro_batch=16): ...
+    data = open_data(["a=photos/faces:0.7", "b=birds-{000..012}.tar:0.3"], size=256, crop="random")
+    for step, micro, images, labels, texts in batches(data, batch=64, micro_batch=16):
+        ...
 
-Image k is a function of (seed, k) for any number of processes and workers, so to resume is to start later.
+--data names one source, or several as name=PATH:weight:
+    shapes, text   the built-in worlds, rendered when an image is needed
+    a folder       class/name.jpg, or name.jpg without labels; stage 3 also reads name.txt, .json
+    x.tar          the same, or name.jpg beside name.cls, name.txt or name.json; uncompressed
+    x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}
+
+Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
+starting at a later k.
 """
+import contextlib
 import glob
 import io
 import json
 import os
 import re
 import signal
+import struct
 import sys
 import tarfile
+import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shapes import CLASSES, Scene, Text
 
-IMAGE = re.compile(r"(?!(.*/)?(\.|__MACOSX/)).*\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)", re.IGNORECASE)
-SHAPES_EPOCH = 1_000_000       # the shapes never end; this many are called an epoch
-SHAPES_VAL = 2**40             # held-out scenes are numbered from here, where no training run arrives
-PERIOD = 1000                  # images after which a mixture repeats its order of sources: weights to 0.1%
-TRIES = 10                     # with 1% of the files broken, ten broken ones in a row are one case in 1e20
-ROLES = {"human": "user", "gpt": "assistant"}    # Source: LLaVA, Scale-RAE
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+ROLES = {"human": "user", "gpt": "assistant"}    # of LLaVA and Scale-RAE -> of chat templates
+SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
+SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
+PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
+TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
+BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
 
 
-def require(fulfilled, message, error=ValueError):
-    if not fulfilled:
-        raise error(message)
-
-
-def to_rgb(image):             # a PIL image of any mode as upright RGB, transparent parts over white
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):               # 16 bits, which convert("RGB") would clip; 257 = 65535 / 255
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+# ---------------------------------------------------------------- images
+def to_rgb(image):
+    """Convert a PIL image of any mode to upright RGB, with transparent parts over white."""
+    image = ImageOps.exif_transpose(image)        # cameras store a tag instead of turning pixels
+    if image.mode.startswith("I"):                # 16 bits, which convert("RGB") would clip
+        pixels = np.asarray(image).clip(0, 65535)
+        pixels = np.rint(pixels / 257)            # 257 = 65535 / 255
+        image = Image.fromarray(pixels.astype(np.uint8))
     elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def square(image, size, rng=None):  # its centre (Source: ADM); with rng a random 2/3 of it (Source: RAE)
-    side = size if rng is None else round(1.5 * size)                           # 256 of 384 pixels
-    while rng is None and min(image.size) >= 2 * size:   # means of 2x2, until less than a factor 2 is left
-        image = image.resize(tuple(old // 2 for old in image.size), Image.BOX)
-    image = image.resize(tuple(round(old * side / min(image.size)) for old in image.size), Image.BICUBIC)
-    left, top = ((s - size) // 2 if rng is None else int(rng.integers(s - size + 1)) for s in image.size)
+def square(image, size, rng=None):
+    """Resize and crop a PIL image to size x size: its centre or, with rng, a random part of it.
+
+    The centre crop is that of FID's reference images. Source: ADM, center_crop_arr.
+    The random crop takes 2/3 of the shorter side, such as 256 of 384 pixels. Source: RAE.
+    """
+    if rng is None:
+        shorter_side = size
+        # Average 2 x 2 pixels until bicubic interpolation has less than a factor of 2 to do.
+        while min(image.size) >= 2 * size:
+            width, height = image.size
+            image = image.resize((width // 2, height // 2), Image.BOX)
+    else:
+        shorter_side = round(1.5 * size)
+
+    old_width, old_height = image.size
+    width = round(old_width * shorter_side / min(image.size))
+    height = round(old_height * shorter_side / min(image.size))
+    image = image.resize((width, height), Image.BICUBIC)
+
+    if rng is None:
+        left = (width - size) // 2
+        top = (height - size) // 2
+    else:
+        left = int(rng.integers(width - size + 1))
+        top = int(rng.integers(height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 
-def read(path, offset, size):  # opens anew: forked workers would share the position of a handle kept open
-    return np.fromfile(path, np.uint8, size, offset=offset).tobytes()
+def resize_images(images, side):
+    """Resize images to side x side by antialiased bicubic interpolation.
 
-
-def conversation(turns, image):  # {"from", "value"} to (role, text), with <image> first if it is nowhere
-    talk = [(ROLES.get(turn["from"]), turn["value"]) for turn in turns if turn["from"] != "system"]
-    count = "\n".join(text for _, text in talk).encode().count(b"<image>")      # raises if one is no text
-    require([role for role, _ in talk] == [*ROLES.values()] * max(1, len(talk) // 2) and count <= image,
-            f"conversations must be human, gpt, human, gpt ... with at most {image:d} <image>")
-    return talk if count == image else [("user", f"<image>\n{talk[0][1]}"), *talk[1:]]
-
-
-def list_path(path, chat):     # rows (path, offset, bytes, name, label, texts) of a folder, tar or .jsonl
-    require(os.path.exists(path), f"--data {path} does not exist; give shapes or text, a folder, .tar "
-            "shards, .jsonl, or a mixture: a=PATH:0.6 b=PATH:0.4", FileNotFoundError)
-    rows, name, files, lines = [], "", {}, os.path.isfile(path) and path.endswith(".jsonl")
-    try:
-        if os.path.isdir(path):                  # glob follows links and passes over .hidden
-            found = glob.glob("**/*.*", root_dir=path, recursive=True)
-            files = {f: (os.path.join(path, f), 0, -1) for f in found if chat or IMAGE.fullmatch(f)}
-        elif not lines:
-            with tarfile.open(path, "r:") as tar:    # "r:": uncompressed, so that each file can be read alone
-                files = {m.name.removeprefix("./"): (path, m.offset_data, m.size) for m in tar if m.isfile()}
-            require(read(path, tar.offset, 512) == bytes(512), "cut short")     # tarfile accepts some cuts
-        for i, item in enumerate(open(path, "rb") if lines else sorted(filter(IMAGE.fullmatch, files)), 1):
-            name, stem, record = (f"line {i}", "", item) if lines else (item, os.path.splitext(item)[0], "{}")
-            side = {x: read(*files[f]) for x in ("cls", "txt", "json") if (f := f"{stem}.{x}") in files}
-            info = {"class": os.path.dirname(name) or None, **json.loads(side.get("json", record))}
-            label = None if chat else int(side["cls"]) if "cls" in side else info.get("label", info["class"])
-            require(type(label) is int and label >= 0 or type(label) in (str, type(None)), f"label {label!r}")
-            image = np.ravel(info.get("image") or []).tolist() if lines else [name]   # one path or a list
-            require(len(image) == 1 or not image and "conversations" in info, f"images {image} must be one")
-            place = os.path.join(os.path.dirname(path), *image) if image else None, 0, -1
-            texts = info.get("captions", []) + [info[x] for x in ("caption", "text") if x in info][:1]
-            texts = side["txt"].decode("utf-8-sig").split("\n") if "txt" in side else texts
-            texts = [*filter(None, map(str.strip, texts))] or [""] * bool(texts)
-            if chat and "conversations" in info:
-                texts = [conversation(info["conversations"], image=bool(image))]
-            elif chat:                           # encode() fails for half of a surrogate pair
-                require(b"<image>" not in "".join(texts).encode(), "captions must not hold <image>")
-            if chat or image:
-                rows.append((*files.get(name, place), name, label, texts if chat else ["\n".join(texts)]))
-    except (tarfile.ReadError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"--data {path}: {name} {error}; tars must be whole and uncompressed (gunzip them), "
-                         ".cls an integer >= 0, .txt UTF-8, .json(l) {label/class, caption(s)/text, image, "
-                         'conversations: [{"from": "human" or "gpt", "value": text}, ...]}') from None
-    require(rows, f"--data {path} must hold images, .jpg or .png; give shards as {path}/*.tar")
-    return rows
-
-
-def list_source(paths, train, hold_out, objects, chat):  # rows, order of the split, class names, labelled
-    if paths == ["shapes"]:
-        return Scene, range(SHAPES_EPOCH), CLASSES, np.ravel(objects).tolist() == [1]
-    if paths == ["text"]:
-        require(not chat, "--data text has no conversations; it is for train_decoder.py")
-        return Text, range(SHAPES_EPOCH), ["text"], False
-    rows = [row for path in paths for row in list_path(path, chat)]
-    bare = [f"{row[0]} ({row[3]})" for row in rows if not row[5]]
-    require(not bare, f"--data {paths[0]}: {len(bare)} of {len(rows)} images have no text, first {bare[:1]}; "
-            "put x.txt or x.json beside x.jpg (in .jsonl a caption), empty where it shall be unconditional")
-    labels = {row[4] for row in rows}
-    kinds = {type(row[4]): f"{row[3]} has {row[4]!r}" for row in rows}
-    require(len(kinds) == 1, f"--data {paths[0]}: {', but '.join(kinds.values())}; give each image a class "
-            "name (folder or .json), or each an integer (.cls or .json), or each none")
-    names = range(max(labels) + 1) if int in kinds else sorted(labels) if str in kinds else ["image"]
-    require(0 <= hold_out < len(rows), f"--hold_out {hold_out} must be below {paths[0]}'s {len(rows)} images")
-    order = np.random.default_rng(0).permutation(len(rows))
-    return rows, order[hold_out:] if train else order[:hold_out or None], [*map(str, names)], labels != {None}
-
-
-class open_data(Dataset):      # a verb, where it is called, as functools.partial is
-    """The images, listed and checked; data[k] reads number k = 0, 1, ... without end.
-
-    specs: shapes, text, a folder (flat or of class folders), .tar shards, .jsonl; or several name=PATH:weight
-    size: side in pixels, None: as they are; seed: of order, crop and flip; crop: centre or random; flip: half
-    split: train or val; hold_out: images of each source in val, not train, for any seed; 0: all are in both
-    objects: count(s) of objects in scenes of shapes, labelled if 1. Raises ValueError, FileNotFoundError.
-    chat: texts are conversations [(role, text), ...], those on shapes by chat(scene, rng); None: captions
+    images: b 3 H W, in [0, 1], float
+    Returns: b 3 side side, in [0, 1]
     """
-    def __init__(self, specs, size, seed=0, crop="centre", flip=False, split="train", hold_out=0,
-                 objects=(1, 2, 3, 4), chat=None):
-        self.size, self.crop, self.flip, self.objects, self.chat = size, crop, flip, objects, chat
-        self.seed, self.first, self.skip = (seed, 0, chat) if split == "train" else (0, SHAPES_VAL, None)
-        groups, weights = {}, {}
-        for spec in [specs] if isinstance(specs, str) else specs:
-            mixed = re.match(r"[\w-]+=", spec) and not os.path.exists(spec)
-            part = re.fullmatch(r"([\w-]+)=(.+):(\d*\.?\d+)", spec) if mixed else (spec, "", spec, 1)
-            require(part and float(part[3]) == weights.setdefault(part[1], float(part[3])) > 0,
-                    f"--data {spec} must be name=PATH:weight, a number above 0, always the same for a name")
-            braces = re.search(r"\{(\d+)\.\.(\d+)\}", part[2] + "{0..0}")   # x-{000..012}.tar is 13 paths
-            low, high = sorted(map(int, braces.groups()))
-            groups.setdefault(part[1], []).extend(
-                part[2].replace(braces[0], f"{i:0{len(braces[1])}}") for i in range(low, high + 1))
-        require("" not in groups or len(groups) == 1, f"--data {specs}: all must be name=PATH:weight or none")
-        sources = [list_source(paths, split == "train", hold_out, objects, chat) for paths in groups.values()]
-        self.domains, (self.rows, self.order, names, labelled) = [*groups], zip(*sources)
-        mixed_names = sorted(set().union(*names)) if all(labelled) else ["image"]
-        self.class_names = mixed_names if len(names) > 1 else list(names[0])
-        self.number = {name: i for i, name in enumerate(self.class_names)}
-        self.labelled, self.num_classes = all(labelled), len(self.class_names) if all(labelled) else 1
-        edges = np.cumsum([0, *weights.values()]) / sum(weights.values()) * PERIOD
-        self.counts = np.diff(np.rint(edges).astype(int)).tolist()              # of each source in a period
-        require(all(self.counts), f"--data weights must be at least 1/{PERIOD} of their sum, not {weights}")
-        pattern = np.random.default_rng(0).permutation(np.repeat(range(len(sources)), self.counts)).tolist()
-        self.turns = [(i, pattern[:at].count(i)) for at, i in enumerate(pattern)]
-        self.shuffled, self.broken = {}, [set() for _ in sources]
+    if images.shape[-1] == side:
+        return images
+    resized = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1)                    # bicubic interpolation overshoots at edges
+
+
+def read_bytes(path, offset=0, size=-1):
+    """Read `size` bytes of a file from `offset` on; -1: all that follow."""
+    # Opened every time: forked workers would share the position of a file that is kept open.
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+# ---------------------------------------------------------------- listing images
+class ListedImage(NamedTuple):
+    """An image of a folder, tar or .jsonl that is not loaded yet."""
+    path: str | None           # its file, or the tar that contains it; None: there is no image
+    offset: int                # position of its first byte in that file
+    size: int                  # bytes; -1: the whole file
+    name: str                  # within the folder or tar, or "line 3" of a .jsonl
+    label: int | str | None    # class id or class name
+    texts: list                # captions to choose from, or one conversation [(role, text), ...]
+
+    def load(self):
+        """Return the image as PIL RGB. Raises many kinds of exceptions if the file is broken."""
+        if self.path is None:
+            return BLACK
+        content = read_bytes(self.path, self.offset, self.size)
+        return to_rgb(Image.open(io.BytesIO(content)))
+
+    def full_name(self):
+        return self.path if self.size == -1 else f"{self.path}/{self.name}"
+
+
+def list_images(path, with_conversations):
+    """List the images of a folder, a tar or a .jsonl.
+
+    with_conversations: whether texts are needed, which then replace the labels
+    Returns: list of ListedImage, in the order of their names or lines
+    Raises: FileNotFoundError; ValueError if there are none or a file beside them is malformed
+    """
+    if path in ("shapes", "text"):                # among other paths of one source
+        raise ValueError(f"--data {path}: shapes and text stand alone; mix them with others as "
+                         f"a=PATH:0.5 b={path}:0.5")
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"--data {path} does not exist; give shapes or text, a folder, .tar shards, .jsonl, "
+            "or a mixture: a=PATH:0.6 b=PATH:0.4")
+    if os.path.isdir(path):
+        images = list_folder(path, with_conversations)
+    elif path.endswith(".jsonl"):
+        images = list_jsonl(path, with_conversations)
+    else:
+        images = list_tar(path, with_conversations)
+    if not images:
+        raise ValueError(
+            f"--data {path} must hold images, .jpg or .png; give shards as {path}/*.tar")
+    return images
+
+
+def list_folder(path, with_conversations):
+    """List the images of a folder and its subfolders, whose names are those of the classes."""
+    names = glob.glob("**/*.*", root_dir=path, recursive=True)    # follows links, skips .hidden
+    if not with_conversations:                    # what lies beside the images is then ignored
+        names = filter(is_image, names)
+    files = {name: (os.path.join(path, name), 0, -1) for name in names}
+    return list_files(path, files, with_conversations)
+
+
+def list_tar(path, with_conversations):
+    """List the images of a tar, which are later read in place."""
+    files = {}
+    try:
+        # "r:" refuses compressed tars, of which no file could be read without all before it.
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    name = member.name.removeprefix("./")
+                    files[name] = (path, member.offset_data, member.size)
+        # A whole tar ends in zeros; tarfile does not notice a cut between two files.
+        if read_bytes(path, tar.offset, 512) != bytes(512):
+            raise ValueError("cut short")
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"--data {path}: {error}; tars must be whole and uncompressed "
+                         "(gunzip them)") from None
+    return list_files(path, files, with_conversations)
+
+
+def list_files(path, files, with_conversations):
+    """List the images among files {name: (path, offset, size)}, by name, with their sidecars."""
+    images = []
+    for name in sorted(filter(is_image, files)):
+        with error_context(path, name):
+            sidecars = read_sidecars(files, name)
+            record = parse_record(sidecars["json"]) if "json" in sidecars else {}
+            label = None if with_conversations else parse_label(record, sidecars, name)
+            texts = parse_texts(record, sidecars, with_conversations)
+        images.append(ListedImage(*files[name], name, label, texts))
+    return images
+
+
+def list_jsonl(path, with_conversations):
+    """List the images of a .jsonl, one record a line; their paths are relative to its folder."""
+    images = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            name = f"line {number}"
+            with error_context(path, name):
+                record = parse_record(line)
+                image_path = parse_image_path(record, os.path.dirname(path))
+                label = None if with_conversations else parse_label(record, {}, name)
+                texts = parse_texts(record, {}, with_conversations, image_path is not None)
+            if image_path is not None or with_conversations:
+                images.append(ListedImage(image_path, 0, -1, name, label, texts))
+    return images
+
+
+def is_image(name):
+    """True for the name of an image that is neither hidden nor in macOS's __MACOSX/."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden and "__MACOSX" not in parts
+
+
+def read_sidecars(files, name):
+    """Read the .cls, .txt and .json beside an image. Returns: dict of suffix to bytes."""
+    stem = os.path.splitext(name)[0]              # x.jpg goes with x.cls, x.txt and x.json
+    sidecars = {}
+    for suffix in ("cls", "txt", "json"):
+        sidecar = f"{stem}.{suffix}"
+        if sidecar in files:
+            sidecars[suffix] = read_bytes(*files[sidecar])
+    return sidecars
+
+
+@contextlib.contextmanager
+def error_context(path, name):
+    """Turn what malformed sidecars and records raise into a ValueError that names the image."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError) as error:         # JSON of any structure
+        raise ValueError(
+            f"--data {path}: {name} {error}; .cls must be an integer >= 0, .txt UTF-8, .json(l) "
+            "{label/class, caption(s)/text, image, "
+            'conversations: [{"from": "human" or "gpt", "value": text}, ...]}') from None
+
+
+# ---------------------------------------------------------------- labels and texts
+def parse_record(content):
+    """Parse a .json or a line of a .jsonl. Returns: dict."""
+    record = json.loads(content)
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a json object, not a {type(record).__name__}")
+    return record
+
+
+def parse_image_path(record, folder):
+    """Return the path of a record's image, or None for a conversation without an image."""
+    image = record.get("image") or []
+    paths = image if isinstance(image, list) else [image]         # Scale-RAE has lists of one path
+    if not paths and "conversations" in record:
+        return None
+    if len(paths) != 1:
+        raise ValueError(f"images {paths} must be one")
+    return os.path.join(folder, paths[0])
+
+
+def parse_label(record, sidecars, name):
+    """Return the class of an image: that of its .cls, its record, its folder, or None."""
+    if "cls" in sidecars:
+        label = int(sidecars["cls"])
+    elif "label" in record:
+        label = record["label"]
+    else:
+        label = record.get("class", os.path.dirname(name) or None)
+    is_class_id = type(label) is int and label >= 0               # True and False are not
+    if not (is_class_id or isinstance(label, str) or label is None):
+        raise ValueError(f"label {label!r} must be an integer >= 0 or a name")
+    return label
+
+
+def parse_texts(record, sidecars, with_conversations, has_image=True):
+    """Return the texts of an image, one of which is chosen whenever it is loaded.
+
+    Without conversations, this is one string of all captions, empty if there are none.
+    With conversations, it is one conversation or all captions, [] if there are none.
+    """
+    captions = parse_captions(record, sidecars)
+    if not with_conversations:
+        return ["\n".join(captions)]
+    if "conversations" in record:
+        return [parse_conversation(record["conversations"], has_image)]
+    if count_image_marks(captions) > 0:
+        raise ValueError("captions must not hold <image>")
+    return captions
+
+
+def parse_captions(record, sidecars):
+    """Return the captions of an image: the lines of its .txt, else those of its record.
+
+    Blank lines are left out. If all are blank, the one caption is "": learn it unconditionally.
+    """
+    if "txt" in sidecars:
+        captions = sidecars["txt"].decode("utf-8-sig").split("\n")
+    else:
+        captions = record.get("captions", [])
+        if not isinstance(captions, list):
+            raise ValueError(f"captions {captions!r} must be a list")
+        if "caption" in record:
+            captions = captions + [record["caption"]]
+        elif "text" in record:
+            captions = captions + [record["text"]]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {caption!r} must be a string")
+    stripped = [caption.strip() for caption in captions]
+    not_blank = [caption for caption in stripped if caption]
+    if captions and not not_blank:
+        return [""]
+    return not_blank
+
+
+def parse_conversation(turns, has_image):
+    """Convert turns {"from": "human", "value": text} to pairs (role, text), without "system".
+
+    An image comes first if no turn says where <image> is.
+    """
+    messages = []
+    for turn in turns:
+        if turn["from"] != "system":
+            messages.append((ROLES.get(turn["from"]), turn["value"]))
+    image_marks = count_image_marks(text for role, text in messages)
+    allowed_marks = 1 if has_image else 0
+
+    asking = {role for role, text in messages[0::2]}
+    answering = {role for role, text in messages[1::2]}
+    alternating = asking == {"user"} and answering == {"assistant"} and len(messages) % 2 == 0
+    if not alternating or image_marks > allowed_marks:
+        raise ValueError("conversations must be human, gpt, human, gpt ... "
+                         f"with at most {allowed_marks} <image>")
+    if image_marks < allowed_marks:
+        messages[0] = ("user", f"<image>\n{messages[0][1]}")
+    return messages
+
+
+def count_image_marks(texts):
+    """Count <image> in texts. Raises: ValueError for half of a surrogate pair, which is no text."""
+    return "\n".join(texts).encode().count(b"<image>")
+
+
+# ---------------------------------------------------------------- sources
+# A source has class_names, labelled, its length (images in an epoch), and load(number, rng, size),
+# which returns image number = 0, 1, ... without end: pixels H W 3 uint8, the name of its class or
+# None, its text, and the names of broken files that this image replaces.
+class SceneSource:
+    """The scenes of shapes, labelled by their object if all have exactly one."""
+    class_names = list(CLASSES)
+
+    def __init__(self, seed, first, objects, conversation, skip_held_out):
+        self.seed = seed
+        self.first = first                        # number of the first scene
+        self.objects = objects
+        self.conversation = conversation
+        self.skip_held_out = skip_held_out
+        self.labelled = np.ravel(objects).tolist() == [1]         # 1, [1] or (1,)
 
     def __len__(self):
-        return sum(map(len, self.order))
+        return SHAPES_EPOCH
 
-    def place(self, k):            # of image k: its source, a number in the order of specs; epoch, turn in it
-        i, turn = self.turns[k % PERIOD]
-        return i, *divmod(k // PERIOD * self.counts[i] + turn, len(self.order[i]))
-
-    def drawn(self, k):            # the Scene or Text that image k of a built-in world shows
-        i, epoch, at = self.place(k)
-        number = self.first + epoch * SHAPES_EPOCH + at
-        if self.rows[i] is Text:
-            return Text.random(self.seed, number)
-        while (scene := Scene.random(self.seed, number, self.objects)) and self.skip and scene.held_out():
-            number += 2 * SHAPES_VAL             # where neither split arrives
+    def draw(self, number):
+        """Return the Scene that image `number` shows."""
+        scene_number = self.first + number
+        scene = Scene.random(self.seed, scene_number, self.objects)
+        while self.skip_held_out and scene.held_out():
+            scene_number += 2 * SHAPES_VAL        # beyond the numbers of both splits
+            scene = Scene.random(self.seed, scene_number, self.objects)
         return scene
 
-    def __getitem__(self, k):
-        i, epoch, at = self.place(k)
-        n, broken, rng = len(self.order[i]), [], np.random.default_rng((self.seed, k, 0))
-        if self.rows[i] in (Scene, Text):
-            seen = self.drawn(k)
-            image, label, texts = seen.render(self.size), None, [seen.caption()]
-            if self.rows[i] is Scene:
-                label = CLASSES[seen.objects[0].label]
-                texts = [self.chat(seen, rng)] if self.chat else texts
+    def load(self, number, rng, size):
+        scene = self.draw(number)
+        pixels = scene.render(size)
+        text = self.conversation(scene, rng) if self.conversation else scene.caption()
+        class_name = CLASSES[scene.objects[0].label]              # of several, that of the first
+        return pixels, class_name, text, []
+
+
+class TextSource:
+    """Lines of letters, which show how much detail an autoencoder keeps."""
+    class_names = ["text"]
+    labelled = False
+
+    def __init__(self, seed, first):
+        self.seed = seed
+        self.first = first                        # number of the first image
+
+    def __len__(self):
+        return SHAPES_EPOCH
+
+    def draw(self, number):
+        """Return the Text that image `number` shows."""
+        return Text.random(self.seed, self.first + number)
+
+    def load(self, number, rng, size):
+        text = self.draw(number)
+        return text.render(size), None, text.caption(), []
+
+
+class FileSource:
+    """The images of folders, tars or .jsonl files, in another random order in every epoch."""
+
+    def __init__(self, paths, split, hold_out, seed, index, crop, flip, with_conversations):
+        images = []
+        for path in paths:
+            images += list_images(path, with_conversations)
+        check_texts(images, paths[0])
+        self.class_names = find_class_names(images, paths[0])
+        self.labelled = images[0].label is not None
+        self.images = images_of_split(images, split, hold_out, paths[0])
+        self.seed = seed
+        self.index = index                        # of this source in its mixture
+        self.crop = crop
+        self.flip = flip
+        self.with_conversations = with_conversations
+        # The permutation of the epoch that is being loaded; it is too large to keep them all.
+        self.epoch = None
+        self.permutation = None
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, number, rng, size):
+        # What is drawn from rng, in this order: other images for broken ones, crop, flip, text.
+        epoch, position = divmod(number, len(self))
+        listed, image, broken = self.load_unbroken(self.shuffle(epoch)[position], rng)
+        if size is not None:
+            image = square(image, size, rng if self.crop == "random" else None)
+        if self.flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+
+        text = listed.texts[rng.integers(len(listed.texts))]
+        if self.with_conversations:
+            if isinstance(text, str):             # a caption asks for its image
+                text = [("user", text), ("assistant", "<image>")]
+            else:
+                text = list(text)                 # a copy, which the caller may change
+        class_name = None if listed.label is None else str(listed.label)
+        return np.array(image), class_name, text, broken
+
+    def shuffle(self, epoch):
+        """Return the indices of the images in the order of an epoch."""
+        if self.epoch != epoch:
+            rng = np.random.default_rng((self.seed, epoch, 1, self.index))
+            self.permutation = rng.permutation(len(self))
+            self.epoch = epoch
+        return self.permutation
+
+    def load_unbroken(self, index, rng):
+        """Load images[index] or, as long as the file is broken, a random other image.
+
+        Returns: ListedImage, PIL RGB image, names of the broken files met
+        Raises: ValueError if TRIES files in a row are broken
+        """
+        broken = []
+        while len(broken) < TRIES:
+            listed = self.images[index]
+            try:
+                return listed, listed.load(), broken
+            except Exception:                     # Pillow's decoders raise a dozen kinds
+                broken.append(listed.full_name())
+                index = rng.integers(len(self))
+        if get_worker_info() is None:
+            raise ValueError(f"--data has {TRIES} broken images in a row: {sorted(set(broken))}")
+        # In a worker, the error would come with a traceback of its own, so the main process raises
+        # it: see BrokenFiles.report.
+        return listed, BLACK, broken
+
+
+def images_of_split(images, split, hold_out, path):
+    """Return the images of train or val: all but `hold_out`, or these; 0: all are in both."""
+    if not 0 <= hold_out < len(images):
+        raise ValueError(f"--hold_out {hold_out} must be below {path}'s {len(images)} images")
+    # The same images are held out for every --seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(images))
+    if split == "train":
+        order = order[hold_out:]
+    elif hold_out > 0:
+        order = order[:hold_out]
+    return [images[i] for i in order]
+
+
+def check_texts(images, path):
+    """Raises: ValueError if an image has no text, which only conversations need."""
+    without_text = [image for image in images if not image.texts]
+    if without_text:
+        first = without_text[0]
+        raise ValueError(
+            f"--data {path}: {len(without_text)} of {len(images)} images have no text, "
+            f"first {first.path} ({first.name}); put x.txt or x.json beside x.jpg "
+            "(in .jsonl a caption), empty where it shall be unconditional")
+
+
+def find_class_names(images, path):
+    """Return the names of the classes in the order of their ids; ["image"] if there are none."""
+    labels = {image.label for image in images}
+    examples = {type(image.label): f"{image.name} has {image.label!r}" for image in images}
+    if len(examples) > 1:
+        raise ValueError(
+            f"--data {path}: {', but '.join(examples.values())}; give each image a class name "
+            "(folder or .json), or each an integer (.cls or .json), or each none")
+    if int in examples:                           # some ids may have no image here
+        return [str(label) for label in range(max(labels) + 1)]
+    if str in examples:
+        return sorted(labels)
+    return ["image"]
+
+
+class BrokenFiles:
+    """The broken files of one source: each is reported once, and more than 1% stop the run."""
+
+    def __init__(self, total):
+        self.total = total                        # number of images of the source
+        self.names = set()
+
+    def report(self, names):
+        """Print the names that are new. Raises: ValueError if there are too many."""
+        for name in sorted(set(names) - self.names):
+            self.names.add(name)
+            count = len(self.names)
+            print(f"broken image {count}, replaced by another: {name}", file=sys.stderr)
+            if count > max(1, self.total // 100) or len(names) >= TRIES:
+                raise ValueError(
+                    f"--data has {count} broken images of {self.total}, such as {name}; "
+                    "at most 1% may be; remove or mend those named above")
+
+
+# ---------------------------------------------------------------- specs and mixtures
+def parse_specs(specs):
+    """Parse --data: the paths of a single source, or name=PATH:weight of several.
+
+    Returns: dict of name to list of paths, dict of name to weight; a single source is named ""
+    """
+    if isinstance(specs, str):
+        specs = [specs]
+    paths = {}
+    weights = {}
+    for spec in specs:
+        name, path, weight = parse_spec(spec)
+        paths.setdefault(name, []).extend(expand_range(path))
+        if weights.setdefault(name, weight) != weight:
+            raise ValueError(f"--data {spec}: the weight must always be the same for a name")
+    if not paths or ("" in paths and len(paths) > 1):
+        raise ValueError(f"--data {specs}: all must be name=PATH:weight or none")
+    return paths, weights
+
+
+def parse_spec(spec):
+    """Split name=PATH:weight. Returns: name, path, weight; of a bare path "", path, 1."""
+    if not re.match(r"[\w-]+=", spec) or os.path.exists(spec):    # paths may contain "=", too
+        return "", spec, 1.0
+    # Digits and a point: no sign, nan or inf.
+    match = re.fullmatch(r"([\w-]+)=(.+):(\d*\.?\d+)", spec)
+    if match is None or float(match[3]) == 0:
+        raise ValueError(f"--data {spec} must be name=PATH:weight, a number above 0")
+    return match[1], match[2], float(match[3])
+
+
+def expand_range(path):
+    """Return the paths that a range stands for: x-{000..012}.tar is 13 of them, x.tar is one."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+    if match is None:
+        return [path]
+    first, last = sorted([int(match[1]), int(match[2])])
+    digits = len(match[1])
+    return [path.replace(match[0], f"{number:0{digits}}") for number in range(first, last + 1)]
+
+
+class Mixture:
+    """The source of each image: a shuffled order of PERIOD images, repeated without end."""
+
+    def __init__(self, weights):
+        values = list(weights.values())
+        # Rounding where sources end, not how long they are, makes the counts add up to PERIOD.
+        ends = np.cumsum([0, *values]) / sum(values) * PERIOD
+        self.counts = np.diff(np.rint(ends).astype(int)).tolist()     # of each source in a period
+        if not all(self.counts):
+            raise ValueError(
+                f"--data weights must be at least 1/{PERIOD} of their sum, not {weights}")
+
+        order = np.repeat(np.arange(len(values)), self.counts)
+        order = np.random.default_rng(0).permutation(order).tolist()
+        self.turns = []                           # source, number of its earlier images in a period
+        earlier = [0 for _ in values]
+        for source in order:
+            self.turns.append((source, earlier[source]))
+            earlier[source] += 1
+
+    def locate(self, k):
+        """Return the index of the source of image k, and the number of the image within it."""
+        periods, position = divmod(k, PERIOD)
+        source, turn = self.turns[position]
+        return source, periods * self.counts[source] + turn
+
+
+# ---------------------------------------------------------------- data
+def open_data(specs, size, seed=0, crop="centre", flip=False, split="train", hold_out=0,
+              objects=(1, 2, 3, 4), conversation=None):
+    """List and check the images that --data names.
+
+    specs: shapes, text, a folder, .tar shards or .jsonl; or several name=PATH:weight
+    size: side in pixels; None: images stay as they are
+    seed: of the order, crops and flips of training; validation is the same for every seed
+    crop: centre or random
+    flip: whether to mirror half of the images, drawn at random
+    split: train or val
+    hold_out: images of each source that are in val, not in train; 0: all are in both
+    objects: number of objects in a scene of shapes, or a tuple of numbers to draw from
+    conversation: function (scene, rng) -> [(role, text), ...] about a scene of shapes. If given,
+        the texts of files are conversations, too, and labels are ignored. None: captions
+    Returns: ImageData
+    Raises: FileNotFoundError, ValueError
+    """
+    paths, weights = parse_specs(specs)
+    if split == "train":
+        first = 0
+    else:                                         # the same images for every run
+        first = SHAPES_VAL
+        seed = 0
+    # Stage 3, which has conversations, is tested on combinations of objects it never trains on.
+    skip_held_out = split == "train" and conversation is not None
+
+    sources = []
+    for index, source_paths in enumerate(paths.values()):
+        if source_paths == ["shapes"]:
+            source = SceneSource(seed, first, objects, conversation, skip_held_out)
+        elif source_paths == ["text"]:
+            if conversation:
+                raise ValueError("--data text has no conversations; it is for train_decoder.py")
+            source = TextSource(seed, first)
         else:
-            if self.shuffled.get(i, (None,))[0] != epoch:
-                self.shuffled[i] = epoch, np.random.default_rng((self.seed, epoch, 1, i)).permutation(n)
-            at, image, black = self.shuffled[i][1][at], None, Image.new("RGB", (1, 1))
-            while image is None and len(broken) < TRIES:
-                path, offset, size, name, label, texts = self.rows[i][self.order[i][at]]
-                try:
-                    image = to_rgb(Image.open(io.BytesIO(read(path, offset, size))) if path else black)
-                except Exception:                # Pillow's decoders raise a dozen kinds
-                    broken.append(path if size < 0 else f"{path}/{name}")
-                    at = rng.integers(n)         # another image fills the place
-            require(image or get_worker_info(), f"--data has {TRIES} broken images in a row: {set(broken)}")
-            if self.size:
-                image = square(image or black, self.size, rng if self.crop == "random" else None)
-            image = np.array(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)
-        text = texts[rng.integers(len(texts))][:]                # a copy
-        text = [("user", text), ("assistant", "<image>")] if self.chat and isinstance(text, str) else text
-        return dict(image=torch.from_numpy(image).permute(2, 0, 1).contiguous(), text=text, broken=broken,
-                    label=self.number.get(str(label), 0), number=k)
-
-    def start_worker(self, number):    # Ctrl-C reaches all processes, but the main one has to end the workers
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def collate(self, items):
-        images, *rest = zip(*(item.values() for item in items))
-        return torch.stack(images).numpy(), *map(list, rest)    # a tensor takes longer to hand over
-
-    def received(self, images, texts, broken, labels, numbers):    # names a broken file once, stops above 1%
-        for k, names in zip(numbers, broken):
-            bad, n = self.broken[i := self.place(k)[0]], len(self.order[i])
-            for name in sorted(set(names) - bad):
-                bad.add(name)
-                print(f"broken image {len(bad)}, replaced by another: {name}", file=sys.stderr)
-                require(len(bad) <= max(1, n // 100) and len(names) < TRIES, f"--data has {len(bad)} broken "
-                        f"images of {n}, such as {name}; at most 1% may be; remove or mend those named above")
-        return torch.from_numpy(images), torch.tensor(labels), texts
+            source = FileSource(source_paths, split, hold_out, seed, index, crop, flip,
+                                with_conversations=conversation is not None)
+        sources.append(source)
+    return ImageData(sources, weights, size, seed)
 
 
-def check(data, batch):
-    require(len(data) >= batch, f"--batch {batch} must be at most the {len(data)} images of --data; lower it")
+class ImageData(Dataset):
+    """The images of one or more sources, data[k] for k = 0, 1, ... without end; see open_data.
+
+    data[k] is a dict of
+        image: 3 H W, uint8
+        text: caption, or conversation [(role, text), ...] with roles "user" and "assistant"
+        label: class id; 0 if there are no labels
+        number: k
+        broken: names of broken files that this image replaces
+    len(data) is the number of images in an epoch of each source.
+    """
+
+    def __init__(self, sources, weights, size, seed):
+        self.sources = sources
+        self.domains = list(weights)              # names of the sources
+        self.mixture = Mixture(weights)
+        self.size = size
+        self.seed = seed
+        self.broken_files = [BrokenFiles(len(source)) for source in sources]
+
+        # A mixture is labelled only if all its sources are; it then has the classes of all.
+        self.labelled = all(source.labelled for source in sources)
+        if len(sources) == 1:
+            self.class_names = list(sources[0].class_names)
+        elif self.labelled:
+            self.class_names = sorted({name for source in sources for name in source.class_names})
+        else:
+            self.class_names = ["image"]
+        self.num_classes = len(self.class_names) if self.labelled else 1
+        self.class_ids = {name: i for i, name in enumerate(self.class_names)}
+
+    def __len__(self):
+        return sum(self.source_lengths)
+
+    def __getitem__(self, k):
+        index, number = self.mixture.locate(k)
+        rng = np.random.default_rng((self.seed, k, 0))
+        pixels, class_name, text, broken = self.sources[index].load(number, rng, self.size)
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        label = self.class_ids.get(class_name, 0)
+        return dict(image=image, text=text, label=label, number=k, broken=broken)
+
+    @property
+    def source_lengths(self):
+        """Number of images of each source in this split."""
+        return [len(source) for source in self.sources]
+
+    @property
+    def is_shapes(self):
+        """True if the classes are those of shapes."""
+        return self.class_names == list(CLASSES)
+
+    def is_built_in(self, source_index):
+        """True if a source is shapes or text, of which it is known what each image shows."""
+        return not isinstance(self.sources[source_index], FileSource)
+
+    def source_of(self, k):
+        """Return the index of the source of image k."""
+        return self.mixture.locate(k)[0]
+
+    def scene_or_text(self, k):
+        """Return the Scene or Text that image k of a built-in source shows."""
+        index, number = self.mixture.locate(k)
+        return self.sources[index].draw(number)
+
+    def report_broken(self, k, names):
+        """Report the broken files that image k replaces. Raises: ValueError if over 1% are."""
+        self.broken_files[self.source_of(k)].report(names)
+
+
+class NpzImages:
+    """The images of an .npz, to be used as ImageData: arr_0, n H W 3, uint8 or floats in [0, 1].
+
+    sample.py and ADM's evaluation suite write such files. They are mapped into memory rather than
+    read, unless they are compressed.
+    Raises: ValueError if there are no such images
+    """
+    is_shapes = False
+
+    def __init__(self, path):
+        if not self.contains_images(path):
+            raise ValueError(f"{path} is no whole .npz of arr_0, or mu and sigma; "
+                             "write images by np.savez")
+        self.path = path
+        self.images = self.open_array(path)
+        shape, dtype = self.images.shape, self.images.dtype
+        if len(shape) != 4 or shape[3] != 3 or not (dtype == np.uint8 or dtype.kind == "f"):
+            raise ValueError(f"{path} has arr_0 of {shape}, {dtype}; "
+                             "images are n H W 3, uint8 or floats")
+
+    @staticmethod
+    def contains_images(path):
+        return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+    @staticmethod
+    def open_array(path):
+        """Map arr_0 into memory, which np.load does for .npy files alone."""
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo("arr_0.npy")
+            with archive.open(info) as array:
+                np.lib.format.read_magic(array)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(array)
+                array_offset = array.tell()
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.load(path)["arr_0"]
+        # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
+        # name and of the extra field that follow. Source: PKWARE's APPNOTE.TXT, 4.3.7.
+        name_size, extra_size = struct.unpack("<HH", read_bytes(path, info.header_offset + 26, 4))
+        offset = info.header_offset + 30 + name_size + extra_size + array_offset
+        return np.memmap(path, dtype, "r", offset, shape)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, k):
+        pixels = np.array(self.images[k])
+        if pixels.dtype != np.uint8:
+            if not 0 <= pixels.min() <= pixels.max() <= 1:        # catches nan, too
+                raise ValueError(f"{self.path} has floats of {pixels.min():.3g} to "
+                                 f"{pixels.max():.3g}; scale them to [0,1], or store uint8")
+            pixels = np.rint(pixels * 255).astype(np.uint8)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return dict(image=image, text="", label=0, number=k, broken=[])
+
+    def is_built_in(self, source_index):
+        return False
+
+    def source_of(self, k):
+        return 0
+
+
+# ---------------------------------------------------------------- loading
+def load_images(data, numbers):
+    """Load images by number, in order to measure something on them.
+
+    data: ImageData or NpzImages
+    Returns: b H W 3, uint8
+    Raises: ValueError if one is broken or they differ in size
+    """
+    return stack_images([data[k] for k in numbers])
+
+
+def stack_images(items):
+    """Stack the images of items data[k]; see load_images."""
+    broken = sorted({name for item in items for name in item["broken"]})
+    if broken:
+        raise ValueError(f"broken images can't be measured: {' '.join(broken)}; "
+                         "remove or mend them")
+    sizes = {tuple(item["image"].shape[1:]) for item in items}
+    if len(sizes) > 1:
+        raise ValueError(f"images of different sizes, {sizes}; --size centre-crops those of --data")
+    return rearrange(torch.stack([item["image"] for item in items]), "b c h w -> b h w c")
+
+
+def check_batch(data, batch):
+    """Raises: ValueError if an epoch has fewer images than a batch."""
+    if len(data) < batch:
+        raise ValueError(
+            f"--batch {batch} must be at most the {len(data)} images of --data; lower it")
 
 
 def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=sys.maxsize):
-    """This process's micro-batches m = rank, rank + world, ... of the steps from start to before stop.
+    """Load this process's micro-batches of the steps from start to before stop.
 
-    Yields (step, m, images uint8 b 3 H W, labels int64 b, texts), slice m of the images step * batch and on,
-    for batch // (micro_batch * world) values of m a step. Raises ValueError, also for over 1% broken files.
+    A step takes images step * batch, step * batch + 1, ...; micro-batch 0 is the first micro_batch
+    of them, and so on. This process loads micro-batches rank, rank + world, ... of each step.
+
+    workers: processes that load images; 0: this one does
+    Yields: (step, micro, images, labels, texts)
+        micro: number of the micro-batch within its step
+        images: b 3 H W, uint8
+        labels: b, int64
+        texts: list of b captions or conversations
+    Raises: ValueError, also when over 1% of the files of a source turn out to be broken
     """
-    check(data, batch)
-    require(batch % (micro_batch * world) == 0, f"--batch {batch} must be a multiple of --micro_batch "
-            f"{micro_batch} x {world} processes; lower --micro_batch")
-    ranges = (range(k, k + micro_batch) for k in range(start * batch, stop * batch, micro_batch)[rank::world])
-    # fork starts in 0.1 s, other methods in 4 to 10; the generator spares the global random state
-    loader = DataLoader(data, batch_sampler=ranges, collate_fn=data.collate, num_workers=workers,
-                        worker_init_fn=data.start_worker, generator=torch.Generator(),
-                        multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
-    return (((k := item[-1][0]) // batch, k % batch // micro_batch, *data.received(*item)) for item in loader)
+    check_batch(data, batch)
+    if batch % (micro_batch * world) != 0:
+        raise ValueError(f"--batch {batch} must be a multiple of --micro_batch {micro_batch} x "
+                         f"{world} processes; lower --micro_batch")
+    # fork starts workers in 0.1 s, other methods in 4 to 10 s; it is only safe on Linux.
+    use_fork = workers > 0 and sys.platform == "linux"
+    loader = DataLoader(
+        data,
+        batch_sampler=micro_batch_numbers(batch, micro_batch, start, stop, rank, world),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),              # leaves the global random state alone
+        multiprocessing_context="fork" if use_fork else None)
+    return read_batches(data, loader, batch, micro_batch)
+
+
+def micro_batch_numbers(batch, micro_batch, start, stop, rank, world):
+    """Yield the numbers of the images of each micro-batch of this process."""
+    first_of_each = range(start * batch, stop * batch, micro_batch)
+    for first in first_of_each[rank::world]:
+        yield range(first, first + micro_batch)
+
+
+def read_batches(data, loader, batch, micro_batch):
+    """Yield what batches promises. Broken files are counted here, in the main process."""
+    for lists in loader:
+        for k, names in zip(lists["number"], lists["broken"], strict=True):
+            data.report_broken(k, names)
+        # The images of a micro-batch are consecutive, so the first one tells where it belongs.
+        step, position = divmod(lists["number"][0], batch)
+        micro = position // micro_batch
+        images = torch.from_numpy(lists["image"])
+        labels = torch.tensor(lists["label"])
+        yield step, micro, images, labels, lists["text"]
+
+
+def collate(items):
+    """Combine the items of a micro-batch into lists of their values, in a worker."""
+    lists = {key: [item[key] for item in items] for key in items[0]}
+    # An array is handed over to the main process faster than a tensor.
+    lists["image"] = torch.stack(lists["image"]).numpy()
+    return lists
+
+
+def ignore_interrupt(worker):
+    """Let the main process alone act on Ctrl-C, which reaches all; it ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

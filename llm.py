@@ -1,226 +1,440 @@
-"""The Qwen2 language model in plain PyTorch, its tokenizer and its chat template with slots for one image.
+"""The Qwen2 language model in plain PyTorch, its tokenizer, and its chat template.
 
-Source: [Qwen2] arXiv 2407.10671, [RoPE] 2104.09864, [GQA] 2305.13245, [Scale-RAE] 2601.16208.
-Shapes: b batch, l tokens of a call, s those and the cached, d width, k heads, dh = d/k, g key heads.
+Qwen2 is a decoder-only transformer: an RMSNorm before each layer, causal attention with rotary
+positions and fewer key heads than query heads, and SwiGLU. release.load_qwen2() loads published
+weights. A conversation may hold one image, for whose tokens the template leaves room.
+
+Shapes: b batch, l tokens of a call, s tokens of this call and the cached ones, d width,
+    k query heads, g key and value heads, dh = d/k.
+Sources: [Qwen2] arXiv 2407.10671, [RoPE] 2104.09864, [GQA] 2305.13245, [SwiGLU] 2002.05202,
+    [min-p] 2407.01082, [Scale-RAE] 2601.16208.
 """
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from model import fetching, load_strict, require_heads
+from model import check_heads
 
-IMAGE, SYSTEM = -200, "You are a helpful assistant."    # id of an image slot, system text: as in Scale-RAE
+IMAGE = -200        # id in the slots of an image, as in Scale-RAE's code
+NO_LABEL = -100     # label where nothing is learned, which F.cross_entropy ignores
+SYSTEM = "You are a helpful assistant."     # first turn of all conversations, as in Scale-RAE
+MIN_P = 0.25        # sampling drops tokens that are less likely than this times the likeliest
 
 
-class Cache(dict):
-    """What a call of Qwen2 leaves to the next: layer's number: [keys, values], b g s dh; valid: b s bool."""
-    valid = None
+# ---------------------------------------------------------------------------- layers
+class Cache:
+    """Keys and values of the tokens so far, so that a later call computes only the new ones.
+
+    layers: number of the layer -> (keys, values), b g s dh each. valid: b s bool, False at padding.
+    """
+    def __init__(self):
+        self.layers = {}
+        self.valid = None
+
+    def extend_valid(self, valid):                                  # b l
+        """Append the flags of the new tokens; returns all of them, b s."""
+        if self.valid is not None:
+            valid = torch.cat([self.valid, valid], dim=1)           # b s
+        self.valid = valid
+        return valid
+
+    def extend_layer(self, number, keys, values):                   # b g l dh
+        """Append keys and values of the new tokens; returns all of them, b g s dh each."""
+        if number in self.layers:
+            old_keys, old_values = self.layers[number]
+            keys = torch.cat([old_keys, keys], dim=2)               # b g s dh
+            values = torch.cat([old_values, values], dim=2)         # b g s dh
+        self.layers[number] = (keys, values)
+        return keys, values
+
+
+def rotary_tables(positions, head_dim, theta):                      # b l
+    """Cosines and sines of rotary positions, b 1 l dh each.                            # [RoPE]
+
+    Channels i and i + dh/2 are a pair, which turns by the angle position * theta^(-2i/dh).
+    """
+    exponents = torch.arange(0, -head_dim, -2, device=positions.device) / head_dim  # dh/2
+    frequencies = theta ** exponents                                # dh/2
+    angles = positions[:, None, :, None] * frequencies              # b 1 l dh/2
+    cos = torch.cat([angles.cos(), angles.cos()], dim=-1)           # b 1 l dh
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)          # b 1 l dh
+    return cos, sin
+
+
+def rotate(x, cos, sin):                                            # b k l dh
+    """Turn each pair: (x1 cos - x2 sin, x2 cos + x1 sin). The table of sines holds the signs."""
+    halves_swapped = x.roll(x.shape[-1] // 2, dims=-1)              # b k l dh
+    return x * cos + halves_swapped * sin                           # b k l dh, fp32
+
+
+def attention_mask(valid, new_tokens):                              # b s
+    """Mask b 1 l s of the l newest of s tokens: True where a token may attend to another."""
+    s = valid.shape[1]
+    past = s - new_tokens
+    not_later = valid.new_ones(new_tokens, s).tril(past)            # l s
+    itself = not_later.triu(past)                                   # l s
+    # Padding attends to itself, since a softmax over nothing would be 0 / 0.
+    mask = not_later & valid[:, None] | itself                      # b l s
+    return mask[:, None]                                            # b 1 l s
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Groups of query heads share a key and a value head. [GQA]
+
+    number: of the layer, for the cache.
+    """
+    def __init__(self, d, heads, key_heads, number):
+        super().__init__()
+        self.number = number
+        self.head_dim = d // heads
+        self.q_proj = nn.Linear(d, heads * self.head_dim)
+        self.k_proj = nn.Linear(d, key_heads * self.head_dim)
+        self.v_proj = nn.Linear(d, key_heads * self.head_dim)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):                    # x: b l d, mask: b 1 l s
+        q = rearrange(self.q_proj(x), "b l (k dh) -> b k l dh", dh=self.head_dim)
+        k = rearrange(self.k_proj(x), "b l (g dh) -> b g l dh", dh=self.head_dim)
+        v = rearrange(self.v_proj(x), "b l (g dh) -> b g l dh", dh=self.head_dim)
+        q = rotate(q, cos, sin).to(v.dtype)                         # b k l dh
+        k = rotate(k, cos, sin).to(v.dtype)                         # b g l dh
+        if cache is not None:
+            k, v = cache.extend_layer(self.number, k, v)            # b g s dh
+        is_causal = mask is None
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+        return self.o_proj(rearrange(x, "b k l dh -> b l (k dh)"))  # b l d
+
+
+class MLP(nn.Module):
+    """Two linear maps and a gate, without biases. [SwiGLU]"""
+    def __init__(self, d, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(d, hidden, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x):                                           # b l d
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)             # b l hidden
+        return self.down_proj(x)                                    # b l d
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer, causal; k/g query heads share a key and value head. [RoPE], [GQA]"""
-    def __init__(self, d, hidden, heads, groups, eps):
+    """Attention and MLP, each behind an RMSNorm and with a residual connection."""
+    def __init__(self, d, hidden, heads, key_heads, eps, number):
         super().__init__()
-        self.dh, kv = d // heads, d // heads * groups
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(d, eps=eps) for _ in range(2))
-        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(d, d), "k_proj": nn.Linear(d, kv),
-                                        "v_proj": nn.Linear(d, kv), "o_proj": nn.Linear(d, d, bias=False)})
-        self.mlp = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, *sizes in (
-            ("gate_proj", d, hidden), ("up_proj", d, hidden), ("down_proj", hidden, d))})
+        self.input_layernorm = nn.RMSNorm(d, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
+        self.self_attn = Attention(d, heads, key_heads, number)
+        self.mlp = MLP(d, hidden)
 
-    def forward(self, x, cos, sin, mask, past):                         # x: b l d, mask: b 1 l s
-        a, heads, mlp = self.input_layernorm(x), self.self_attn, self.mlp
-        q, k, v = (rearrange(heads[f"{i}_proj"](a), "b l (k dh) -> b k l dh", dh=self.dh) for i in "qkv")
-        q, k = ((y * cos + y.roll(self.dh // 2, -1) * sin).to(v.dtype) for y in (q, k))        # in fp32
-        if past is not None:                                            # [], or keys and values so far
-            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or (k, v)      # b g s dh
-        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        x = x + heads.o_proj(rearrange(a, "b k l dh -> b l (k dh)"))    # b l d
-        a = self.post_attention_layernorm(x)                            # b l d
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(a)) * mlp.up_proj(a))     # b l d
+    def forward(self, x, cos, sin, mask, cache):                    # x: b l d
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)      # b l d
+        return x + self.mlp(self.post_attention_layernorm(x))       # b l d
 
 
+# ---------------------------------------------------------------------------- model
 class Qwen2(nn.Module):
-    """Decoder-only transformer; arguments (dict: config) and parameter names of the release, less "model.".
+    """Decoder-only transformer, with the parameter names of the release less "model.".
 
-    forward: embeddings x b l d (embed_tokens(ids), or images); a Cache, empty at first, with which a later
-        call goes on; valid b l bool, False at padding, only on the right -> normed hidden states b l d, fp32,
-        without meaning at padding. checkpoint = True: less memory in training, each layer runs twice.
-    Raises ValueError if widths don't split into heads. Source: [Qwen2] 2.2, initialised as the public code.
+    The arguments are those of a published config.json; the attribute config holds them as a dict.
+    tie_word_embeddings: True if the embedding serves as the output layer, too.
+    Raises ValueError if the widths do not split into heads.      Source: [Qwen2] section 2.2
     """
-    def __init__(self, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-                 num_key_value_heads, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True):
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+    checkpoint = False       # True: training recomputes the activations inside layers
+
+    def __init__(self, vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+                 num_attention_heads, num_key_value_heads, rope_theta=1e6, rms_norm_eps=1e-6,
+                 tie_word_embeddings=True):
         super().__init__()
-        require_heads(hidden_size, num_attention_heads, "hidden_size", "num_attention_heads", multiple=2)
-        require_heads(num_attention_heads, num_key_value_heads, "num_attention_heads", "num_key_value_heads")
-        sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps)
-        self.embed_tokens, self.checkpoint = nn.Embedding(vocab_size, hidden_size), False
-        self.layers = nn.ModuleList(Layer(*sizes) for _ in range(num_hidden_layers))
+        check_heads(hidden_size, num_attention_heads, "hidden_size", "num_attention_heads", 2)
+        check_heads(num_attention_heads, num_key_value_heads, "num_attention_heads",
+                    "num_key_value_heads")
+        self.config = dict(
+            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads, rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps, tie_word_embeddings=tie_word_embeddings)
+        self.head_dim = hidden_size // num_attention_heads
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList()
+        for number in range(num_hidden_layers):
+            self.layers.append(Layer(hidden_size, intermediate_size, num_attention_heads,
+                                     num_key_value_heads, rms_norm_eps, number))
         self.norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
-        self.lm_head = None if tie_word_embeddings else nn.Linear(hidden_size, vocab_size, bias=False)
-        for weight in (w for name, w in self.named_parameters() if "norm" not in name):
-            nn.init.normal_(weight, std=0.02 * (weight.ndim == 2))      # biases 0
+        if tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.initialise()
 
-    def forward(self, x, cache=None, valid=None):                       # x: b l d, valid: b l
-        valid = x.new_ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
-        mask, dim = None, self.layers[0].dh                             # causality hides padding on the right
+    def initialise(self):
+        """Initialise as the public code does: weights N(0, 0.02), biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if "norm" not in name:
+                is_bias = parameter.ndim == 1
+                nn.init.normal_(parameter, std=0.0 if is_bias else 0.02)
+
+    def forward(self, x, cache=None, valid=None):
+        """Final hidden states of embeddings.
+
+        x: embeddings b l d, of embed_tokens(ids) or of an image. cache: a Cache, empty at first;
+        a later call goes on after the tokens that it holds. valid: b l bool, False at padding,
+        which must stand on the right; None: no padding.
+        Returns b l d, normed, fp32; without meaning at padding.
+        """
+        if valid is None:
+            valid = x.new_ones(x.shape[:2], dtype=torch.bool)       # b l
         if cache is not None:
-            valid = cache.valid = valid if cache.valid is None else torch.cat([cache.valid, valid], 1)  # b s
-        if past := valid.shape[1] - x.shape[1]:
-            mask = valid.new_ones(x.shape[1], valid.shape[1]).tril(past)                       # l s
-            mask = (mask & valid[:, None] | mask.triu(past))[:, None]   # b 1 l s: each sees itself, no 0 / 0
-        freqs = self.config["rope_theta"] ** (torch.arange(0, -dim, -2, device=x.device) / dim)     # dh/2
-        angle = (valid.cumsum(1) - 1)[:, None, past:, None] * freqs     # b 1 l dh/2: padding doesn't count
-        cos, sin = (torch.cat(y, -1) for y in ([angle.cos()] * 2, [-angle.sin(), angle.sin()]))     # b 1 l dh
-        twice, x = self.checkpoint and self.training and cache is None, x.float()       # sums stay in fp32
-        for i, layer in enumerate(self.layers):
-            how = x, cos, sin, mask, None if cache is None else cache.setdefault(i, [])
-            x = checkpoint(layer, *how, use_reentrant=False) if twice else layer(*how)         # b l d
-        return self.norm(x)                                             # b l d
+            valid = cache.extend_valid(valid)                       # b s
+        new_tokens = x.shape[1]
+        past = valid.shape[1] - new_tokens
+        # Without a past, causality alone hides padding from other tokens.
+        mask = attention_mask(valid, new_tokens) if past > 0 else None              # b 1 l s
+        positions = valid.cumsum(1)[:, past:] - 1                   # b l: padding does not count
+        cos, sin = rotary_tables(positions, self.head_dim, self.config["rope_theta"])
 
-    def logits(self, hidden):                                           # ... d -> ... vocab
-        return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+        # A layer that ran twice would extend the cache twice.
+        recompute = self.checkpoint and self.training and cache is None
+        x = x.float()                                               # b l d: sums stay in fp32
+        for layer in self.layers:
+            if recompute:
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)                 # b l d
+        return self.norm(x)                                         # b l d
 
-    def resize(self, n):             # to n rows of embedding and head; new ones are the mean of the old ones
-        for table in filter(None, (self.embed_tokens, self.lm_head)):
-            new = table.weight.data.mean(0, keepdim=True).expand(max(0, n - len(table.weight)), -1)
-            table.weight.data = torch.cat([table.weight.data[:n], new])
-        self.config["vocab_size"] = self.embed_tokens.num_embeddings = n
+    def logits(self, hidden):                                       # ... d
+        """Logits ... vocab of the tokens that follow final hidden states."""
+        output = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, output.weight)                      # ... vocab
+
+    def resize(self, vocab_size):
+        """Cut or extend the embedding and the output layer. Returns self.
+
+        New rows are the mean of the old ones.                     Source: [Scale-RAE]'s code
+        """
+        for table in (self.embed_tokens, self.lm_head):
+            if table is None:
+                continue
+            old = table.weight.data                                 # vocab d
+            num_new = max(0, vocab_size - len(old))
+            new = old.mean(0, keepdim=True).expand(num_new, -1)     # num_new d
+            table.weight.data = torch.cat([old[:vocab_size], new])
+        self.embed_tokens.num_embeddings = vocab_size
+        self.config["vocab_size"] = vocab_size
         return self
 
     @torch.no_grad()
-    def generate(self, x, valid, stop, most, luck=None):                # x: b l d, valid: b l or None
-        """The likeliest tokens, at most `most`, till all rows have had `stop`: b m, stop after stop.
-        luck: b most in [0,1): drawn by it from those at least 1/4 as likely as the likeliest. 2407.01082"""
-        cache, ids = Cache(), x.new_empty(len(x), 0, dtype=torch.long)  # b 0
-        least, luck = (1.0, x.new_zeros(len(x), most)) if luck is None else (0.25, luck.to(x.device))
-        x = self(x, cache, valid)[torch.arange(len(x), device=x.device), cache.valid.sum(1) - 1]    # b d
-        while ids.shape[1] < most and not (done := (ids == stop).any(1)).all():
-            p = self.logits(x).float().softmax(-1)                      # b vocab
-            p = (p * (p >= least * p.amax(1, keepdim=True))).cumsum(1)  # b vocab
-            new = (p <= luck[:, ids.shape[1], None] * p[:, -1:]).sum(1).masked_fill(done, stop)     # b
-            ids = torch.cat([ids, new[:, None]], 1)                     # b m
-            x = self(self.embed_tokens(new[:, None]), cache)[:, 0]      # b d
+    def generate(self, x, valid, stop, max_tokens, uniforms=None):
+        """Continue b sequences until each of them has had the token `stop`.
+
+        x: embeddings b l d. valid: b l bool or None, see forward. max_tokens: most tokens.
+        uniforms: b max_tokens numbers in [0,1) by which tokens are drawn; None: the likeliest ones.
+        Returns ids b m, m <= max_tokens, with `stop` after the first `stop` of a sequence.
+        """
+        cache = Cache()
+        hidden = self(x, cache, valid)                              # b l d
+        rows = torch.arange(len(x), device=x.device)                # b
+        last = cache.valid.sum(1) - 1                               # b: before the padding
+        hidden = hidden[rows, last]                                 # b d
+        ids = torch.empty(len(x), 0, dtype=torch.long, device=x.device)             # b 0
+        for step in range(max_tokens):
+            is_done = (ids == stop).any(1)                          # b
+            if is_done.all():
+                break
+            probabilities = self.logits(hidden).float().softmax(-1)                 # b vocab
+            if uniforms is None:
+                token = probabilities.argmax(1)                     # b
+            else:
+                token = draw_token(probabilities, uniforms[:, step].to(x.device))   # b
+            token = token.masked_fill(is_done, stop)                # b
+            ids = torch.cat([ids, token[:, None]], dim=1)           # b m
+            hidden = self(self.embed_tokens(token[:, None]), cache)[:, 0]           # b d
         return ids
 
 
-class Tokenizer:
-    """Byte-level BPE and ChatML, of a tokenizer.json: its path, or its content (json: for checkpoints).
+def draw_token(probabilities, uniforms):                            # b vocab, b
+    """Draw a token for each row by inverting its cumulative distribution at a number in [0,1): b.
 
-    Adds Scale-RAE's <im_start>, <im_end> if absent; start, end, image_start, image_end: ids around a turn, an
-    image. Raises FileNotFoundError; ValueError if it is no tokenizer or lacks the tokens of ChatML.
+    Tokens less likely than MIN_P times the likeliest are dropped. [min-p]
+    """
+    threshold = MIN_P * probabilities.amax(1, keepdim=True)         # b 1
+    kept = torch.where(probabilities >= threshold, probabilities, 0.0)              # b vocab
+    cumulative = kept.cumsum(1)                                     # b vocab
+    total = cumulative[:, -1:]                                      # b 1
+    return (cumulative <= uniforms[:, None] * total).sum(1)         # b
+
+
+# ---------------------------------------------------------------------------- tokenizer
+class Segment(NamedTuple):
+    """Part of a conversation: token ids, whether they are learned, and whether they may be cut."""
+    ids: list
+    is_learned: bool = False
+    is_cuttable: bool = False
+
+
+class Tokenizer:
+    """Byte-level BPE and the chat template ChatML, from a tokenizer.json.
+
+    source: its path, or its content as a string, as checkpoints hold it (attribute json).
+    start, end, image_start, image_end: ids of the tokens around a turn, <|im_start|> <|im_end|>,
+    and around an image, <im_start> <im_end>. The latter two, as in Scale-RAE, are added to the
+    vocabulary if they are absent; added: how many were.
+    Raises FileNotFoundError; ValueError if it is no tokenizer, or lacks the tokens of ChatML.
     """
     def __init__(self, source):
-        bpe, names = tokenizers.Tokenizer, ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
-        self.bpe = bpe.from_str(source) if f"{source}"[:1] == "{" else read(source, bpe.from_file)
-        if None in map(self.bpe.token_to_id, names[:2]):
-            raise ValueError(f"the tokenizer has no {names[0]} or {names[1]}; give that of Qwen2.5")
-        self.added = self.bpe.add_special_tokens(names)     # how many; those present keep their ids
-        self.start, self.end, self.image_start, self.image_end = map(self.bpe.token_to_id, names)
+        self.bpe = read_bpe(str(source))
+        for token in ("<|im_start|>", "<|im_end|>"):
+            if self.bpe.token_to_id(token) is None:
+                raise ValueError(f"the tokenizer has no {token}; give that of Qwen2.5")
+        # Special tokens: tokens that exist already keep their ids.
+        self.added = self.bpe.add_special_tokens(
+            ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"])
+        self.start = self.bpe.token_to_id("<|im_start|>")
+        self.end = self.bpe.token_to_id("<|im_end|>")
+        self.image_start = self.bpe.token_to_id("<im_start>")
+        self.image_end = self.bpe.token_to_id("<im_end>")
         self.json = self.bpe.to_str()
 
     def __len__(self):
         return self.bpe.get_vocab_size()
 
     def encode(self, text):
-        self.bpe.encode_special_tokens = True               # as text: no injection; a pickle forgets it
+        """Ids of a text. Special tokens in it are plain text, so that a user can't forge a turn."""
+        self.bpe.encode_special_tokens = True           # set here, since pickling forgets it
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids, special=False):                   # without image slots, special tokens if not asked
-        return self.bpe.decode([int(i) for i in ids if i >= 0], skip_special_tokens=not special)
+    def decode(self, ids, special=False):
+        """Text of ids, without image slots and, unless special is True, special tokens."""
+        ids = [int(i) for i in ids if i >= 0]
+        return self.bpe.decode(ids, skip_special_tokens=not special)
 
     def chat(self, turns, n, context=None, answer=True):
-        """A conversation as (ids, labels, cut), from pairs of "user" or "assistant" and a text.
+        """Token ids and labels of a conversation.
 
-        One "<image>" in a text is <im_start>, n IMAGE, <im_end>. answer=False: the last turn is the user's.
-        labels: the id (not shifted) in an assistant's text and the <|im_end|> after it, -100 elsewhere and at
-            IMAGE. Scale-RAE's code also learns the newlines and headers of every turn; ours does not.
-        context: most ids; beyond, the end of the first user turn's text is left out, or if that is too little
-            more than half a context of it and the end of all, and cut is True.
-        Raises ValueError: other roles or order, a second image, a context too short for an image.
+        turns: list of (role, text), the role "user" or "assistant". One text may hold an "<image>".
+        n: tokens of the image, in whose place <im_start>, n times IMAGE and <im_end> stand.
+        context: most ids; None: any number. A longer conversation is cut, see cut().
+        answer: False if the last turn is the user's; then the header of an answer follows it.
+        Returns ids; labels: the same ids, not shifted, in the assistant's texts and at the end of
+        its turns, NO_LABEL elsewhere and in image slots; and whether the conversation was cut.
+        Raises ValueError: other roles or order, a second image, a context too short for the image.
+        Scale-RAE's code learns the newlines and headers of all turns as well.
         """
-        roles, last = [role for role, _ in turns], "assistant" if answer else "user"
-        if roles[-1:] != [last] or {*roles} - {"user", "assistant"}:
-            raise ValueError(f"roles {roles} must be user or assistant, with answer={answer} {last} at last")
-        if (images := "\n".join(text for _, text in turns).count("<image>")) > 1:
-            raise ValueError(f"a conversation has {images} <image>, at most one is allowed; split it")
-        slot, parts, soft = [self.image_start, *[IMAGE] * n, self.image_end], [], []
-        for role, text in [("system", SYSTEM), *turns, *[("assistant", "")] * (not answer)]:
-            texts = [self.encode(piece) for piece in text.split("<image>")]                    # one or two
-            body, learn = [texts[0], slot, texts[-1]][:2 * len(texts) - 1], answer and role == "assistant"
-            soft = soft or texts * (role == "user")         # of the first user turn: what may be cut
-            parts += [([self.start, *self.encode(f"{role}\n")], False),         # ids, are they learnt?
-                      *((ids, learn) for ids in [*body, [self.end]]), (self.encode("\n"), False)]
-        parts = parts if answer else parts[:-3]             # the last header stays open
-        length, room = sum(len(ids) for ids, _ in parts), sum(map(len, soft))
-        short = (keep := room - max(0, length - (context or length))) < 0
-        keep = min(room, context // 2) if short else keep   # so that both ends leave something
-        for ids in soft * (keep < room):                    # in place: parts hold them
-            del ids[keep:]
-            keep -= len(ids)
-            while self.decode(ids[-4:]).endswith("\ufffd"):             # bytes of half a character
-                ids.pop()
-        ids = [i for ids, _ in parts for i in ids]
-        if short and (not answer or IMAGE in ids[context - 1:]):
-            raise ValueError(f"--context {context} is too short; give {length - room}, or {length} uncut")
-        labels = [i if learn and i != IMAGE else -100 for ids, learn in parts for i in ids]
-        return ids[:context], labels[:context], length > (context or length)
+        check_turns(turns, answer)
+        segments = self.segments(turns, n, answer)
+        is_cut = context is not None and count_ids(segments) > context
+        if is_cut:
+            segments = self.cut(segments, context, answer)
+        ids, labels = [], []
+        for segment in segments:
+            for i in segment.ids:
+                ids.append(i)
+                labels.append(i if segment.is_learned and i != IMAGE else NO_LABEL)
+        return ids[:context], labels[:context], is_cut
+
+    def segments(self, turns, n, answer):
+        """A conversation in ChatML, as segments.
+
+        Each turn is <|im_start|>, its role, a newline, its text, <|im_end|> and a newline.
+        """
+        segments = []
+        is_cuttable = True                                      # until the first user turn is past
+        for role, text in [("system", SYSTEM), *turns]:
+            is_learned = answer and role == "assistant"
+            segments.append(self.header(role))
+            segments.extend(self.body(text, n, is_learned, is_cuttable and role == "user"))
+            segments.append(Segment([self.end], is_learned))
+            segments.append(Segment(self.encode("\n")))
+            if role == "user":
+                is_cuttable = False
+        if not answer:
+            segments.append(self.header("assistant"))           # from here the model goes on
+        return segments
+
+    def header(self, role):
+        return Segment([self.start, *self.encode(f"{role}\n")])
+
+    def body(self, text, n, is_learned, is_cuttable):
+        """Segments of a text: what stands before, in place of, and after its "<image>"."""
+        before, image, after = text.partition("<image>")
+        segments = [Segment(self.encode(before), is_learned, is_cuttable)]
+        if image:
+            slots = [IMAGE for _ in range(n)]
+            segments.append(Segment([self.image_start, *slots, self.image_end], is_learned))
+            segments.append(Segment(self.encode(after), is_learned, is_cuttable))
+        return segments
+
+    def cut(self, segments, context, answer):
+        """Shorten the first user turn until the conversation fits into `context` ids.
+
+        If it is too long even without that text, as much of the text stays as half a context
+        holds, and the caller drops the end of the conversation: something of both is left.
+        Raises ValueError if that would drop a part of the image, or the header of the answer.
+        """
+        length = count_ids(segments)
+        room = count_ids([segment for segment in segments if segment.is_cuttable])
+        keep = room - (length - context)
+        drops_end = keep < 0
+        if drops_end:
+            keep = min(room, context // 2)
+        shortened = []
+        for segment in segments:
+            if segment.is_cuttable:
+                ids = segment.ids[:keep]
+                keep = keep - len(ids)
+                if len(ids) < len(segment.ids):
+                    ids = self.whole_characters(ids)
+                segment = segment._replace(ids=ids)
+            shortened.append(segment)
+
+        ids = [i for segment in shortened for i in segment.ids]
+        loses_image = IMAGE in ids[context - 1:]                # <im_end> follows the last slot
+        if drops_end and (loses_image or not answer):
+            raise ValueError(f"--context {context} is too short; give {length - room}, or {length} "
+                             f"uncut")
+        return shortened
+
+    def whole_characters(self, ids):
+        """The ids without those at the end that are bytes of half a character (at most 4 bytes)."""
+        while self.decode(ids[-4:]).endswith("\ufffd"):
+            ids = ids[:-1]
+        return ids
 
 
-def read(path, load):                        # load(path). Raises FileNotFoundError; ValueError if it can't
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"file {path} does not exist; copy it there from the model's repository")
+def count_ids(segments):
+    return sum(len(segment.ids) for segment in segments)
+
+
+def check_turns(turns, answer):
+    """Raise ValueError unless roles, order and number of images are such as chat() takes."""
+    roles = [role for role, _ in turns]
+    last_role = "assistant" if answer else "user"
+    if not set(roles) <= {"user", "assistant"} or roles[-1:] != [last_role]:
+        raise ValueError(f"roles {roles} must be user or assistant, and with answer={answer} the "
+                         f"last one {last_role}")
+    num_images = sum(text.count("<image>") for _, text in turns)
+    if num_images > 1:
+        raise ValueError(f"a conversation has {num_images} <image>, at most one is allowed; "
+                         f"split it")
+
+
+def read_bpe(source):
+    """A tokenizers.Tokenizer from the path or the content of a tokenizer.json."""
+    is_content = source.startswith("{")
+    if not is_content and not Path(source).is_file():
+        raise FileNotFoundError(f"file {source} does not exist; copy it there from the model's "
+                                f"repository")
     try:
-        return load(str(path))
-    except Exception as error:                              # json, safetensors, tokenizers: each its own
-        raise ValueError(f"{path} can't be read ({error}); cut short? copy it again") from error
-
-
-def read_json(path):
-    return read(path, lambda path: dict(json.loads(Path(path).read_text("utf-8"))))
-
-
-def read_weights(folder):                 # mapped, names as released: of model.safetensors or of its shards
-    files, index = [Path(folder) / "model.safetensors"], Path(folder) / "model.safetensors.index.json"
-    if index.is_file() and not files[0].is_file():
-        files = [index.parent / name for name in {*read_json(index)["weight_map"].values()}]
-    return {key: weight for file in files for key, weight in read(file, load_file).items()}
-
-
-def qwen2_arguments(config, source):
-    """The arguments of Qwen2 from the dict of a config.json. Raises ValueError if it is another model's."""
-    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-    defaults = {"num_key_value_heads": config.get("num_attention_heads"), "rope_theta": 1e4,
-                "rms_norm_eps": 1e-6, "tie_word_embeddings": False}                    # of the public code
-    needed = {"hidden_act": "silu", "use_sliding_window": False, "rope_type": "default"}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}           # transformers 5, 4
-    config = {**defaults, **needed, "rope_type": rope.get("type", "default"), **config, **rope}
-    found = {key: config.get(key) for key in ("model_type", *needed, *sizes)}
-    if "qwen" not in str(found["model_type"]) or None in found.values() or found != {**found, **needed}:
-        raise ValueError(f"{source} has {found}; give a Qwen2 model, which has numbers and {needed}")
-    return {key: config[key] for key in (*sizes, *defaults)}
-
-
-def load_qwen2(source, folder_flag="--llm"):
-    """(Qwen2, Tokenizer), fp32, of a hub name or a folder: config.json, tokenizer.json, model.safetensors, or
-    model.safetensors.index.json and its shards. The embedding has the file's rows, not one for each token.
-    Raises FileNotFoundError (a file or the hub), ValueError (not Qwen2; keys that don't fit, listed)."""
-    wanted = ["config.json", "tokenizer.json", "model.safetensors.index.json", "model*.safetensors"]
-    with fetching(f"{folder_flag} {source}: no such folder", f"connect, or copy huggingface.co/{source} to a "
-                  f"folder and name it"):
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=wanted))
-    arguments = qwen2_arguments(read_json(folder / "config.json"), source)
-    copy = "lm_head.weight" * arguments["tie_word_embeddings"]          # some files hold one of the embedding
-    state = {k.removeprefix("model."): v for k, v in read_weights(folder).items() if k != copy}
-    with torch.device("meta"):                              # no memory: load_strict needs every key anyway
-        model = Qwen2(**arguments)
-    return load_strict(model.to_empty(device="cpu"), state, source), Tokenizer(folder / "tokenizer.json")
+        if is_content:
+            return tokenizers.Tokenizer.from_str(source)
+        return tokenizers.Tokenizer.from_file(source)
+    except Exception as error:                  # the library raises nothing more specific
+        name = "the tokenizer in the checkpoint" if is_content else source
+        raise ValueError(f"{name} can't be read ({error}); cut short? copy it again") from error

@@ -1,499 +1,1073 @@
 """Stage 1: train a ViT decoder over a frozen encoder, and measure the statistics of its latents.
 
-    python train_decoder.py                          the built-in world over the shipped encoder, laptop size
+    python train_decoder.py                     the built-in world, the shipped encoder, laptop size
     python train_decoder.py --data photos/ --encoder dinov2-b --decoder B --micro_batch 8 --lr 1e-3
     torchrun --nproc_per_node=8 train_decoder.py --recipe rae --data imagenet/ --micro_batch 16
-The loss is L1 + lpips*LPIPS + gram*Gram + feature*(distance in the tiny encoder) + gan*lambda*GAN, and of a
-VAE + kl*KL. In the log, loss is the sum of the terms before GAN and KL, which stand beside it.
-Writes OUT/last.pt (decoder, latent statistics, what an exact resume needs), log.jsonl and preview_*.png.
+
+    loss = L1 + lpips * LPIPS + gram * Gram + feature * (distance in the shipped encoder)
+    objective = loss + gan * lambda * GAN (from --gan_start on) + kl * KL (of a VAE)
+
+Writes OUT/last.pt (decoder, latent statistics, all that an exact resume needs), OUT/preview_*.png,
+and OUT/log.jsonl, where GAN and KL stand beside the loss.
 """
 import argparse
-import contextlib
 import copy
-import functools
+from collections import defaultdict
 from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.transforms.functional import normalize
 
-import eval_fid
+import metrics
 import runtime
-from data import batches, check, open_data
-from model import (DECODER_SIZES, HALF, IMAGENET, RAE, Encoder, build_decoder, load_release,
-                   load_strict, load_vit, pixel_statistics, require_heads)
+from data import batches, check_batch, load_images, open_data, resize_images
+from eval_decoder import evaluate_reconstruction, reconstruction_picture
+from model import (
+    DECODER_SIZES,
+    HALF_PIXELS,
+    IMAGENET_PIXELS,
+    RAE,
+    build_decoder,
+    check_heads,
+)
+from release import load_encoder, load_release, load_strict, load_vit, pixel_statistics
 from runtime import at_least
 
-SHAPING = ("data encoder size seed batch micro_batch decoder_width decoder_depth decoder_heads decoder_mlp "
-           "decoder_patch tau noise_law optimizer hold_out weight_decay dtype lpips gram feature kl gan "
-           "gan_start disc disc_start diffaug cutout").split()    # fixed in a run
-COMMON = dict(decoder="XL", size=256, batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0)
-RECIPES = {                    # arXiv 2510.11690 and release, 2502 steps an epoch; 2601.16208, table 7, 2500
-    "rae": dict(COMMON, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, ema=0.9978, tau=0.8,
+# ---------------------------------------------------------------------------- flags
+# Laptop size, for the built-in world. Every flag defaults to None; resolve() fills in these values,
+# and those of None here from other flags.
+DEFAULTS = dict(
+    runtime.RUN_DEFAULTS, out="runs/decoder",
+    data=["shapes"], size=None, hold_out=None, stats_n=5000,
+    encoder="tiny", decoder="tiny", decoder_width=None, decoder_depth=None, decoder_heads=None,
+    decoder_mlp=None, decoder_patch=None, init=None, checkpoint_activations=False, compile=False,
+    tau=0.2, noise_law="half_normal", lpips=None, gram=0.0, feature=0.0, kl=1e-4,
+    gan=0.0, gan_start=None, disc=None, disc_start=None, disc_lr=None, disc_warmup=100,
+    diffaug="on", cutout=0.0,
+    recipe=None, steps=2000, optimizer="muon", lr=7e-3, lr_end=0.02, warmup=100, weight_decay=0.0,
+    clip=1.0, ema=0.99,
+    log_every=100, save_every=1000, preview_every=1000,
+    eval_every=1000, eval_n=200, eval_features=None)
+PAPER = dict(decoder="XL", size=256, batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0,
+             ema=0.9978)
+RECIPES = {
+    # arXiv 2510.11690, appendix, and the configuration of its release: 2502 steps an epoch.
+    "rae": dict(PAPER, encoder="dinov2-b", steps=16 * 2502, lr=2e-4, warmup=2502, tau=0.8,
                 gan=0.75, gan_start=8 * 2502, disc="dino-s8", disc_start=6 * 2502, disc_lr=2e-4,
                 disc_warmup=2502),
-    "scale_rae": dict(COMMON, encoder="siglip2-so400m", steps=80 * 2500, lr=4e-4, warmup=5000, tau=0.0,
-                      ema=0.9978, decoder_patch=14, gram=100.0, gan=10.0, gan_start=8 * 2500, disc="dino-s16",
-                      disc_start=7 * 2500, disc_lr=5e-5, disc_warmup=2500)}
+    # arXiv 2601.16208, table 7: 2500 steps an epoch.
+    "scale_rae": dict(PAPER, encoder="siglip2-so400m", steps=80 * 2500, lr=4e-4, warmup=5000,
+                      tau=0.0, decoder_patch=14, gram=100.0,
+                      gan=10.0, gan_start=8 * 2500, disc="dino-s16", disc_start=7 * 2500,
+                      disc_lr=5e-5, disc_warmup=2500),
+}
+# Encoders of the built-in world. Their images are small, and VGG was never trained on such images.
+SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
+# Flags that a resumed run must not change.
+FIXED = ("data", "encoder", "size", "seed", "batch", "micro_batch", "decoder_width",
+         "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau", "noise_law",
+         "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature", "kl", "gan",
+         "gan_start", "disc", "disc_start", "diffaug", "cutout")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     # data
-    p.add_argument("--data", nargs="+", default=["shapes"], help="shapes, text, folder, tar, a=PATH:SHARE")
-    p.add_argument("--size", type=at_least(1), help="of images, px; default 256, tiny random pixel vae 64")
-    p.add_argument("--hold_out", type=at_least(0), help="kept of each source to evaluate; default: eval_n")
-    p.add_argument("--workers", type=at_least(0), default=1, help="loader processes of each training process")
+    p.add_argument("--data", nargs="+",
+                   help="Images: shapes, text, a folder, tars, or a mixture NAME=PATH:WEIGHT ... "
+                        "(default: shapes).")
+    p.add_argument("--size", type=at_least(1),
+                   help="Side of the images that the encoder sees, in pixels (default: 256; for "
+                        f"{', '.join(SMALL_ENCODERS)} 64).")
+    p.add_argument("--hold_out", type=at_least(0),
+                   help="Images of each source kept for evaluation (default: eval_n).")
+    p.add_argument("--stats_n", type=at_least(0),
+                   help="Images whose latents are measured; 0: all (default: "
+                        f"{DEFAULTS['stats_n']}).")
     # model
-    p.add_argument("--encoder", default="tiny", help="tiny, dinov2-s|b|l, siglip2-b|so400m, mae-b, webssl-l, "
-                   "a timm ViT, random; pixel:PATCH, vae:CHANNELS:PATCH (trained), diffusers:FOLDER or name")
-    p.add_argument("--decoder", choices=DECODER_SIZES, default="tiny", help="sets decoder_* to a named size")
-    p.add_argument("--decoder_width", type=at_least(1), help="a multiple of 4 and of decoder_heads")
-    p.add_argument("--decoder_depth", type=at_least(1))
-    p.add_argument("--decoder_heads", type=at_least(1))
-    p.add_argument("--decoder_mlp", type=at_least(1), help="hidden width of the MLPs")
-    p.add_argument("--decoder_patch", type=at_least(1), help="pixels per token; default: as encoder")
-    p.add_argument("--init", help="start from this decoder: a checkpoint's EMA, or an official model.pt")
+    p.add_argument("--encoder",
+                   help="Encoder: tiny (the shipped one), dinov2-s, dinov2-b, dinov2-l, siglip2-b, "
+                        "siglip2-so400m, mae-b, webssl-l, or any ViT of timm; or a baseline: "
+                        "random, pixel:PATCH, vae:CHANNELS:PATCH (trained with the decoder), "
+                        "diffusers:SOURCE (default: tiny).")
+    p.add_argument("--decoder", choices=DECODER_SIZES,
+                   help="Size of the decoder: sets decoder_width, _depth, _heads and _mlp "
+                        f"(default: {DEFAULTS['decoder']}; paper: XL).")
+    p.add_argument("--decoder_width", type=at_least(1),
+                   help="Width of the decoder, a multiple of 4 and of decoder_heads.")
+    p.add_argument("--decoder_depth", type=at_least(1), help="Layers of the decoder.")
+    p.add_argument("--decoder_heads", type=at_least(1), help="Attention heads of the decoder.")
+    p.add_argument("--decoder_mlp", type=at_least(1), help="Hidden width of the decoder's MLPs.")
+    p.add_argument("--decoder_patch", type=at_least(1),
+                   help="Pixels per token side that the decoder draws; twice the encoder's "
+                        "upsamples by 2 (default: as the encoder).")
+    p.add_argument("--init",
+                   help="Checkpoint whose EMA weights to start from, or an official model.pt.")
+    p.add_argument("--checkpoint_activations", action="store_true", default=None,
+                   help="Recompute activations in the backward pass: less memory, a quarter more "
+                        "time.")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="Compile the decoder by torch.compile.")
+    # objective
+    p.add_argument("--tau", type=at_least(0.0),
+                   help="Strength of the noise on the latents (default: "
+                        f"{DEFAULTS['tau']}; paper: 0.8).")
+    p.add_argument("--noise_law", choices=("half_normal", "uniform"),
+                   help="Distribution of a sample's noise level: |N(0, tau^2)| as in the paper, or "
+                        "tau * U(0, 1) as in the release (default: half_normal).")
+    p.add_argument("--lpips", type=at_least(0.0),
+                   help="Weight of LPIPS (default: 1; for "
+                        f"{', '.join(SMALL_ENCODERS)} 0).")
+    p.add_argument("--gram", type=at_least(0.0),
+                   help="Weight of the Gram loss (default: 0; Scale-RAE: 100).")
+    p.add_argument("--feature", type=at_least(0.0),
+                   help="Weight of the distance between features of the shipped encoder "
+                        "(default: 0).")
+    p.add_argument("--kl", type=at_least(0.0),
+                   help="Weight of a VAE's KL divergence, in nats per latent element (default: "
+                        f"{DEFAULTS['kl']:g}).")
+    p.add_argument("--gan", type=at_least(0.0),
+                   help="Weight of lambda x GAN (default: 0; RAE: 0.75; Scale-RAE: 10).")
+    p.add_argument("--gan_start", type=at_least(0),
+                   help="Step at which the GAN joins the objective (default: steps / 2).")
+    p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"),
+                   help="Frozen network under the discriminator's heads (default: dino-s8; for "
+                        f"{', '.join(SMALL_ENCODERS)} tiny).")
+    p.add_argument("--disc_start", type=at_least(0),
+                   help="Step at which the discriminator starts to train (default: 3/4 of "
+                        "gan_start).")
+    p.add_argument("--disc_lr", type=at_least(0.0),
+                   help="Peak learning rate of the discriminator (default: 2e-4; for the tiny one "
+                        "3e-3).")
+    p.add_argument("--disc_warmup", type=at_least(0),
+                   help="Steps of the discriminator's linear warm-up (default: "
+                        f"{DEFAULTS['disc_warmup']}).")
+    p.add_argument("--diffaug", choices=("on", "off"),
+                   help="Augment the images that the discriminator sees (default: on).")
+    p.add_argument("--cutout", type=at_least(0.0, 1),
+                   help="Side of the square that diffaug greys, as a fraction of the image's "
+                        "(default: 0, as in the papers).")
     # optimisation
-    p.add_argument("--recipe", choices=RECIPES, help="all that a paper says; single flags override it")
-    p.add_argument("--lpips", type=at_least(0.0), help="of LPIPS; default 1, tiny random pixel vae 0")
-    p.add_argument("--gram", type=at_least(0.0), default=0.0, help="weight of the Gram loss; Scale-RAE 100")
-    p.add_argument("--feature", type=at_least(0.0), default=0.0, help="of the distance in the tiny encoder")
-    p.add_argument("--gan", type=at_least(0.0), default=0.0, help="of lambda x GAN; papers 0.75, 10")
-    p.add_argument("--gan_start", type=at_least(0), help="step where it joins the loss; default steps / 2")
-    p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"), help="what the discriminator sees with")
-    p.add_argument("--disc_start", type=at_least(0), help="step where it starts; default gan_start * 3/4")
-    p.add_argument("--disc_lr", type=at_least(0.0), help="its peak rate; default: tiny 3e-3, dino 2e-4")
-    p.add_argument("--disc_warmup", type=at_least(0), default=100, help="its own; then it decays as the lr")
-    p.add_argument("--diffaug", choices=("on", "off"), default="on", help="augment what it sees")
-    p.add_argument("--cutout", type=at_least(0.0, 1), default=0.0, help="side of what diffaug greys, a share")
-    p.add_argument("--checkpoint_activations", action="store_true", help="less memory, a quarter more time")
-    p.add_argument("--kl", type=at_least(0.0), default=1e-4, help="weight of a VAE's KL, nats a value")
-    p.add_argument("--tau", type=at_least(0.0), default=0.2, help="strength of the latent noise (paper 0.8)")
-    p.add_argument("--noise_law", choices=("half_normal", "uniform"), default="half_normal",
-                   help="sigma of a sample: |N(0, tau^2)| as in the paper, tau * U(0,1) as in the release")
-    p.add_argument("--batch", type=at_least(1), default=64, help="images per optimizer step, all processes")
-    p.add_argument("--micro_batch", type=at_least(1), help="images per process and forward; default: all")
-    p.add_argument("--steps", type=at_least(1), default=2000, help="optimizer steps in all")
-    p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="muon: for the layers' "
-                   "matrices, in half of AdamW's steps; adamw: as in the paper")
-    p.add_argument("--lr", type=at_least(1e-9), default=7e-3, help="peak learning rate; the paper uses 2e-4")
-    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9), default=0.02, help="share of --lr; paper 0.1")
-    p.add_argument("--warmup", type=at_least(0), default=100, help="steps of linear warm-up")
-    p.add_argument("--weight_decay", type=at_least(0.0), default=0.0)
-    p.add_argument("--clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: none (release)")
-    p.add_argument("--ema", type=at_least(0.0, 1), default=0.99, help="decay per step, <1; release 0.9978")
-    # run
-    p.add_argument("--out", default="runs/decoder", help="folder of the run")
-    p.add_argument("--seed", type=at_least(0), default=0)
-    p.add_argument("--stats_n", type=at_least(0), default=5000, help="images for latent statistics; 0: all")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default=runtime.DTYPE, help="bf16 where fast")
-    p.add_argument("--compile", action="store_true", help="torch.compile the decoder")
-    p.add_argument("--log_every", type=at_least(1), default=100, help="steps")
-    p.add_argument("--save_every", type=at_least(1), default=1000, help="steps; the last is always saved")
-    p.add_argument("--preview_every", type=at_least(0), default=1000, help="steps between pictures; 0: none")
-    p.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between evaluations; 0: none")
-    p.add_argument("--eval_n", type=at_least(2), default=200, help="images per evaluation")
-    p.add_argument("--eval_features", help="inception, fd-dinov2 or an encoder; default: --encoder")
-    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
-    p.add_argument("--overwrite", action="store_true", help="start anew although OUT/last.pt exists")
-    p.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
-    p.set_defaults(**RECIPES.get(p.parse_args(argv).recipe, {}))
+    p.add_argument("--recipe", choices=RECIPES,
+                   help="Paper whose encoder, decoder, losses and schedule to use.")
+    p.add_argument("--steps", type=at_least(1),
+                   help=f"Optimizer steps in all (default: {DEFAULTS['steps']}).")
+    p.add_argument("--optimizer", choices=("adamw", "muon"),
+                   help="Optimizer: adamw, as in the papers, or muon for the matrices of the "
+                        "layers and AdamW for the rest (default: muon, which takes half the "
+                        "steps).")
+    p.add_argument("--lr", type=at_least(1e-9),
+                   help=f"Peak learning rate (default: {DEFAULTS['lr']:g}; paper: 2e-4).")
+    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
+                   help="Final learning rate as a fraction of its peak (default: "
+                        f"{DEFAULTS['lr_end']}; paper: 0.1).")
+    p.add_argument("--warmup", type=at_least(0),
+                   help=f"Steps of linear warm-up (default: {DEFAULTS['warmup']}).")
+    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay (default: 0).")
+    p.add_argument("--clip", type=at_least(0.0),
+                   help="Largest norm of the gradients; 0: any, as in the release (default: "
+                        f"{DEFAULTS['clip']:g}).")
+    p.add_argument("--ema", type=at_least(0.0, 1),
+                   help="Decay per step of the average of the weights, below 1 (default: "
+                        f"{DEFAULTS['ema']}; release: 0.9978).")
+    # evaluation in training
+    p.add_argument("--eval_every", type=at_least(0),
+                   help="Steps between evaluations of the EMA weights; 0: none (default: "
+                        f"{DEFAULTS['eval_every']}).")
+    p.add_argument("--eval_n", type=at_least(2),
+                   help=f"Images in each evaluation (default: {DEFAULTS['eval_n']}).")
+    p.add_argument("--eval_features",
+                   help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
+                        "encoder (default: --encoder).")
+    runtime.add_run_flags(p)
     args = p.parse_args(argv)
-    small = args.encoder.split(":")[0] in ("tiny", "random", "pixel", "vae")    # of the built-in world
-    args.disc = args.disc or ("tiny" if small else "dino-s8")
-    usual = dict(lpips=float(not small), size=64 if small else 256, **DECODER_SIZES[args.decoder])
-    if not args.resume:                                    # a resumed run's are its checkpoint's
-        start = args.steps // 2 if args.gan_start is None else args.gan_start
-        usual |= dict(gan_start=start, disc_start=start * 3 // 4,
-                      disc_lr=3e-3 if args.disc == "tiny" else 2e-4)
-    vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
-    args.hold_out = args.eval_n if args.hold_out is None else args.hold_out
-    runtime.check_common(p, args)
-    eval_fid.check_features(p, args, "eval_features")
-    if args.gan and not args.resume and not args.disc_start <= args.gan_start < args.steps:
-        p.error(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and --steps {args.steps} must "
-                f"come in this order, the last alone; lower --gan_start, or give --gan 0")
     try:
-        require_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
-        pixel_statistics(args.encoder)
-    except ValueError as error:
+        args = resolve(args)
+        check_flags(args)
+    except (ValueError, FileNotFoundError) as error:
         p.error(str(error))
-    if args.cutout and args.diffaug == "off":
-        p.error(f"--cutout {args.cutout} is a part of --diffaug on")
-    if args.decoder_width % 4:
-        p.error(f"--decoder_width {args.decoder_width} must be a multiple of 4")
     return args
 
 
-# ---------------------------------------------------------------------------------- latents
-def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0):
-    """Mean and variance of each latent element over n images: two fp32 tensors c h w.
+def resolve(args):
+    """A copy of args in which every flag but decoder_patch has its value.
 
-    One streaming pass in fp64 (Welford, batch by batch), merged exactly over processes; the release keeps a
-    running average of its last 20 batches instead.              Source: Chan et al. 1979; RAE section 3.1
+    Given flags win; then come, with --resume, the flags of that run; else presets; else DEFAULTS.
     """
-    moments = (0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
-    micro, device = max(1, min(batch, n // world)), next(encoder.parameters(), torch.empty(0)).device
-    for _, _, images, _, _ in batches(data, micro * world, micro, 0, rank, world, workers,
-                                      stop=n // (micro * world)):
-        z = encoder.encode(images.to(device).float() / 255).double().cpu()
-        moments = join(moments, (len(z), z.mean(0), (z - z.mean(0)).square().sum(0)))
-    n, mean, scatter = functools.reduce(join, eval_fid.gather(moments))
-    return mean.float(), (scatter / n).float()
+    given = runtime.given_flags(args)
+    values = dict(DEFAULTS)
+    if args.resume:
+        stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        values |= stored
+    else:
+        values |= RECIPES.get(args.recipe, {})
+        decoder = args.decoder or values["decoder"]
+        values |= DECODER_SIZES[decoder]
+    values |= given
+    resolved = argparse.Namespace(**values)
+
+    is_small = resolved.encoder.split(":")[0] in SMALL_ENCODERS
+    if resolved.size is None:
+        resolved.size = 64 if is_small else 256
+    if resolved.lpips is None:
+        resolved.lpips = 0.0 if is_small else 1.0
+    if resolved.disc is None:
+        resolved.disc = "tiny" if is_small else "dino-s8"
+    if resolved.disc_lr is None:
+        resolved.disc_lr = 3e-3 if resolved.disc == "tiny" else 2e-4
+    if resolved.gan_start is None:
+        resolved.gan_start = resolved.steps // 2
+    if resolved.disc_start is None:
+        resolved.disc_start = resolved.gan_start * 3 // 4
+    if resolved.hold_out is None:
+        resolved.hold_out = resolved.eval_n
+    if resolved.micro_batch is None:
+        resolved.micro_batch = runtime.default_micro_batch(resolved.batch)
+    if args.resume:
+        runtime.check_unchanged(resolved, stored, FIXED)
+    return resolved
 
 
-def join(a, b):
-    """(count, mean, sum of squared deviations) of two disjoint samples together."""
-    n, delta = a[0] + b[0], b[1] - a[1]
-    return n, a[1] + delta * (b[0] / n), a[2] + b[2] + delta.square() * (a[0] * b[0] / n)
+def check_flags(args):
+    """Raise ValueError for flags that cannot be trained with, before any work is done."""
+    runtime.check_run_flags(args)
+    metrics.check_feature_name(args.eval_features, "--eval_features")
+    pixel_statistics(args.encoder)                          # knows all names
+    check_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
+    if args.decoder_width % 4:                              # sines and cosines of row and column
+        raise ValueError(f"--decoder_width {args.decoder_width} must be a multiple of 4")
+    in_order = args.disc_start <= args.gan_start < args.steps
+    if args.gan > 0 and not args.resume and not in_order:
+        raise ValueError(f"--disc_start {args.disc_start}, --gan_start {args.gan_start} and "
+                         f"--steps {args.steps} must come in this order, the last alone; lower "
+                         f"--gan_start, or give --gan 0")
+    if args.cutout > 0 and args.diffaug == "off":
+        raise ValueError(f"--cutout {args.cutout} is a part of --diffaug on")
 
 
-def posterior(encoder, images, eps):
-    """Latents b c h w of a VAE, drawn with eps b n c, and their KL divergence from N(0,1), nats a value."""
-    mean, logvar = encoder.backbone.posterior(encoder.pixels(images))
-    kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-    return rearrange(mean + (logvar / 2).exp() * eps, "b (h w) c -> b c h w", h=encoder.grid), kl
+# ---------------------------------------------------------------------------- latents
+def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, device="cpu"):
+    """Mean and variance of each latent element over n images, in one pass in fp64.
 
-
-def add_noise(z, tau, law):
-    """Noise-augmented decoding: z + sigma * N(0,1), one sigma per sample.  z: b c h w, not yet normalised.
-
-    Source: RAE section 4.3: sigma ~ |N(0, tau^2)|, "half_normal"; the release: tau * U(0,1), "uniform".
+    encoder: Encoder. data: ImageData. batch: images per process and forward pass.
+    Returns: mean and variance, c h w each, fp32; the same on all processes.
+    Source: RAE, section 3.1. The release keeps a running average of its last 20 batches instead.
     """
-    sigma = torch.randn(len(z), 1, 1, 1, device=z.device).abs() if law == "half_normal" else \
-        torch.rand(len(z), 1, 1, 1, device=z.device)
-    return z + tau * sigma * torch.randn_like(z)
+    batch = max(1, min(batch, n // world))
+    steps = n // (batch * world)
+    zero = torch.zeros((), dtype=torch.float64)
+    moments = (0, zero, zero)
+    stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
+    for _, _, images, _, _ in stream:
+        latents = encoder.encode(images.to(device).float() / 255)       # b c h w
+        latents = latents.double().cpu()
+        mean = latents.mean(0)                                          # c h w
+        scatter = (latents - mean).square().sum(0)                      # c h w
+        moments = merge_moments(moments, (len(latents), mean, scatter))
+
+    moments, *others = runtime.gather(moments)
+    for other in others:
+        moments = merge_moments(moments, other)
+    count, mean, scatter = moments
+    return mean.float(), (scatter / count).float()
 
 
-# ---------------------------------------------------------------------------------- losses
-class Perceptual(nn.Module):
-    """The terms of the reconstruction loss by name, means over a batch; those of weight 0 are left out.
+def merge_moments(a, b):
+    """Moments of two disjoint samples together.
 
-    weights: dict of l1, lpips, gram, feature.
-    forward: images, target b 3 H W in [0,1] -> dict of scalars, not yet weighted. l1: mean |difference|.
-    lpips: package lpips on VGG-16, a mean over images.                     Source: arXiv 1801.03924
-    gram: mean over VGG's five maps F (c x hw) of mean (G(images) - G(target))^2, G = F F^T / (c hw).
-        Source: arXiv 1603.08155, eq 3 and 4, as a mean; the normalisation behind Scale-RAE's 100 is unknown
-    feature: mean squared difference of the tiny encoder's tokens after each block, each normalised.
-    Raises FileNotFoundError if VGG's weights are neither there nor to be had.
+    a, b: (count, mean, sum of squared deviations from the mean) of each sample.
+    Source: Chan, Golub, LeVeque 1979. It is accurate where E[x^2] - E[x]^2 cancels.
     """
-    def __init__(self, weights):
+    count_a, mean_a, scatter_a = a
+    count_b, mean_b, scatter_b = b
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    mean = mean_a + delta * (count_b / count)
+    scatter = scatter_a + scatter_b + delta.square() * (count_a * count_b / count)
+    return count, mean, scatter
+
+
+def add_noise(latents, tau, law):
+    """Noise-augmented decoding: latents + sigma * N(0, 1), with one sigma per sample.
+
+    latents: b c h w, not normalised. tau: scale of sigma. law: distribution of sigma, |N(0, tau^2)|
+    ("half_normal", the paper) or tau * U(0, 1) ("uniform", the release).
+    Source: RAE, section 4.3.
+    """
+    b = len(latents)
+    if law == "half_normal":
+        sigma = tau * torch.randn(b, 1, 1, 1, device=latents.device).abs()
+    else:
+        sigma = tau * torch.rand(b, 1, 1, 1, device=latents.device)
+    return latents + sigma * torch.randn_like(latents)
+
+
+def sample_posterior(encoder, images):
+    """Latents drawn from the posterior of a VAE, and its KL divergence from N(0, 1).
+
+    images: b 3 H W in [0,1]. Returns: latents b c h w; KL, a scalar, in nats per latent element.
+    Source: arXiv 1312.6114, appendix B.
+    """
+    mean, log_var = encoder.backbone.posterior(encoder.pixels(images))  # b n c each
+    # KL = (mean^2 + var - 1 - log var) / 2
+    kl = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
+    eps = torch.randn(mean.shape, device=mean.device)                   # b n c
+    latents = mean + (log_var / 2).exp() * eps                          # b n c
+    return rearrange(latents, "b (h w) c -> b c h w", h=encoder.grid), kl
+
+
+# ---------------------------------------------------------------------------- reconstruction loss
+class ReconstructionLoss(nn.Module):
+    """Weighted sum of L1, LPIPS, Gram and feature distance. What has weight 0 is not computed.
+
+    forward: images, target b 3 H W in [0,1] -> the sum; a dict of its terms before weighting. All
+        are scalars, means over the batch.
+    Raises FileNotFoundError if a term needs VGG-16 and its weights cannot be had.
+    """
+    def __init__(self, lpips=0.0, gram=0.0, feature=0.0):
         super().__init__()
-        self.weights, self.vgg, self.encoder = weights, None, Encoder("tiny") if weights["feature"] else None
-        if weights["lpips"] or weights["gram"]:
-            self.vgg = eval_fid.load_lpips()
+        self.weights = {"l1": 1.0, "lpips": lpips, "gram": gram, "feature": feature}
+        self.feature_distance = None
+        self.vgg = None
+        if feature > 0:
+            self.feature_distance = FeatureDistance()
+        if lpips > 0 or gram > 0:
+            self.vgg = metrics.load_lpips()
 
-    def maps(self, images):                      # b 3 H W -> 5 maps b c h w
-        return self.vgg.net(self.vgg.scaling_layer(2 * images - 1))
-
-    def tokens(self, images):                    # b 3 H W -> a map b n c for each block
-        x = self.encoder.pixels(eval_fid.resize(images, self.encoder.input_size))
-        maps = self.encoder.backbone.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
-        return [F.layer_norm(x, x.shape[2:]) for x in maps]
-
-    def forward(self, images, target):
-        terms = dict(l1=(images - target).abs().mean())
-        if self.vgg:
-            pairs = [*zip(self.maps(images), self.maps(target))]
-        if self.weights["lpips"]:
-            terms["lpips"] = sum(lin((F.normalize(x) - F.normalize(y)).square()).mean().float()
-                                 for lin, (x, y) in zip(self.vgg.lins, pairs))
-        if self.weights["gram"]:
-            terms["gram"] = sum((gram(x) - gram(y)).square().mean() for x, y in pairs) / len(pairs)
-        if self.weights["feature"]:
-            pairs = [*zip(self.tokens(images), self.tokens(target))]
-            terms["feature"] = sum(F.mse_loss(x, y) for x, y in pairs) / len(pairs)
-        return terms
+    def forward(self, images, target):                                  # b 3 H W each
+        terms = {"l1": F.l1_loss(images, target)}
+        if self.vgg is not None:
+            maps = vgg_maps(self.vgg, images)                           # five of b c h w
+            target_maps = vgg_maps(self.vgg, target)                    # five of b c h w
+        if self.weights["lpips"] > 0:
+            terms["lpips"] = lpips_distance(self.vgg, maps, target_maps)
+        if self.weights["gram"] > 0:
+            terms["gram"] = gram_distance(maps, target_maps)
+        if self.weights["feature"] > 0:
+            terms["feature"] = self.feature_distance(images, target)
+        loss = sum(self.weights[name] * term for name, term in terms.items())
+        return loss, terms
 
 
-def gram(x):                                     # b c h w -> b c c, in fp32: nearly equal ones are subtracted
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.float().flatten(2)
-        return x @ x.mT / x[0].numel()
+def vgg_maps(vgg, images):
+    """The feature maps of VGG-16 that LPIPS compares.
+
+    vgg: lpips.LPIPS. images: b 3 H W in [0,1]. Returns: five maps b c h w.
+    """
+    return vgg.net(vgg.scaling_layer(2 * images - 1))
 
 
-class Head(nn.Module):
-    """One head of the discriminator, features b d n -> logits b n; norms are per sample and channel."""
+def lpips_distance(vgg, maps, target_maps):
+    """LPIPS: squared differences of normalised features, weighted by channel, averaged over space.
+
+    vgg: lpips.LPIPS, whose layers `lins` hold the weights. maps, target_maps: of vgg_maps.
+    Returns: a scalar, the mean over the batch. Source: arXiv 1801.03924, eq. 1.
+    """
+    distance = 0.0
+    for linear, x, y in zip(vgg.lins, maps, target_maps, strict=True):
+        difference = (F.normalize(x) - F.normalize(y)).square()         # b c h w
+        distance = distance + linear(difference).mean().float()
+    return distance
+
+
+def gram_matrix(x):                                                     # b c h w
+    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3."""
+    with torch.autocast(x.device.type, enabled=False):                  # differences are small
+        x = rearrange(x.float(), "b c h w -> b c (h w)")
+        return x @ x.mT / x[0].numel()                                  # b c c
+
+
+def gram_distance(maps, target_maps):
+    """Mean squared difference of Gram matrices: of texture, wherever it is in the image.
+
+    maps, target_maps: of vgg_maps. Returns: a scalar, the mean over maps and batch.
+    Source: arXiv 1603.08155, eq. 4, but as a mean. How the loss is normalised for which Scale-RAE
+        gives the weight 100 is not published.
+    """
+    distance = 0.0
+    for x, y in zip(maps, target_maps, strict=True):
+        distance = distance + (gram_matrix(x) - gram_matrix(y)).square().mean()
+    return distance / len(maps)
+
+
+class FeatureDistance(nn.Module):
+    """Mean squared difference of the shipped encoder's normalised tokens, over all of its blocks.
+
+    A perceptual loss that knows the built-in world and needs no download.
+    forward: images, target b 3 H W in [0,1] -> a scalar.
+    """
+    def __init__(self):
+        super().__init__()
+        self.encoder = load_encoder("tiny")
+
+    def tokens(self, images):                                           # b 3 H W
+        """Tokens b n c after each block, each with mean 0 and variance 1 over its channels."""
+        images = resize_images(images, self.encoder.input_size)         # b 3 s s
+        blocks = self.encoder.backbone.forward_intermediates(
+            self.encoder.pixels(images), output_fmt="NLC", intermediates_only=True)
+        return [F.layer_norm(x, x.shape[2:]) for x in blocks]
+
+    def forward(self, images, target):                                  # b 3 H W each
+        pairs = zip(self.tokens(images), self.tokens(target), strict=True)
+        distances = [F.mse_loss(x, y) for x, y in pairs]
+        return sum(distances) / len(distances)
+
+
+# ---------------------------------------------------------------------------- discriminator
+class DiscriminatorHead(nn.Module):
+    """Convolutions over the tokens of one block: features b d n -> logits b n.
+
+    The norms are per sample and channel, so that a sample's logits do not depend on its batch.
+    """
     def __init__(self, d):
         super().__init__()
-        self.first = nn.Sequential(spectral_norm(nn.Conv1d(d, d, 1)), nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
-        self.second = nn.Sequential(spectral_norm(nn.Conv1d(d, d, 9, padding=4, padding_mode="circular")),
-                                    nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
-        self.last = spectral_norm(nn.Conv1d(d, 1, 1))
+        self.first = nn.Sequential(
+            spectral_norm(nn.Conv1d(d, d, kernel_size=1)), nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
+        self.second = nn.Sequential(
+            spectral_norm(nn.Conv1d(d, d, kernel_size=9, padding=4, padding_mode="circular")),
+            nn.GroupNorm(d, d), nn.LeakyReLU(0.2))
+        self.last = spectral_norm(nn.Conv1d(d, 1, kernel_size=1))
 
-    def forward(self, x):
+    def forward(self, x):                                               # b d n
         x = self.first(x)                                               # b d n
-        return self.last((x + self.second(x)) / 2 ** 0.5)[:, 0]         # b n
+        x = (x + self.second(x)) / 2 ** 0.5                             # b d n, keeps the variance
+        return self.last(x)[:, 0]                                       # b n
 
 
 class Discriminator(nn.Module):
-    """Five heads on blocks of a frozen ViT, spectral norm in all of their layers; only `heads` learn.
+    """Five trained heads over the blocks of a frozen ViT.
 
-    name: tiny (the shipped encoder), dino-s8 or dino-s16. forward: images b 3 H W in [0,1] -> logits b 5n.
-    Source: [RAE] and release; StyleGAN-T, arXiv 2301.09515. The release zeroes the keys' bias, which no
-        attention feels, and takes tanh-GELUs; ours are DINO's own.
+    name: "tiny" (the shipped encoder), "dino-s8" or "dino-s16" (DINO's ViT-S).
+    forward: images b 3 H W in [0,1] -> logits b 5*n; higher is more real.
+    Source: RAE and its release; StyleGAN-T, arXiv 2301.09515. The release zeroes the bias of the
+        keys, which attention does not feel, and takes tanh-GELUs; ours are DINO's own.
     """
     def __init__(self, name):
         super().__init__()
-        patch = {"dino-s8": 8, "dino-s16": 16}.get(name)
-        self.side, (self.mean, self.std) = 224 if patch else 64, IMAGENET if patch else HALF
-        self.vit = load_vit(patch and f"vit_small_patch{patch}_224.dino", self.side).requires_grad_(False)
-        last = len(self.vit.blocks)
-        self.at = [last - 1] + [last * k // 4 - 1 for k in (1, 2, 3, 4)]        # of 12: 11, 2, 5, 8, 11
-        self.heads = nn.ModuleList(Head(self.vit.embed_dim) for _ in self.at)
+        if name == "tiny":
+            timm_name, self.image_size, pixels = "tiny", 64, HALF_PIXELS
+        elif name == "dino-s8":
+            timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
+        else:
+            timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
+        self.mean, self.std = pixels
+        self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
+        # The last block, and the ends of four quarters of the depth: of 12 blocks 11, 2, 5, 8, 11.
+        depth = len(self.vit.blocks)
+        self.blocks = [depth - 1]
+        for quarter in (1, 2, 3, 4):
+            self.blocks.append(depth * quarter // 4 - 1)
+        self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in self.blocks)
         self.eval()
 
-    def forward(self, images):
-        x = F.interpolate(images, size=(self.side, self.side), mode="bilinear",
-                          antialias=images.shape[-1] > 2 * self.side)           # b 3 s s
-        maps = self.vit.forward_intermediates(normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
-                                              intermediates_only=True)
-        return torch.cat([head(maps[k].mT).float() for head, k in zip(self.heads, self.at)], 1)
+    def forward(self, images):                                          # b 3 H W
+        size = (self.image_size, self.image_size)
+        is_much_larger = images.shape[-1] > 2 * self.image_size
+        x = F.interpolate(images, size, mode="bilinear", antialias=is_much_larger)      # b 3 s s
+        maps = self.vit.forward_intermediates(
+            normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+            intermediates_only=True)                                    # of each block b n d
+        logits = []
+        for head, block in zip(self.heads, self.blocks, strict=True):
+            logits.append(head(maps[block].mT).float())                 # b n
+        return torch.cat(logits, dim=1)                                 # b 5*n
 
-    def renew(self):                             # one power iteration of the spectral norms, once a step
-        for m in self.heads.train().modules():
-            hasattr(m, "parametrizations") and m.weight
+    def update_spectral_norms(self):
+        """One power iteration of each spectral norm, to be called once a step.
+
+        They iterate when a weight is read in train mode. All else runs in eval mode, so that the
+        norms do not depend on the number of micro-batches.
+        """
+        self.heads.train()
+        for module in self.heads.modules():
+            if isinstance(module, nn.Conv1d):
+                module.parametrizations.weight()
         self.heads.eval()
 
 
+def hinge_loss(fake_logits, real_logits):
+    """Loss of the discriminator, a scalar. The factor 1/2 is that of the release."""
+    return (F.relu(1 + fake_logits) + F.relu(1 - real_logits)).mean() / 2
+
+
+def to_8_bits(images):
+    """Images as a file would store them, lest rounding tells real ones from fakes."""
+    return (images.detach().clamp(0, 1) * 255).round() / 255
+
+
+# ---------------------------------------------------------------------------- augmentation
+# DiffAug, arXiv 2006.10738, with the strengths of RAE's release. Each step takes images b 3 H W,
+# draws random numbers for each image, and is differentiable: the decoder learns through it.
 def augment(images, cutout=0.0):
-    """DiffAug: brightness, saturation, contrast, a shift by up to 1/8, each image's own. b 3 H W in [0,1].
+    """What the discriminator sees of images b 3 H W in [0,1].
 
-    cutout: side of a square that is greyed, as a share of the image's; 0 in the release.
-    Source: arXiv 2006.10738, strengths of the release.
+    cutout: side of a grey square, as a fraction of the image's; 0: none.
     """
-    b, _, h, w = images.shape
-    bright, saturation, contrast = (torch.rand(3, b, 1, 1, 1, device=images.device))
-    x = images + (bright - 0.5) / 2                                     # of [0,1]; the release: of [-1,1]
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * 2 * saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = F.pad(mean + (x - mean) * (contrast + 0.5), [w // 8] * 2 + [h // 8] * 2, value=0.5)
-    shift = (torch.rand(b, 2) * torch.tensor([h // 8 * 2 + 1, w // 8 * 2 + 1])).long().tolist()
-    x = torch.stack([one[:, i:i + h, j:j + w] for one, (i, j) in zip(x, shift)])
-    row, column = torch.rand(2, b, 1, 1, 1, device=x.device)            # of the square's centre
-    y, z = (torch.linspace(0, 1, n, device=x.device) for n in (h, w))
-    hole = ((y[:, None] - row).abs() < cutout / 2) & ((z - column).abs() < cutout / 2)         # b 1 h w
-    return x.masked_fill(hole, 0.5)
+    images = change_brightness(images)
+    images = change_saturation(images)
+    images = change_contrast(images)
+    images = translate(images)
+    return cut_out(images, cutout)
 
 
-# ---------------------------------------------------------------------------------- training
+def uniform_per_image(images):
+    """A number in [0,1) for each image, b 1 1 1."""
+    return torch.rand(len(images), 1, 1, 1, device=images.device)
+
+
+def change_brightness(images):
+    """Add up to 1/4 in either direction: the release's 1/2, for images in [-1,1]."""
+    return images + (uniform_per_image(images) - 0.5) / 2
+
+
+def change_saturation(images):
+    """Multiply the distance from grey by 0 to 2."""
+    grey = images.mean(1, keepdim=True)                                 # b 1 H W
+    return grey + (images - grey) * 2 * uniform_per_image(images)
+
+
+def change_contrast(images):
+    """Multiply the distance from the image's mean by 0.5 to 1.5."""
+    mean = images.mean((1, 2, 3), keepdim=True)                         # b 1 1 1
+    return mean + (images - mean) * (uniform_per_image(images) + 0.5)
+
+
+def translate(images):
+    """Shift by up to 1/8 of the side, over grey."""
+    b, _, height, width = images.shape
+    most_down, most_right = height // 8, width // 8
+    padded = F.pad(images, (most_right, most_right, most_down, most_down), value=0.5)
+    # Position of each crop in the padded image, on the CPU, since slices need Python's integers.
+    choices = torch.tensor([2 * most_down + 1, 2 * most_right + 1])
+    corners = (torch.rand(b, 2) * choices).long().tolist()
+    crops = []
+    for image, (top, left) in zip(padded, corners, strict=True):
+        crops.append(image[:, top:top + height, left:left + width])
+    return torch.stack(crops)
+
+
+def cut_out(images, cutout):
+    """Grey a square of side cutout x the image's around a random point, which may be at an edge."""
+    height, width = images.shape[2:]
+    centre_row = uniform_per_image(images)                              # b 1 1 1
+    centre_column = uniform_per_image(images)                           # b 1 1 1
+    rows = torch.linspace(0, 1, height, device=images.device)[:, None]  # H 1
+    columns = torch.linspace(0, 1, width, device=images.device)         # W
+    in_rows = (rows - centre_row).abs() < cutout / 2                    # b 1 H 1
+    in_columns = (columns - centre_column).abs() < cutout / 2           # b 1 1 W
+    return images.masked_fill(in_rows & in_columns, 0.5)
+
+
+# ---------------------------------------------------------------------------- optimisers
 class Muon(torch.optim.Muon):
-    """torch's in fp32; its bf16 products take 20 to 40 times as long on CPUs that have only AVX2.
+    """Momentum whose update of each matrix is made orthogonal, in fp32.
 
-    Makes the update of a matrix orthogonal, and scales it to the size of AdamW's, so that both take one lr.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982
+    torch.optim.Muon computes in bf16, which takes 20 to 40 times as long on CPUs that have only
+    AVX2; all arguments are its own. The update is scaled to the size of AdamW's, so that both take
+    one learning rate.
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
     """
     @torch.no_grad()
     def step(self):
-        for group, p in ((group, p) for group in self.param_groups for p in group["params"]):
-            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95)                             # Nesterov's
-            x = (x.mT if x.shape[0] > x.shape[1] else x) / x.norm().clamp(min=1e-7)
-            for _ in range(5):                                          # Newton-Schulz iterations
-                a = x @ x.mT
-                x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(x if x.shape == p.shape else x.mT, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.update_weight(weight, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update_weight(self, weight, lr, momentum, weight_decay):
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = state["momentum_buffer"]
+        mean.lerp_(weight.grad, 1 - momentum)                           # m n
+        update = weight.grad.lerp(mean, momentum)                       # m n, Nesterov momentum
+        update = orthogonalise(update)                                  # m n
+        # An orthogonal m n matrix has a root mean square of 1 / sqrt(max(m, n)), AdamW's updates of
+        # about 0.2.
+        scale = 0.2 * max(weight.shape) ** 0.5
+        weight.mul_(1 - lr * weight_decay)
+        weight.sub_(update, alpha=scale * lr)
+
+
+def orthogonalise(x):
+    """A matrix m n with the singular vectors of x, and all singular values about 1.
+
+    By five Newton-Schulz iterations, whose coefficients are Jordan's: they bring singular values to
+    0.7 to 1.3 soon, rather than to 1 slowly.
+    """
+    is_tall = x.shape[0] > x.shape[1]
+    x = x / x.norm().clamp(min=1e-7)                        # all singular values at most 1
+    if is_tall:
+        x = x.mT                                            # the smaller product x x^T
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+    return x.mT if is_tall else x
 
 
 def make_optimizers(model, name, lr, weight_decay):
-    """A list: AdamW; or, for name "muon", Muon for the matrices of the blocks and AdamW for the rest."""
-    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    inner = [k for k, p in trained.items() if p.ndim == 2 and ("blocks." in k or "layers." in k)]
-    inner = {k: trained.pop(k) for k in inner if name == "muon"}
-    opts = [torch.optim.AdamW(trained.values(), lr, (0.9, 0.95), weight_decay=weight_decay, fused=True)]
-    if inner:
-        opts += [Muon(inner.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")]
-    return opts
+    """A list: AdamW; or, for name "muon", AdamW and Muon for the matrices of the layers."""
+    matrices, others = [], []
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_in_layer = "blocks." in key or "layers." in key
+        if name == "muon" and is_in_layer and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay,
+                                    fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
-def main(args):
-    rank, world, device = runtime.setup()
-    accumulate = args.batch // (args.micro_batch * world)
-    data = open_data(args.data, args.size, args.seed, "random", hold_out=args.hold_out)
-    val = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
-    check(data, args.batch)
-    eval_fid.check_n(args, val)
-    judge = eval_fid.find_judge(args.eval_features).to(device) if args.eval_features else None
-    torch.manual_seed(args.seed)                           # a VAE starts at random
-    encoder = Encoder(args.encoder, args.size).to(device)
-    args.decoder_patch = args.decoder_patch or args.size // encoder.grid
-    side = encoder.grid * args.decoder_patch               # of the decoder's images, 2 x size if it upsamples
-    data.size = val.size = max(side, args.size)
-    eval_fid.check_side(args, val, side)
-    resumed = args.resume and runtime.resume(args, SHAPING)
-    args.disc_lr = resumed["args"]["disc_lr"] if args.disc_lr is None else args.disc_lr
-    torch.manual_seed(args.seed)
-    decoder = build_decoder(vars(args), encoder.channels, encoder.grid).to(device)
-    decoder.checkpoint = args.checkpoint_activations
-    if args.init and not resumed:
-        began = runtime.load_checkpoint(args.init)
-        load_release(decoder, began, f"--init {args.init}")
-        if encoder.trainable:                              # both learned together
-            weights = began.get("rae", {}).get("encoder_weights", {})
-            load_strict(encoder.backbone, weights, f"--init {args.init}")
-    encoder.backbone.requires_grad_(encoder.trainable)
-    encoder.trainable and encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
-    trained = nn.ModuleList([decoder] + [encoder.backbone] * encoder.trainable)
-    ema = copy.deepcopy(trained).requires_grad_(False).eval()
-    opts = make_optimizers(trained, args.optimizer, args.lr, args.weight_decay)
-    weights = dict(l1=1.0, lpips=args.lpips, gram=args.gram, feature=args.feature)
-    perceptual, start = Perceptual(weights).to(device), 0
-    disc, heads, disc_opts = None, nn.ModuleList(), []
-    if args.gan:
-        disc = Discriminator(args.disc).to(device)
-        disc.vit.set_grad_checkpointing(args.checkpoint_activations)
-        heads = disc.heads
-        disc_opts = [torch.optim.AdamW(heads.parameters(), args.disc_lr, (0.9, 0.95), weight_decay=0.0)]
-    if resumed:
-        load_release(decoder, {"model": resumed["model"]})
-        load_release(ema[0], {"ema": resumed["ema"]})
+def average_gradients(module):
+    """Replace gradients by their means over processes, for what is not in DDP."""
+    for parameter in module.parameters():
+        parameter.grad = runtime.all_mean(parameter.grad)
+
+
+# ---------------------------------------------------------------------------- networks
+def decoder_sizes(args, encoder):
+    """The arguments of build_decoder, as they stand in the "rae" of checkpoints."""
+    patch = args.decoder_patch
+    if patch is None:
+        patch = args.size // encoder.grid                   # to draw images of the encoder's side
+    return dict(decoder_patch=patch, decoder_width=args.decoder_width,
+                decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
+                decoder_mlp=args.decoder_mlp)
+
+
+class Networks:
+    """All networks of stage 1, on the device.
+
+    encoder, decoder: an Encoder and a Decoder. reconstruction_loss: a ReconstructionLoss.
+    discriminator: a Discriminator, or None.
+    trained: ModuleList of the decoder and, if the encoder is a VAE, its backbone.
+    ema: average of `trained`, in eval mode. ema_encoder: the Encoder that belongs to it.
+    """
+    def __init__(self, encoder, sizes, args, device):
+        self.encoder = encoder
+        self.decoder = build_decoder(sizes, encoder.channels, encoder.grid).to(device)
+        self.decoder.checkpoint = args.checkpoint_activations
+        self.trained = nn.ModuleList([self.decoder])
         if encoder.trainable:
-            encoder.backbone.load_state_dict(resumed["encoder"])
-            ema[1].load_state_dict(resumed["rae"]["encoder_weights"])
-        for opt, state in zip(opts + disc_opts, resumed["opt"]):
-            opt.load_state_dict(state)
-        heads.load_state_dict(resumed["disc"])
+            encoder.backbone.requires_grad_(True)
+            encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
+            self.trained.append(encoder.backbone)
+        self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
+        self.ema_encoder = encoder
+        if encoder.trainable:
+            self.ema_encoder = copy.deepcopy(encoder)
+            self.ema_encoder.backbone = self.ema[1]
+        self.reconstruction_loss = ReconstructionLoss(args.lpips, args.gram, args.feature)
+        self.reconstruction_loss.to(device)
+        self.discriminator = None
+        if args.gan > 0:
+            self.discriminator = Discriminator(args.disc).to(device)
+            self.discriminator.vit.set_grad_checkpointing(args.checkpoint_activations)
+
+    def load_initial(self, path):
+        """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
+        state = runtime.load_checkpoint(path)
+        load_release(self.decoder, state, f"--init {path}")
+        if self.encoder.trainable:
+            weights = state.get("rae", {}).get("encoder_weights", {})
+            load_strict(self.encoder.backbone, weights, f"--init {path}")
+        self.ema.load_state_dict(self.trained.state_dict())
+
+    def load_resumed(self, state):
+        """Go on from a checkpoint."""
+        load_release(self.decoder, state["model"], "the resumed decoder")
+        load_release(self.ema[0], state["ema"], "the resumed EMA")
+        if self.encoder.trainable:
+            self.encoder.backbone.load_state_dict(state["encoder"])
+            self.ema[1].load_state_dict(state["rae"]["encoder_weights"])
+        if self.discriminator is not None:
+            self.discriminator.heads.load_state_dict(state["disc"])
+
+    def state(self):
+        """What load_resumed needs, but for what is in the "rae" of a checkpoint."""
+        state = dict(model=self.decoder.state_dict(), ema=self.ema[0].state_dict(), encoder={},
+                     disc={})
+        if self.encoder.trainable:
+            state["encoder"] = self.encoder.backbone.state_dict()
+        if self.discriminator is not None:
+            state["disc"] = self.discriminator.heads.state_dict()
+        return state
+
+
+# ---------------------------------------------------------------------------- gradients of a step
+class MicroBatch(NamedTuple):
+    step: int
+    micro: int                   # number in the step, over all processes
+    images: torch.Tensor         # b 3 s s in [0,1], as the encoder sees them
+    target: torch.Tensor         # b 3 S S in [0,1], as the decoder is to draw them
+    is_last: bool                # of this process in the step
+
+
+class Trainer:
+    """Adds up the gradients of an optimizer step over the micro-batches of this process.
+
+    networks: of which the encoder, the decoder, the loss and the discriminator are used.
+    meter: LossMeter, which is told all losses. world: number of processes.
+    """
+    def __init__(self, networks, meter, args, device, world):
+        self.encoder = networks.encoder
+        self.decoder = networks.decoder
+        self.reconstruction_loss = networks.reconstruction_loss
+        self.discriminator = networks.discriminator
+        self.meter = meter
+        self.args = args
+        self.device = device
+        self.world = world
+        self.accumulation = args.batch // (args.micro_batch * world)
+        self.pixel_mean = torch.tensor(self.encoder.mean, device=device).view(3, 1, 1)
+        self.pixel_std = torch.tensor(self.encoder.std, device=device).view(3, 1, 1)
+        # The decoder as it is called where its gradients are needed.
+        self.parallel_decoder = self.decoder
+        if world > 1:
+            self.parallel_decoder = DistributedDataParallel(self.decoder, broadcast_buffers=False)
+        if args.compile:
+            self.parallel_decoder = torch.compile(self.parallel_decoder)
+
+    def prepare(self, micro_batches):
+        """Turn what data.batches yields into MicroBatches on the device, one at a time."""
+        for step, micro, images, _, _ in micro_batches:
+            images = images.to(self.device).float() / 255               # b 3 H W
+            is_last = micro // self.world == self.accumulation - 1
+            yield MicroBatch(step, micro, resize_images(images, self.args.size),
+                             resize_images(images, self.decoder.image_size), is_last)
+
+    def noisy_latents(self, batch):
+        """What the decoder learns to decode: latents b c h w with noise; and the KL of a VAE.
+
+        They are not normalised. The noise depends on the micro-batch alone: each call gives the
+        same.
+        """
+        runtime.seed_step(self.args.seed, batch.step, batch.micro)
+        if self.encoder.trainable:
+            latents, kl = sample_posterior(self.encoder, batch.images)
+        else:
+            latents = self.encoder.encode(batch.images).float()
+            kl = torch.zeros((), device=self.device)
+        return add_noise(latents, self.args.tau, self.args.noise_law), kl
+
+    def to_images(self, pixels):
+        """Undo the encoder's pixel normalisation: b 3 S S -> b 3 S S in [0,1], not clamped."""
+        return pixels * self.pixel_std + self.pixel_mean
+
+    def plain_step(self, micro_batches, train_discriminator):
+        """Gradients of the reconstruction loss, and of a VAE's KL divergence.
+
+        train_discriminator: whether to add up the discriminator's, too, before the GAN starts.
+        """
+        for batch in self.prepare(micro_batches):
+            with runtime.sync_gradients(self.parallel_decoder, batch.is_last):
+                with runtime.autocast(self.device, self.args.dtype):
+                    latents, kl = self.noisy_latents(batch)             # b c h w, scalar
+                    images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
+                    loss, terms = self.reconstruction_loss(images, batch.target)
+                    objective = loss + self.args.kl * kl
+                (objective / self.accumulation).backward()
+            if train_discriminator:
+                self.discriminator_step(images, batch.target)
+            self.record(batch, images, loss, kl, terms)
+
+    def adversarial_step(self, micro_batches):
+        """Gradients of L_rec + gan * lambda * L_gan, and of the discriminator.
+
+            lambda = |dL_rec/dW| / |dL_gan/dW|      W: weight of the decoder's last layer
+
+        Each of these gradients is a sum over all images of the batch, whose norm is taken only when
+        it is complete. So lambda is the same however the batch is split into micro-batches and
+        processes, and it is known only when every image was decoded once:
+        Pass 1 decodes without a graph, but for the last layer. It keeps the latents and both
+        losses' gradients at the pixels, which are as small as images.
+        Pass 2 decodes again and sends grad_rec + gan * lambda * grad_gan through the decoder. By
+        then no graph of VGG or of the discriminator takes memory.
+        Source: arXiv 2012.09841, eq. 7, and RAE's release, which takes the lambda of each process.
+        """
+        last_layer = self.decoder.decoder_pred.weight
+        rec_at_last = torch.zeros_like(last_layer)
+        gan_at_last = torch.zeros_like(last_layer)
+        pending = []
+        for batch in self.prepare(micro_batches):                       # pass 1
+            with torch.no_grad(), runtime.autocast(self.device, self.args.dtype):
+                latents, kl = self.noisy_latents(batch)                 # b c h w, scalar
+                tokens = self.decoder.tokens(latents)                   # b 1+n d
+            with runtime.autocast(self.device, self.args.dtype):
+                drawn = self.to_images(self.decoder.pixels(tokens))     # b 3 S S
+                images = drawn.detach().requires_grad_()                # b 3 S S
+                loss, terms = self.reconstruction_loss(images, batch.target)
+                gan_loss = -self.discriminate(images).mean()
+            rec_grad, = torch.autograd.grad(loss / self.accumulation, images)        # b 3 S S
+            gan_grad, = torch.autograd.grad(gan_loss / self.accumulation, images)    # b 3 S S
+            rec_at_last += torch.autograd.grad(drawn, last_layer, rec_grad, retain_graph=True)[0]
+            gan_at_last += torch.autograd.grad(drawn, last_layer, gan_grad)[0]
+            pending.append((batch, latents, rec_grad, gan_grad))
+            self.discriminator_step(images, batch.target)
+            self.record(batch, images, loss, kl, terms | {"gan": gan_loss})
+
+        gan_lambda = adaptive_weight(runtime.all_mean(rec_at_last), runtime.all_mean(gan_at_last))
+        self.meter.add(gan_lambda=gan_lambda)
+        for batch, latents, rec_grad, gan_grad in pending:              # pass 2
+            gradient = rec_grad + self.args.gan * gan_lambda * gan_grad             # b 3 S S
+            with runtime.sync_gradients(self.parallel_decoder, batch.is_last):
+                if self.encoder.trainable:
+                    self.decode_backward_vae(batch, gradient)
+                else:
+                    self.decode_backward(latents, gradient)
+
+    def decode_backward(self, latents, gradient):
+        """Decode latents b c h w, and send a gradient b 3 S S at the images backward."""
+        with runtime.autocast(self.device, self.args.dtype):
+            images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
+        images.backward(gradient)
+
+    def decode_backward_vae(self, batch, gradient):
+        """The same for a VAE: the encoder is trained as well, and the KL has its own gradient."""
+        with runtime.autocast(self.device, self.args.dtype):
+            latents, kl = self.noisy_latents(batch)                     # b c h w, scalar
+            images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
+        kl_gradient = torch.full_like(kl, self.args.kl / self.accumulation)
+        torch.autograd.backward([images, kl], [gradient, kl_gradient])
+
+    def discriminate(self, images):
+        """Logits of the discriminator for images b 3 S S in [0,1], augmented."""
+        if self.args.diffaug == "on":
+            images = augment(images, self.args.cutout)
+        return self.discriminator(images)
+
+    def discriminator_step(self, fake, real):
+        """Gradients of the discriminator's loss for fake and real images, b 3 S S each."""
+        with runtime.autocast(self.device, self.args.dtype):
+            fake_logits = self.discriminate(to_8_bits(fake))            # b 5*n
+            real_logits = self.discriminate(to_8_bits(real))            # b 5*n
+            loss = hinge_loss(fake_logits, real_logits)
+        (loss / self.accumulation).backward()
+        self.meter.add(disc=loss)
+
+    def record(self, batch, images, loss, kl, terms):
+        """Tell the meter the losses of a micro-batch."""
+        self.meter.add(loss=loss, **terms)
+        if self.encoder.trainable:
+            self.meter.add(kl=kl)
+        first = batch.step * self.args.batch + batch.micro * self.args.micro_batch
+        error = (images.detach() - batch.target).abs().mean((1, 2, 3))  # b
+        self.meter.add_by_source(first, error)
+
+
+def adaptive_weight(rec_gradient, gan_gradient):
+    """lambda: how much the GAN's gradient at the last layer is to be scaled to be as long as that
+    of the reconstruction loss. The constants are those of the release.
+    """
+    return (rec_gradient.norm() / (gan_gradient.norm() + 1e-6)).clamp(max=1e4)
+
+
+class LossMeter:
+    """Means of losses since the last line of the log, over micro-batches and processes.
+
+    data: ImageData; the L1 distance is also averaged by its sources if it is a mixture.
+    """
+    def __init__(self, data, device):
+        self.data = data
+        self.device = device
+        self.values = defaultdict(list)
+        self.l1_by_source = runtime.MeanByGroup(len(data.domains), device)
+
+    def add(self, **losses):
+        """Add scalars of a micro-batch or a step by name."""
+        for name, value in losses.items():
+            self.values[name].append(value.detach())
+
+    def add_by_source(self, first, error):
+        """Add the L1 distances b of images first, first + 1, ... of the data."""
+        sources = [self.data.source_of(first + i) for i in range(len(error))]
+        self.l1_by_source.add(torch.tensor(sources, device=self.device), error)
+
+    def last(self, name):
+        """The last value of a loss, of this process."""
+        return self.values[name][-1]
+
+    def means(self):
+        """A dict of floats, the same on all processes; starts again."""
+        means = {}
+        for name, values in self.values.items():
+            means[name] = runtime.all_mean(torch.stack(values).mean()).item()
+        self.values.clear()
+        _, source_means = self.l1_by_source.means()
+        if len(self.data.domains) > 1:
+            for name, mean in zip(self.data.domains, source_means, strict=True):
+                if mean is not None:                        # none of its images was drawn
+                    means[f"l1_{name}"] = mean
+        return means
+
+
+# ---------------------------------------------------------------------------- training
+def statistics_size(args, data):
+    """Number of images to measure latents of: whole batches of at most --stats_n images."""
+    n = len(data)
+    if args.stats_n > 0:
+        n = min(n, args.stats_n)
+    return max(args.batch, n // args.batch * args.batch)
+
+
+def warn_of_tiny_encoder(log, args, data):
+    """Warn, on the screen and in the log, if the shipped encoder meets images unknown to it."""
+    is_built_in = [data.is_built_in(source) for source in range(len(data.domains))]
+    if args.encoder == "tiny" and not all(is_built_in):
+        warning = ("the shipped encoder has only seen coloured shapes; its latents say little "
+                   "about photographs: use --encoder dinov2-b")
+        log.say(f"warning: {warning}")
+        log.write(dict(warning=warning))
+
+
+def main(args, data=None):
+    """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
+    rank, world, device = runtime.setup()
+    resumed = runtime.load_resumable(args) if args.resume else None
+
+    # ---------------------------------------------------------------- data
+    statistics_data = data
+    if data is None:
+        data = open_data(args.data, args.size, args.seed, crop="random", hold_out=args.hold_out)
+        # Latents are measured on images as stage 2 sees them.
+        statistics_data = open_data(args.data, args.size, args.seed, flip=True,
+                                    hold_out=args.hold_out, objects=1)
+    val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
+    check_batch(data, args.batch)
+    metrics.check_eval_n(args, val_data)
+    features = None
+    if args.eval_features:
+        features = metrics.feature_network(args.eval_features).to(device)
+
+    # ---------------------------------------------------------------- model
+    torch.manual_seed(args.seed)                            # the encoder of a VAE starts at random
+    encoder = load_encoder(args.encoder, args.size).to(device)
+    sizes = decoder_sizes(args, encoder)
+    drawn_size = encoder.grid * sizes["decoder_patch"]
+    metrics.check_eval_side(args, val_data, drawn_size)
+    # An upsampling decoder draws larger images than its encoder sees: load them at the larger side.
+    data.size = max(args.size, drawn_size)
+    val_data.size = max(args.size, drawn_size)
+    torch.manual_seed(args.seed)
+    networks = Networks(encoder, sizes, args, device)
+    if resumed:
+        networks.load_resumed(resumed)
+    elif args.init:
+        networks.load_initial(args.init)
+
+    # ---------------------------------------------------------------- optimiser
+    optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)
+    disc_optimizers = []
+    if args.gan > 0:
+        heads = networks.discriminator.heads
+        disc_optimizers = [torch.optim.AdamW(heads.parameters(), args.disc_lr, betas=(0.9, 0.95),
+                                             weight_decay=0.0)]
+    all_optimizers = optimizers + disc_optimizers
+    start = 0
+    if resumed:
+        for optimizer, state in zip(all_optimizers, resumed["opt"], strict=True):
+            optimizer.load_state_dict(state)
         start = resumed["step"]
+    elif rank == 0:
+        runtime.clear_run(args.out)
+
+    # ---------------------------------------------------------------- log and latent statistics
+    parameters = sum(p.numel() for p in networks.trained.parameters())
+    log = runtime.Log(args, rank, device, start, parameters)
+    meter = LossMeter(data, device)
+    warn_of_tiny_encoder(log, args, data)
+
+    def measure_latents():
+        n = statistics_size(args, statistics_data)
+        mean, var = latent_statistics(networks.ema_encoder, statistics_data, n, args.micro_batch,
+                                      rank, world, args.workers, device)
+        log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
+        return mean, var
+
+    if resumed:
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
-    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in trained.parameters()))
-    shown = encoder
-    if encoder.trainable:                                  # with the EMA's weights
-        shown = copy.deepcopy(encoder).requires_grad_(False)
-        shown.backbone = ema[1]
-    if not resumed or encoder.trainable:                   # to list the data takes a while
-        centred = open_data(args.data, args.size, args.seed, flip=True, hold_out=args.hold_out, objects=1)
-        n = min(args.stats_n or len(centred), len(centred)) // args.batch * args.batch or args.batch
-        statistics = shown, centred, n, args.micro_batch, rank, world, args.workers
-    if not resumed:
-        latent_mean, latent_var = latent_statistics(*statistics)
-        log.say(f"latents {tuple(latent_mean.shape)}: variance {latent_var.mean():.3f} over {n} images")
-    step_model = DistributedDataParallel(decoder, broadcast_buffers=False) if world > 1 else decoder
-    step_model = torch.compile(step_model) if args.compile else step_model
-    rae = RAE(shown, ema[0], latent_mean, latent_var).to(device).eval()
+    else:
+        latent_mean, latent_var = measure_latents()
+    rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step):
-        mean, var, more = latent_mean, latent_var, {}
-        if encoder.trainable:                              # the latents have changed
-            (mean, var), more = latent_statistics(*statistics), dict(encoder_weights=ema[1].state_dict())
-        if rank == 0:
-            sizes = {k: v for k, v in vars(args).items() if k.startswith("decoder_")}
-            packed = dict(encoder=args.encoder, size=args.size, decoder=ema[0].state_dict(), **sizes, **more,
-                          latent_mean=mean, latent_var=var)                          # for model.unpack_rae
-            runtime.save_checkpoint(f"{args.out}/last.pt", model=decoder.state_dict(), ema=packed["decoder"],
-                                    rae=packed, opt=[opt.state_dict() for opt in opts + disc_opts], step=step,
-                                    args=runtime.plain(args), disc=heads.state_dict(),
-                                    encoder=trained[1].state_dict() if encoder.trainable else {})
+        packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
+                          latent_var=latent_var, decoder=networks.ema[0].state_dict())
+        if encoder.trainable:                               # its latents have changed
+            packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
+            packed_rae["encoder_weights"] = networks.ema[1].state_dict()
+        if rank > 0:
+            return
+        flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
+        runtime.save_checkpoint(
+            f"{args.out}/last.pt", **networks.state(), rae=packed_rae, step=step, args=flags,
+            opt=[optimizer.state_dict() for optimizer in all_optimizers])
 
-    def latents(x, m):             # noisy, b c h w, and the KL divergence of a VAE: the same at each call
-        runtime.seed_step(args.seed, step, m)
-        if encoder.trainable:
-            eps = torch.randn(len(x), encoder.grid ** 2, encoder.channels, device=device)
-            z, kl = posterior(encoder, x, eps)
+    def preview(step):
+        if rank > 0:
+            return
+        picture = reconstruction_picture(rae, load_images(val_data, range(12)))
+        picture.save(f"{args.out}/preview_{step:07d}.png")
+
+    def evaluate(step):
+        for source, name in enumerate(val_data.domains):
+            results = evaluate_reconstruction(
+                rae, val_data, args.eval_n, rank, world, args.micro_batch, source=source,
+                vgg=networks.reconstruction_loss.vgg, features=features)
+            log.write(dict(step=step, domain=name, **results))
+            log.say(f"step {step} | held-out {name} " + metrics.one_line(results))
+
+    # ---------------------------------------------------------------- training
+    trainer = Trainer(networks, meter, args, device, world)
+    stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
+                     stop=args.steps)
+    for step, micro_batches in groupby(stream, key=itemgetter(0)):
+        train_discriminator = args.gan > 0 and step >= args.disc_start
+        if train_discriminator:
+            networks.discriminator.update_spectral_norms()
+        if args.gan > 0 and step >= args.gan_start:
+            trainer.adversarial_step(micro_batches)
         else:
-            z, kl = encoder.encode(x).float(), torch.zeros((), device=device)
-        return add_noise(z, args.tau, args.noise_law), kl               # not normalised
+            trainer.plain_step(micro_batches, train_discriminator)
 
-    view = functools.partial(augment, cutout=args.cutout) if args.diffaug == "on" else torch.clone
-    last_layer, std, mean, sums = decoder.decoder_pred.weight, rae.pixel_std, rae.pixel_mean, {}
-    domains = torch.zeros(len(data.domains), 2, device=device)          # sums of l1 and counts, by source
-    stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
-    for step, parts in groupby(stream, key=lambda part: part[0]):
-        adversarial, teaching = (args.gan > 0 and step >= at for at in (args.gan_start, args.disc_start))
-        held, norms = [], torch.zeros(2, *last_layer.shape, device=device)
-        teaching and disc.renew()
-        for _, m, images, _, _ in parts:
-            images = images.to(device).float() / 255
-            x, real = eval_fid.resize(images, args.size), eval_fid.resize(images, side)
-            last = m // world == accumulate - 1
-            with contextlib.nullcontext() if world == 1 or last or adversarial else step_model.no_sync():
-                with runtime.autocast(device, args.dtype), torch.set_grad_enabled(not adversarial):
-                    z, kl = latents(x, m)
-                    pixels = step_model(z) if not adversarial else decoder.tokens(z)
-                with runtime.autocast(device, args.dtype):
-                    # With the GAN, first the gradients at the pixels, since lambda is a ratio over the whole
-                    # batch, of both losses' gradients at the last layer; then the decoder's, after a second
-                    # forward pass: no graph of VGG or discriminator is alive by then.
-                    pixels = (decoder.pixels(pixels) if adversarial else pixels) * std + mean    # b 3 H W
-                    fake = pixels.detach().requires_grad_() if adversarial else pixels
-                    terms = perceptual(fake, real)
-                    loss = sum(perceptual.weights[k] * v for k, v in terms.items())
-                    if adversarial:
-                        terms["gan"] = -disc(view(fake)).mean()
-                if adversarial:
-                    grads = [torch.autograd.grad(x / accumulate, fake)[0] for x in (loss, terms["gan"])]
-                    for norm, g in zip(norms, grads):
-                        norm += torch.autograd.grad(pixels, last_layer, g, retain_graph=True)[0]
-                    held.append((x, m, z, *grads))
-                else:
-                    ((loss + args.kl * kl) / accumulate).backward()
-            if teaching:                                   # fakes of the same noise; both in 8 bits
-                with runtime.autocast(device, args.dtype):
-                    no, yes = (disc(view((x.detach().clamp(0, 1) * 255).round() / 255)) for x in (fake, real))
-                    terms["disc"] = (F.relu(1 + no) + F.relu(1 - yes)).mean() / 2
-                (terms["disc"] / accumulate).backward()
-            source = [data.place(step * args.batch + m * args.micro_batch + k)[0] for k in range(len(real))]
-            error = (fake.detach() - real).abs().mean((1, 2, 3))        # b
-            domains.index_add_(0, torch.tensor(source, device=device), torch.stack([error, error * 0 + 1], 1))
-            for name, value in {**terms, "loss": loss, **({"kl": kl} if encoder.trainable else {})}.items():
-                sums.setdefault(name, []).append(value.detach())
-        if adversarial:
-            losses_norm, gan_norm = runtime.all_mean(norms).flatten(1).norm(dim=1)
-            ratio = (losses_norm / (gan_norm + 1e-6)).clamp(max=1e4)    # lambda
-            sums.setdefault("gan_lambda", []).append(ratio)
-        for x, m, z, grad, more in held:
-            last, weight = m // world == accumulate - 1, torch.tensor(args.kl / accumulate, device=device)
-            with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
-                with runtime.autocast(device, args.dtype):
-                    z, kl = latents(x, m) if encoder.trainable else (z, None)
-                    pixels = step_model(z) * std + mean
-                ends = (pixels, grad + args.gan * ratio * more), (kl, weight)
-                torch.autograd.backward(*zip(*ends[:1 + encoder.trainable]))
-        for p in [*trained[1:].parameters()] + [*heads.parameters()] * teaching:
-            p.grad = runtime.all_mean(p.grad)              # DDP averages the decoder's gradients alone
-        lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end, "cosine")
-        norm = runtime.step_optimizers(opts, trained, args.clip, loss, step, lr)
-        runtime.update_ema(ema, trained, args.ema, step)
-        if teaching:                                       # its schedule covers its own life
-            span = args.disc_warmup, args.disc_warmup, args.steps - args.disc_start, args.lr_end, "cosine"
-            disc_lr = args.disc_lr * runtime.lr_factor(step - args.disc_start, *span)
-            runtime.step_optimizers(disc_opts, heads, args.clip, terms["disc"], step, disc_lr)
+        if encoder.trainable:
+            average_gradients(encoder.backbone)             # DDP does so for the decoder alone
+        lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end,
+                                         shape="cosine")
+        grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip,
+                                           meter.last("loss"), step, lr)
+        runtime.update_ema(networks.ema, networks.trained, args.ema, step)
+        if train_discriminator:
+            average_gradients(heads)
+            disc_lr = args.disc_lr * runtime.lr_factor(     # a schedule from its own first step on
+                step - args.disc_start, args.disc_warmup, args.disc_warmup,
+                args.steps - args.disc_start, args.lr_end, shape="cosine")
+            runtime.optimizer_step(disc_optimizers, heads, args.clip, meter.last("disc"), step,
+                                   disc_lr)
+
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            means = {k: runtime.all_mean(torch.stack(v).mean()).item() for k, v in sums.items()}
-            means |= {f"l1_{name}": total / n for name, (total, n) in zip(
-                data.domains, runtime.all_mean(domains).tolist()) if n and len(domains) > 1}
-            log.step(done, means.pop("loss"), norm, lr, **means)
-            sums, domains = {}, torch.zeros_like(domains)
-        if done % args.save_every == 0 or done == args.steps:
+        is_end = done == args.steps
+        if done % args.log_every == 0 or is_end:
+            means = meter.means()
+            log.step(done, means.pop("loss"), grad_norm, lr, **means)
+        if done % args.save_every == 0 or is_end:
             save(done)
-        if args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0:
-            picture = reconstruction_picture(rae, eval_fid.real_images(val, range(12)))
-            picture.save(f"{args.out}/preview_{done:07d}.png")
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            for i, name in enumerate(val.domains):
-                metrics = eval_fid.evaluate_reconstruction(
-                    rae, val, args.eval_n, rank, world, args.micro_batch, domain=i, vgg=perceptual.vgg,
-                    judge=judge)
-                log.write(dict(step=done, domain=name, **metrics))
-                log.say(f"step {done} | held-out {name} " + eval_fid.one_line(metrics))
-
-
-@torch.no_grad()
-def reconstruction_picture(rae, images):
-    """A PIL picture: originals in the upper row, reconstructions below.  images: uint8 b H W 3."""
-    rows = torch.cat(eval_fid.reconstruct(rae, images)).cpu()
-    sheet = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "(r b) c h w -> (r h) (b w) c", r=2)
-    return Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8))
+        if args.preview_every and (done % args.preview_every == 0 or is_end):
+            preview(done)
+        if args.eval_every and (done % args.eval_every == 0 or is_end):
+            evaluate(done)
 
 
 if __name__ == "__main__":

@@ -1,523 +1,687 @@
-"""Stage 3: text to image. A language model reads the prompt, its states at query tokens condition a DiT.
+"""Stage 3: train a text-to-image model on the latents of a frozen RAE.
 
-    python train_t2i.py                                             the built-in world, laptop size
+    python train_t2i.py                                     the built-in world, laptop size
     python train_t2i.py --data photos/ --rae runs/decoder/last.pt --llm Qwen/Qwen2.5-0.5B-Instruct
-    torchrun --nproc_per_node=8 train_t2i.py --recipe pretrain --llm Qwen/Qwen2.5-1.5B-Instruct --model 2.4B
-        --rae siglip2.pt --data web=web.jsonl:0.9 ask=cambrian.jsonl:0.1 --micro_batch 8 --recompute --shard
-(the paper's; then --recipe finetune --model 2.4B --init runs/t2i/last.pt --out runs/tuned). "<image>" in the
-assistant's turn is drawn, in the user's understood. Writes OUT/last.pt, log.jsonl, previews.
+    torchrun --nproc_per_node=8 train_t2i.py --recipe pretrain --llm Qwen/Qwen2.5-1.5B-Instruct \\
+        --model 2.4B --rae siglip2.pt --data web=web.jsonl:0.9 ask=cambrian.jsonl:0.1 \\
+        --micro_batch 8 --recompute --shard                 the paper, then its finetuning:
+    torchrun --nproc_per_node=8 train_t2i.py --recipe finetune --model 2.4B --data blip3o.jsonl \\
+        --init runs/t2i/last.pt --out runs/tuned --micro_batch 8 --recompute --shard
+
+The data are conversations about one image each: "<image>" in the assistant's turn is to be drawn,
+in the user's turn it is to be understood. The model is in t2i.py.
+Writes OUT/last.pt (all that sampling and an exact resume need), OUT/log.jsonl, OUT/preview_*.png.
 """
 import argparse
-import contextlib
 import copy
-import math
 import os
-import re
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
-import huggingface_hub
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from einops import rearrange
-from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 
-import eval_fid
+import metrics
+import release
 import runtime
 import sample
-from data import batches, check, open_data
-from llm import IMAGE, Qwen2, Tokenizer, load_qwen2, qwen2_arguments, read_json, read_weights
-from model import (DECODER_HUB, DECODER_SIZES, T2I_HEAD, T2I_RELEASES, T2I_SIZES, build_dit, fetching,
-                   flow_matching_loss, load_release, revive, time_shift, unpack_rae)
+from data import batches, check_batch, open_data
+from eval_t2i import evaluate_prompts
+from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
+from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times
 from runtime import at_least
-from shapes import CLASSES, COLOURS, Object, Scene, listing
-from train_dit import BINS, PAPERS, SHIPPED_RAE, TINY, add_dit_flags, check_dit_flags
+from shapes import converse
+from t2i import DRAW_UNCONDITIONED, UNDERSTAND, build_t2i, read_t2i, tokenize
 
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
-SHAPING = ("rae data llm llm_width llm_depth llm_heads connector seed batch micro_batch width depth heads "
-           "head_width head_depth head_heads class_dropout shift_base prediction balance draws questions "
-           "plan dtype flow_weight regression llm_start freeze_llm weight_decay").split()   # of a run
-COMMON = dict(lr_end=0.0, ema=0.0, time_law="logit_normal", shift_base=4096, prediction="v", balance="off",
-              draws=1, solver="euler", sampling_steps=50)
-RECIPES = {                                                             # tables 8 and 9 of arXiv 2601.16208
-    "pretrain": dict(COMMON, batch=2048, steps=30_000, lr=5e-4, llm_lr=5e-5, warmup=402, context=512),
-    "finetune": dict(COMMON, batch=1024, steps=3750, lr=5.66e-4, llm_lr=5.66e-5, warmup=112, context=1024)}
-# How a prompt may ask for the built-in world, and what may stand for what in it.
-ASK = ("draw {}", "generate an image of {}", "can you generate a photo of {}?", "please show me {}",
-       "an image of {}", "i would like {}", "{} on a grey background", "there is {}")
-REWORD = (("(left|right) of", r"to the \1 of"), ("below", "under"), (r"\ba ", "one "), (r"\ba ", ""),
-          ("two", "2"), ("three", "3"), (" and ", " with "), (f"({'|'.join(COLOURS)}) (\\w+)", r"\2 in \1"))
-PAD = -100                                                              # an id and a label of nothing
-ALIGN, DESCRIBE = "Does this image align with the prompt: {}?", "Describe this image."     # Scale-RAE's words
-WHERE = "Where is everything?"
+OBJECTS = (1, 1, 2, 2, 3, 4)     # in a scene of the built-in world: the simple ones more often
+
+# ---------------------------------------------------------------------------- flags
+# Laptop size, for the built-in world. Flags default to None; resolve() fills in these values.
+DEFAULTS = dict(
+    runtime.RUN_DEFAULTS, **sample.SAMPLING_DEFAULTS, out="runs/t2i",
+    data=["shapes"], questions=0.3, context=None, rae=None, init=None, recipe=None,
+    llm=None, llm_width=128, llm_depth=3, llm_heads=4, freeze_llm=False, connector="linear",
+    model=None, wide_head=False, width=128, depth=4, heads=4,
+    head_width=192, head_depth=1, head_heads=4, class_dropout=0.1,
+    plan=0, regression=0.0, llm_start=0, flow_weight=2.0, draws=2,
+    time_law="uniform", shift_base=4096, prediction="v", balance="off",
+    steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
+    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
+    log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
+# What a small language model from scratch needs: it says where things are before it draws them,
+# its queries also learn from the latents directly, and the DiT waits until they mean something.
+FROM_SCRATCH = dict(plan=40, regression=1.0, llm_start=500)
+# The tiny encoder's tokens repeat each other, so it takes more noise to hide an image, and few
+# dimensions of the latents vary, so x0 is easier to predict than v.
+TINY_LATENTS = dict(shift_base=340, prediction="x0", balance="on")
+# Tables 8 and 9 of arXiv 2601.16208. The warm-up is 1.34% and 3% of the steps.
+PAPER = dict(sample.PAPER_SAMPLING, lr_end=0.0, ema=0.0, time_law="logit_normal", draws=1,
+             shift_base=4096, prediction="v", balance="off")
+RECIPES = {
+    "pretrain": dict(PAPER, batch=2048, steps=30_000, lr=5e-4, llm_lr=5e-5, warmup=402,
+                     context=512),
+    "finetune": dict(PAPER, batch=1024, steps=3750, lr=5.66e-4, llm_lr=5.66e-5, warmup=112,
+                     context=1024),
+}
+# DiT of each published model, a key of T2I_SIZES.
+PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
+# Flags that --init takes from its checkpoint, as the weights were trained with them.
+OF_INIT = ("plan", "regression", "context", "shift_base", "prediction", "balance")
+# Flags that a resumed run must not change.
+FIXED = ("rae", "data", "llm", "llm_width", "llm_depth", "llm_heads", "connector", "seed", "batch",
+         "micro_batch", "width", "depth", "heads", "head_width", "head_depth", "head_heads",
+         "class_dropout", "shift_base", "prediction", "balance", "draws", "questions", "plan",
+         "dtype", "flow_weight", "regression", "llm_start", "freeze_llm", "weight_decay")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    add_dit_flags(p)
-    # data
-    p.add_argument("--questions", type=at_least(0.0, 1), default=0.3, help="of scenes, to understand; <1")
-    p.add_argument("--plan", type=at_least(0), help="most tokens said before an image is drawn; small LM 40")
-    p.add_argument("--context", type=at_least(1), help="tokens, beyond it prompts are cut; image's + 176")
-    # model
-    p.add_argument("--llm", help="Qwen2 to start from, hub name or folder; default: a small one from scratch")
-    p.add_argument("--llm_width", type=at_least(1), default=128, help="of the one from scratch")
-    p.add_argument("--llm_depth", type=at_least(1), default=3, help="of the one from scratch")
-    p.add_argument("--llm_heads", type=at_least(1), default=4, help="of the one from scratch")
-    p.add_argument("--connector", choices=("linear", "mlp2"), default="linear", help="the paper's text: mlp2")
-    p.add_argument("--model", choices=T2I_SIZES, help="sets width, depth, heads of the DiT, no wide head")
-    p.add_argument("--wide_head", action="store_true", help="sets head_* to the paper's 2 blocks of 2688")
-    p.add_argument("--init", help="start from a checkpoint's EMA, or a release: scale-rae-1.5b, scale-rae-7b")
-    p.add_argument("--freeze_llm", action="store_true", help="train all but the language model")
-    # optimisation
-    p.add_argument("--recipe", choices=RECIPES, help="the paper's batch, steps, rates, times, loss, sampling")
-    p.add_argument("--llm_lr", type=at_least(0.0), help="of all but DiT, connector; lr / 10, small LM / 3")
-    p.add_argument("--regression", type=at_least(0.0), help="of latents by queries, in the loss; small LM 1")
-    p.add_argument("--llm_start", type=at_least(0), help="when prompts reach the DiT; small LM 500")
-    p.add_argument("--flow_weight", type=at_least(0.0), default=2.0, help="of flow matching in the loss")
-    p.add_argument("--draws", type=at_least(1), default=2, help="times t for each image; the papers: 1")
-    p.add_argument("--shard", action="store_true", help="FSDP2: weights and optimizer spread over processes")
-    p.add_argument("--recompute", action="store_true", help="activation checkpointing: for memory, slower")
-    p.add_argument("--eval_every", type=at_least(0), default=0, help="steps between ShapesEvals; 0: none")
-    p.add_argument("--eval_n", type=at_least(6), default=300, help="images of each")
-    p.set_defaults(out="runs/t2i", steps=1500)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_flags(p)
+    add_model_flags(p)
+    add_training_flags(p)
+    runtime.add_run_flags(p)
+    sample.add_sampling_flags(p)
     args = p.parse_args(argv)
-    size = args.model or T2I_RELEASES.get(args.init, "DiT").split("DiT")[1]    # Scale-RAE-Qwen1.5B_DiT2.4B
-    sizes = {"head_width": 0, **T2I_SIZES[size]} if size else {}
-    recipe = dict(RECIPES.get(args.recipe, {}))
-    args.resume and recipe.pop("context", None)            # then the checkpoint's
-    p.set_defaults(**recipe, **{**sizes, **(T2I_HEAD if args.wide_head else {})})
-    args = p.parse_args(argv)
-    if args.llm_lr is None and not args.resume:
-        args.llm_lr = args.lr / (10 if args.llm or args.init else 3)
-    scratch = not (args.llm or args.init or args.recipe)
-    args.regression = float(scratch) if args.regression is None and not args.init else args.regression
-    args.llm_start = 500 * scratch if args.llm_start is None else args.llm_start
-    args.plan = 40 * scratch if args.plan is None and not args.init else args.plan
-    args.decay_start = args.warmup if args.recipe and args.decay_start is None else args.decay_start
-    check_dit_flags(p, args)
-    if args.llm_width % (2 * args.llm_heads):
-        p.error(f"--llm_width {args.llm_width} must be a multiple of 2 x --llm_heads {args.llm_heads}")
-    if args.init and (args.llm or args.rae):
-        p.error(f"--init {args.init} brings its language model and autoencoder; leave --llm and --rae out")
-    if args.shard and args.eval_every:
-        p.error("--eval_every draws with all weights, which --shard has not; evaluate by eval_fid.py")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        p.error("--shard needs processes to share among; start with torchrun --nproc_per_node=N train_t2i.py")
+    try:
+        args = resolve(args)
+        check_flags(args)
+    except (ValueError, FileNotFoundError) as error:
+        p.error(str(error))
     return args
 
 
-# ---------------------------------------------------------------------------------- what is said of a scene
-def reword(text, rng):
-    """The text in other words, with a request before it or not; rng: of numpy."""
-    for old, new in REWORD:
-        text = re.sub(old, new, text) if rng.random() < 1 / 8 else text
-    if rng.random() < 1 / 8:                               # words that it doesn't know shall not disturb
-        strange = "".join(map(chr, rng.integers(97, 123, rng.integers(2, 8))))
-        text = f"{strange} {text}" if rng.random() < 1 / 2 else f"{text} {strange}"
-    return ASK[rng.integers(len(ASK))].format(text) if rng.random() < 1 / 2 else text
+def add_data_flags(p):
+    """Flags of the images and conversations."""
+    p.add_argument("--data", nargs="+",
+                   help="Images with text: shapes, a folder, tars, a .jsonl of conversations, or a "
+                        "mixture NAME=PATH:WEIGHT ... (default: shapes).")
+    p.add_argument("--questions", type=at_least(0.0, 1),
+                   help="Fraction of the scenes of shapes that are to be understood instead of "
+                        f"drawn, below 1 (default: {DEFAULTS['questions']}).")
+    p.add_argument("--plan", type=at_least(0),
+                   help="Most tokens that the model says before it draws; 0: none, also in the "
+                        "conversations about shapes (default: that of --init; for a language model "
+                        f"from scratch {FROM_SCRATCH['plan']}, else 0).")
+    p.add_argument("--context", type=at_least(1),
+                   help="Most tokens of a conversation, beyond which its prompt is cut (default: "
+                        "that of --init, else 176 more than an image has).")
+    p.add_argument("--rae",
+                   help="Autoencoder: a checkpoint of train_decoder.py, or a published one by "
+                        f"name: {', '.join(release.PUBLISHED_RAES)} (default: that of --init, else "
+                        "the shipped one).")
 
 
-def altered(scene, rng):
-    """The scene with all places mirrored, one object less, colours swapped, or one colour or shape new."""
-    objects, how = list(scene.objects), rng.integers(4)
-    if how == 0 and 1 < len({o.name for o in objects}) == len(objects):    # reverses each relation
-        return Scene([Object(o.shape, o.colour, o.size, (1 - o.centre[0], 1 - o.centre[1])) for o in objects])
-    if how == 1 and 1 < len(objects):
-        a, b, *rest = (objects[i] for i in rng.permutation(len(objects)))
-        if a.shape != b.shape and a.colour != b.colour:
-            return Scene([Object(a.shape, b.colour, a.size, a.centre),
-                          Object(b.shape, a.colour, b.size, b.centre), *rest])
-    old = objects.pop(rng.integers(len(objects)))
-    if how == 2 or not objects:
-        near = [c for c in CLASSES if len({*c.split()} & {old.colour, old.shape}) == 1]
-        colour, shape = near[rng.integers(len(near))].split()
-        objects.append(Object(shape, colour, old.size, old.centre))
-    return Scene(objects)
+def add_model_flags(p):
+    """Flags of the language model, the connector and the DiT."""
+    p.add_argument("--llm", help="Qwen2 to start from: a name on the hub, or a folder (default: a "
+                                 "small one from scratch).")
+    p.add_argument("--llm_width", type=at_least(1),
+                   help="Width of a language model from scratch, a multiple of 2 x llm_heads "
+                        f"(default: {DEFAULTS['llm_width']}).")
+    p.add_argument("--llm_depth", type=at_least(1),
+                   help="Layers of a language model from scratch (default: "
+                        f"{DEFAULTS['llm_depth']}).")
+    p.add_argument("--llm_heads", type=at_least(1),
+                   help="Attention heads of a language model from scratch (default: "
+                        f"{DEFAULTS['llm_heads']}).")
+    p.add_argument("--freeze_llm", action="store_true", default=None,
+                   help="Train all but the language model.")
+    p.add_argument("--connector", choices=("linear", "mlp2"),
+                   help="Layers between the language model and the DiT: one, as in the paper's "
+                        "code, or two, as in its text (default: linear).")
+    p.add_argument("--model", choices=T2I_SIZES,
+                   help="Size of the DiT in the paper: sets width, depth and heads, and head_width "
+                        "to 0.")
+    p.add_argument("--wide_head", action="store_true", default=None,
+                   help="Set head_width, head_depth and head_heads to the paper's 2 blocks of "
+                        "2688.")
+    p.add_argument("--width", type=at_least(1),
+                   help="Width of the DiT's backbone, a multiple of 4 x heads (default: "
+                        f"{DEFAULTS['width']}).")
+    p.add_argument("--depth", type=at_least(1),
+                   help=f"Blocks of the backbone (default: {DEFAULTS['depth']}).")
+    p.add_argument("--heads", type=at_least(1),
+                   help=f"Attention heads of the backbone (default: {DEFAULTS['heads']}).")
+    p.add_argument("--head_width", type=at_least(0),
+                   help="Width of the wide head; 0: none, a plain DiT (default: "
+                        f"{DEFAULTS['head_width']}).")
+    p.add_argument("--head_depth", type=at_least(1),
+                   help=f"Blocks of the wide head (default: {DEFAULTS['head_depth']}).")
+    p.add_argument("--head_heads", type=at_least(1),
+                   help=f"Attention heads of the wide head (default: {DEFAULTS['head_heads']}).")
+    p.add_argument("--class_dropout", type=at_least(0.0, 1),
+                   help="Probability that the null condition replaces a prompt, for guidance "
+                        f"(default: {DEFAULTS['class_dropout']}).")
+    p.add_argument("--init", help="Checkpoint whose EMA weights to start from, or a published "
+                                  f"model: {', '.join(release.PUBLISHED_T2I)}.")
 
 
-def layout(objects, thing=None):
-    """What is where, on a board of columns a to j from the left, rows 0 to 9 from the top; of a thing
-    ("star", "red star", "red object") the places alone."""
-    found = [(o, f"{'abcdefghij'[int(10 * o.centre[0])]}{int(10 * o.centre[1])}") for o in objects
-             if thing in (None, o.name, o.shape, f"{o.colour} object")]
-    return ", ".join(cell if thing else f"{o.size} {o.name} {cell}" for o, cell in found) or "nowhere"
+def add_training_flags(p):
+    """Flags of the objective, the optimizer and the evaluation."""
+    # objective
+    p.add_argument("--time_law", choices=TIME_LAWS,
+                   help=f"Distribution of t before its shift (default: {DEFAULTS['time_law']}).")
+    p.add_argument("--shift_base", type=at_least(1e-9),
+                   help="n of the time shift sqrt(m/n), m = tokens x channels (default: 4096; for "
+                        f"the tiny encoder {TINY_LATENTS['shift_base']}).")
+    p.add_argument("--prediction", choices=("v", "x0"),
+                   help="What the DiT's last layer predicts (default: v; for the tiny encoder x0).")
+    p.add_argument("--balance", choices=("on", "off"),
+                   help="Divide the flow matching loss by its running mean at t (default: off; for "
+                        "the tiny encoder on).")
+    p.add_argument("--draws", type=at_least(1),
+                   help="Times t at which each image is drawn in a step (default: "
+                        f"{DEFAULTS['draws']}; paper: 1).")
+    p.add_argument("--flow_weight", type=at_least(0.0),
+                   help="Weight of the flow matching loss; that of the cross-entropy is 1 "
+                        f"(default: {DEFAULTS['flow_weight']:g}).")
+    p.add_argument("--regression", type=at_least(0.0),
+                   help="Weight of the error with which the states of the queries predict the "
+                        "latents (default: that of --init; for a language model from scratch "
+                        f"{FROM_SCRATCH['regression']:g}, else 0).")
+    p.add_argument("--llm_start", type=at_least(0),
+                   help="Step from which prompts condition the DiT (default: "
+                        f"{FROM_SCRATCH['llm_start']} for a language model from scratch, else 0).")
+    # optimisation
+    p.add_argument("--recipe", choices=RECIPES,
+                   help="The paper's batch, steps, learning rates, law of t, and sampling.")
+    p.add_argument("--steps", type=at_least(1),
+                   help=f"Optimizer steps in all (default: {DEFAULTS['steps']}).")
+    p.add_argument("--lr", type=at_least(1e-9),
+                   help="Peak learning rate of the DiT and the connector (default: "
+                        f"{DEFAULTS['lr']:g}; paper: 5e-4).")
+    p.add_argument("--llm_lr", type=at_least(0.0),
+                   help="Peak learning rate of all else (default: lr / 3 for a language model from "
+                        "scratch, else lr / 10).")
+    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
+                   help="Final learning rate as a fraction of its peak (default: "
+                        f"{DEFAULTS['lr_end']}; paper: 0).")
+    p.add_argument("--warmup", type=at_least(0),
+                   help=f"Steps of linear warm-up (default: {DEFAULTS['warmup']}).")
+    p.add_argument("--decay_start", type=at_least(0),
+                   help="Step at which the learning rate begins to decay (default: steps / 2; with "
+                        "--recipe: after the warm-up).")
+    p.add_argument("--decay_end", type=at_least(0),
+                   help="Step at which the decay ends (default: steps).")
+    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay of AdamW (default: 0).")
+    p.add_argument("--clip", type=at_least(0.0),
+                   help=f"Largest norm of the gradients; 0: any (default: {DEFAULTS['clip']:g}).")
+    p.add_argument("--ema", type=at_least(0.0, 1),
+                   help="Decay per step of the average of the weights, below 1; 0: none (default: "
+                        f"{DEFAULTS['ema']}; paper: 0).")
+    p.add_argument("--shard", action="store_true", default=None,
+                   help="Spread weights and optimizer over the processes (FSDP2).")
+    p.add_argument("--recompute", action="store_true", default=None,
+                   help="Recompute activations in the backward pass: less memory, slower.")
+    # evaluation in training
+    p.add_argument("--eval_every", type=at_least(0),
+                   help="Steps between runs of ShapesEval on the EMA weights; 0: none (default: "
+                        "0).")
+    p.add_argument("--eval_n", type=at_least(6),
+                   help=f"Images in each run of ShapesEval (default: {DEFAULTS['eval_n']}).")
 
 
-def converse(scene, rng, questions, plan=True):
-    """A conversation about a scene: prompt, plan and image, or with probability `questions` three answers."""
-    texts, rng = scene.captions(), rng.spawn(1)[0]         # as data.py gives it, it is what drew the scene
-    if rng.random() >= questions:
-        texts.append(listing([o.shape for o in scene.objects]))
-        placed = [text for text in texts if re.search(" (left of|right of|above|below) ", text)]
-        texts = placed if placed and rng.random() < 0.4 else texts      # the hardest to learn
-        text = texts[rng.integers(len(texts))]
-        order = sorted(scene.objects, key=lambda o: next(               # that of the prompt
-            text.find(x) for x in (f"{o.size} {o.name}", o.name, o.shape) if x in text))
-        return [("user", reword(text, rng)), ("assistant", layout(order) * bool(plan) + "<image>")]
-    other = altered(scene, rng)                            # what is held out is not taught as wrong either
-    wrong = [text for text in other.captions() if text not in texts and not other.held_out()]
-    asked, text = scene.questions(), texts[rng.integers(len(texts))]
-    fits = (ALIGN.format(reword(text, rng)), "yes")
-    if wrong and rng.random() < 1 / 2:
-        fits = (ALIGN.format(reword(wrong[rng.integers(len(wrong))], rng)), "no")
-    seen = sorted(scene.objects, key=lambda o: o.centre[::-1])          # from the top down
-    name = (CLASSES[rng.integers(len(CLASSES))], *[o.name for o in seen] * 2)[rng.integers(2 * len(seen) + 1)]
-    thing = (name, name.split()[0] + " object", *[name.split()[1]] * 2)[rng.integers(4)]   # shapes are hard
-    find = f"where is the {thing}?", layout(seen, thing)
-    kinds = [[pair for pair in asked if pair[0][:7] == kind] for kind in {q[:7]: 0 for q, _ in asked}]
-    one, more = (kinds[i][rng.integers(len(kinds[i]))] for i in rng.integers(len(kinds), size=2))
-    pairs = [one, fits, (more, (DESCRIBE, text), (WHERE, layout(seen)), find, find)[rng.integers(5)]]
-    turns = [turn for i in rng.permutation(len(pairs)) for turn in zip(("user", "assistant"), pairs[i])]
-    return [("user", "<image>\n" + turns[0][1]), *turns[1:]]
+def resolve(args):
+    """A copy of args in which every flag has its value; --context may stay open until main().
 
-
-# ---------------------------------------------------------------------------------- model
-class T2I(nn.Module):
-    """A language model that reads prompts and images, and a DiT that draws what its query tokens then hold.
-
-    llm: Qwen2. tokenizer: its Tokenizer. dit: text-conditioned DiT or DiTDH. connector: "linear" or "mlp2".
-    forward: ids b l, labels b l, kind b of tokenise(), latents b c h w; t k and eps k c h w, k = draws *
-        max(1, images to draw) -> cross-entropy, summed; errors of regression (b) and flow matching (k).
-    Source: arXiv 2601.16208 section 3, names as released: the prompt, then n = h*w learned queries, causal;
-        the final state of query i conditions latent token i. Images to understand: mm_projector.
+    Given flags win; then come, with --resume, the flags of that run; else presets; else DEFAULTS.
     """
-    def __init__(self, llm, tokenizer, dit, connector, regression=False, plan=0, context=10 ** 9):
-        super().__init__()
-        self.plan, self.context = plan, context
-        self.llm, self.tokenizer, self.dit, self.n = llm, tokenizer, dit, dit.grid ** 2
-        d, width = llm.config["hidden_size"], dit.pos_embed.shape[2]
-        self.latent_queries = nn.Parameter(torch.randn(self.n, d) / d ** 0.5)
-        self.mm_projector = nn.Sequential(nn.Linear(dit.in_channels, d), nn.GELU(), nn.Linear(d, d))
-        self.diff_head_projector = nn.Linear(d, width) if connector == "linear" else nn.Sequential(
-            nn.Linear(d, width), nn.GELU(), nn.Linear(width, width))
-        for weight in (w for w in self.diff_head_projector.parameters() if w.ndim == 2):
-            nn.init.xavier_uniform_(weight)                             # as the DiT: prompts must differ
-        self.regression = nn.Linear(d, dit.in_channels) if regression else None
+    given = runtime.given_flags(args)
+    from_scratch = not (args.llm or args.init or args.recipe)
+    values = dict(DEFAULTS)
+    if args.resume:
+        stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        runtime.check_unchanged(args, stored, FIXED)
+        values |= stored
+    else:
+        values |= presets(args, from_scratch)
+    values |= given
 
-    def embed(self, ids, latents, draw):                                # ids: b l, latents: b c h w, draw: b
-        x, slots = self.llm.embed_tokens(ids.clamp(min=0)), ids == IMAGE                       # b l d, b l
-        seen = self.mm_projector(rearrange(latents, "b c h w -> b (h w) c"))                   # b n d
-        image = torch.where(draw[:, None, None], self.latent_queries, seen.float())            # b n d
-        return x.masked_scatter(slots[:, :, None], image[slots.any(1)]), slots
-
-    def condition(self, x, kind):                                       # states of the queries b n d, kind: b
-        y = self.diff_head_projector(x).float()                         # b n d
-        return torch.where((kind == 2)[:, None, None], self.dit.null(y), y)
-
-    def forward(self, ids, labels, latents, kind, t, eps):
-        ce = 0.0
-        for draw in (False, True):       # apart: less padding. Both always run, as FSDP and DDP need it
-            rows = ((kind > 0) == draw).nonzero()[:, 0]                 # r
-            some = rows if len(rows) else rows.new_zeros(1)
-            l = int((ids[some] != PAD).sum(1).max()) if len(rows) else 1
-            x, slots = self.embed(ids[some, :l], latents[some], kind[some] > 0)                # r l d, r l
-            x, target = self.llm(x), labels[some, 1:l]                  # r l d, r l-1
-            logits = self.llm.logits(x[:, :-1][target >= 0])            # tokens vocab
-            ce = ce + F.cross_entropy(logits.float(), target[target >= 0], reduction="sum")
-        x = x[slots].unflatten(0, (-1, self.n)) if len(rows) else x.expand(-1, self.n, -1)     # r n d
-        y, x0 = self.condition(x, kind[some]), latents[some]            # r n d, r c h w
-        error = x.new_zeros(len(some))                                  # r
-        if self.regression:                                             # optional in Scale-RAE, too
-            tokens = rearrange(x0, "r c h w -> r (h w) c")              # r n c
-            error = (self.regression(x).float() - tokens).square().mean((1, 2))
-        x0, y = (z.repeat(len(t) // len(some), *[1] * (z.ndim - 1)) for z in (x0, y))          # k ...
-        return ce, error, flow_matching_loss(self.dit, x0, y, t, eps)
-
-    @torch.no_grad()
-    def read(self, latents, turns, answer=True):
-        """Embeddings b l d of b conversations about latents (or None); ids, labels, kind of tokenise()."""
-        c, grid = self.dit.in_channels, self.dit.grid
-        latents = self.latent_queries.new_zeros(len(turns), c, grid, grid) if latents is None else latents
-        ids, labels, kind, _ = tokenise(self.tokenizer, turns, self.n, answer=answer)
-        ids, labels, kind = (x.to(latents.device) for x in (ids, labels, kind))
-        return self.embed(ids, latents, kind > 0)[0], ids, labels, kind
-
-    def fit(self, prompts):
-        """The b prompts, where needed cut to what plan and image leave of the context it was trained with."""
-        others = self.tokenizer.chat([("user", ""), ("assistant", "<image>")], self.n)[0]
-        if (room := self.context - self.plan - len(others)) < 1:
-            raise ValueError(f"a context of {self.context} tokens leaves none for a prompt, as plan and "
-                             f"image take {self.plan + len(others)}; give more --context, or --plan 0")
-        return [text if len(ids := self.tokenizer.encode(text)) <= room else
-                self.tokenizer.decode(ids[:room]).rstrip("\ufffd") for text in prompts]
-
-    @torch.no_grad()
-    def plans(self, prompts, luck=None):
-        """What it says to b prompts before it draws: b texts. luck: b plan in [0,1); None: the likeliest."""
-        x, ids, _, _ = self.read(None, [[("user", text)] for text in prompts], answer=False)
-        said = self.llm.generate(x, ids != PAD, self.tokenizer.image_start, self.plan, luck)
-        rows = [row[:[*row, end].index(end)] for end in [self.tokenizer.end] for row in said.tolist()]
-        return [self.tokenizer.decode(row).replace("<image>", "") for row in rows]
-
-    @torch.no_grad()
-    def conditions(self, prompts, luck=None):
-        """Conditions of the DiT for a list of b prompts, after what plans() says: b n d fp32."""
-        plans = self.plans(prompts, luck) if self.plan else [""] * len(prompts)
-        x, ids, _, kind = self.read(None, [[("user", text), ("assistant", f"{plan}<image>")]
-                                           for text, plan in zip(prompts, plans)])
-        return self.condition(self.llm(x)[ids == IMAGE].unflatten(0, (-1, self.n)), kind)
-
-    def ask(self, latents, questions, most=40):
-        """The model's answers, greedy, to one question about each latent b c h w: a list of b texts."""
-        x, ids, _, _ = self.read(latents, [[("user", f"<image>\n{q}")] for q in questions], answer=False)
-        told = self.llm.generate(x, ids != PAD, self.tokenizer.end, most)                        # b m
-        return [self.tokenizer.decode(row).strip() for row in told.tolist()]
-
-    @torch.no_grad()
-    def scores(self, latents, prompts, verifier):
-        """How well latents b c h w meet their prompts: b floats (answer_logits: tuples), more is better.
-
-        answer: probability of yes against no to ALIGN. answer_logits: the paper's: whether yes is said, its
-        raw logit, minus that of no. confidence = prompt_confidence: mean of -log(V p) over vocabulary and the
-        prompt's tokens, an answer to DESCRIBE. likelihood: their mean log p.         Source: arXiv 2601.16208
-        """
-        asks = verifier in ("answer", "answer_logits")
-        turns = [[("user", f"<image>\n{ALIGN.format(text)}")] if asks else
-                 [("user", f"<image>\n{DESCRIBE}"), ("assistant", text)] for text in prompts]
-        x, ids, labels, _ = self.read(latents, turns, answer=not asks)
-        hidden, end = self.llm(x), (ids != PAD).sum(1, keepdim=True) - 1        # b l d, b 1: the last token's
-        if not asks:
-            said = (labels >= 0) & (labels != self.tokenizer.end)       # b l: the prompt's own tokens
-            before = said[:, 1:] if verifier == "likelihood" else said  # b l-1|l: where logits are looked at
-            hidden = hidden[:, :before.shape[1]][before]                # tokens d
-            worth = self.llm.logits(hidden).float().log_softmax(-1)     # tokens vocab
-            worth = worth.gather(1, ids[said][:, None]) if verifier == "likelihood" else \
-                -worth - math.log(worth.shape[1])                       # tokens 1|vocab
-            return [float(part.mean()) for part in worth.split(said.sum(1).tolist())]
-        spelt = {word: [self.tokenizer.encode(space + text) for space in ("", " ")
-                        for text in (word, word.title(), word.upper())] for word in ("yes", "no")}
-        yes, no = ([*{ids[0] for ids in spelt[word] if len(ids) == 1}] for word in ("yes", "no"))
-        rows = torch.arange(len(x), device=x.device)[:, None]           # b 1
-        if verifier == "answer":
-            p = self.llm.logits(hidden[rows, end])[:, 0].float().softmax(-1)                   # b vocab
-            return (p[:, yes].sum(1) / p[:, yes + no].sum(1)).tolist()
-        told = self.llm.generate(x, ids != PAD, self.tokenizer.end, 8)    # b m
-        ids = [torch.cat([row[:n + 1], more]) for row, n, more in zip(ids, end, told)]
-        x, _ = self.embed(pad_sequence(ids, True, PAD), latents, rows[:, 0] < 0)               # b l d
-        hidden = self.llm(x)[rows, end + torch.arange(told.shape[1], device=x.device)]         # b m d
-        raw = self.llm.logits(hidden).float().gather(2, told[:, :, None])[:, :, 0]             # b m
-        raw = [[[0.0, *(logit for i, logit in zip(*pair) if i in word)] for word in (yes, no)]
-               for pair in zip(told.tolist(), raw.tolist())]            # 0: not said
-        return [(len(one) > 1, one[-1], -other[-1]) for one, other in raw]
+    if values["micro_batch"] is None:
+        values["micro_batch"] = runtime.default_micro_batch(values["batch"])
+    if values["llm_lr"] is None:
+        values["llm_lr"] = values["lr"] / (3 if from_scratch else 10)
+    if values["decay_start"] is None and args.recipe:
+        values["decay_start"] = values["warmup"]
+    elif values["decay_start"] is None:
+        values["decay_start"] = max(values["warmup"], values["steps"] // 2)
+    if values["decay_end"] is None:
+        values["decay_end"] = max(values["decay_start"], values["steps"])
+    return argparse.Namespace(**values)
 
 
-def tokenise(tokenizer, conversations, n, context=None, answer=True):
-    """Conversations as ids b l and labels b l, PAD on the right; kind b; how many were cut to the context.
+def presets(args, from_scratch):
+    """Defaults of a new run that depend on where it starts from, its recipe and its size."""
+    values = {}
+    if args.init:
+        values |= flags_of_init(args)
+    elif release.encoder_name(args.rae) == "tiny":
+        values |= TINY_LATENTS
+    if from_scratch:
+        values |= FROM_SCRATCH
+    values |= RECIPES.get(args.recipe, {})
+    if args.model:
+        values |= T2I_SIZES[args.model]
+        values["head_width"] = 0
+    if args.wide_head:
+        values |= T2I_HEAD
+    return values
 
-    kind: 0: no image to draw; 1: one to draw; 2: one to draw without condition, the prompt being empty.
+
+def flags_of_init(args):
+    """Flags that belong to the weights of --init. Raises ValueError beside --llm or --rae."""
+    if args.llm or args.rae:
+        raise ValueError(f"--init {args.init} brings its language model and autoencoder; leave "
+                         f"--llm and --rae out")
+    if args.init in release.PUBLISHED_T2I:
+        size = T2I_SIZES[PUBLISHED_SIZES[args.init]]
+        return dict(size, head_width=0, context=1024)       # that of its finetuning
+    trained = read_t2i(args.init)["args"]
+    return {name: trained[name] for name in OF_INIT if name in trained}
+
+
+def check_flags(args):
+    """Raise ValueError for flags that cannot be trained with, before any work is done."""
+    runtime.check_run_flags(args)
+    sample.check_sampling_flags(args)
+    check_heads(args.llm_width, args.llm_heads, "--llm_width", "--llm_heads", multiple=2)
+    check_heads(args.width, args.heads, "--width", "--heads", multiple=4)
+    if args.head_width:
+        check_heads(args.head_width, args.head_heads, "--head_width", "--head_heads", multiple=4)
+    if args.class_dropout == 0 and args.guidance != 1:
+        raise ValueError(f"--class_dropout 0 trains no null condition for --guidance "
+                         f"{args.guidance}; add --guidance 1")
+    if not args.warmup <= args.decay_start <= args.decay_end:
+        raise ValueError(f"--warmup {args.warmup}, --decay_start {args.decay_start}, --decay_end "
+                         f"{args.decay_end} must not decrease; lower --warmup")
+    is_published = args.init in release.PUBLISHED_T2I or args.rae in release.PUBLISHED_RAES
+    if args.release_dir and not is_published:
+        raise ValueError(f"--release_dir {args.release_dir} is for published models; name one by "
+                         f"--init or --rae, or leave the flag out")
+    if args.shard and args.eval_every:
+        raise ValueError("--eval_every draws with all weights on one process, and --shard spreads "
+                         "them; evaluate checkpoints by eval_t2i.py")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError("--shard needs processes to share among; start with torchrun "
+                         "--nproc_per_node=N train_t2i.py")
+
+
+# ---------------------------------------------------------------------------- data
+class MicroBatch(NamedTuple):
+    """What a process computes in one forward and backward pass."""
+    number: int              # within the step, over all processes
+    images: torch.Tensor     # b 3 H W, uint8
+    ids: torch.Tensor        # b l
+    labels: torch.Tensor     # b l
+    tasks: torch.Tensor      # b
+    num_tokens: int          # to learn
+    num_drawn: int           # images to draw
+    num_understood: int      # images to understand
+    num_cut: int             # conversations that were cut to the context
+
+    def to(self, device):
+        return self._replace(images=self.images.to(device), ids=self.ids.to(device),
+                             labels=self.labels.to(device), tasks=self.tasks.to(device))
+
+    def without_prompts(self):
+        """The same, but what is to be drawn is drawn whatever its prompt."""
+        tasks = torch.where(self.tasks == UNDERSTAND, UNDERSTAND, DRAW_UNCONDITIONED)
+        return self._replace(tasks=tasks)
+
+
+def make_micro_batch(number, images, conversations, tokenizer, n, context):
+    """Tokenize conversations and count what is in them."""
+    ids, labels, tasks, num_cut = tokenize(tokenizer, conversations, n, context)
+    is_drawing = tasks != UNDERSTAND                                    # b
+    has_image = (ids == IMAGE).any(1)                                   # b
+    return MicroBatch(
+        number, images, ids, labels, tasks,
+        num_tokens=int((labels != NO_LABEL).sum()),
+        num_drawn=int(is_drawing.sum()),
+        num_understood=int((has_image & ~is_drawing).sum()),
+        num_cut=num_cut)
+
+
+def training_steps(stream, tokenizer, n, context):
+    """Yields (step, micro-batches) from the stream of data.batches.
+
+    The micro-batches of a step come together, since their tokens and images are to be counted
+    before any of them is computed: losses are means over the whole batch.
     """
-    rows = [tokenizer.chat(turns, n, context, answer) for turns in conversations]
-    ids, labels = (pad_sequence([torch.tensor(row[k]) for row in rows], True, PAD) for k in (0, 1))
-    draw = [any(role == "assistant" and "<image>" in text for role, text in turns) for turns in conversations]
-    empty = [not any(text.strip() for role, text in turns if role == "user") for turns in conversations]
-    kind = torch.tensor([d + (d and e) for d, e in zip(draw, empty)])
-    return ids, labels, kind, sum(row[2] for row in rows)
+    for step, items in groupby(stream, key=itemgetter(0)):
+        micro_batches = []
+        for _, number, images, _, conversations in items:
+            micro_batches.append(
+                make_micro_batch(number, images, conversations, tokenizer, n, context))
+        yield step, micro_batches
 
 
-# ---------------------------------------------------------------------------------- building and loading
-def assemble(args, state, llm=None, tokenizer=None):       # of the flags as a dict and a checkpoint's dict
-    dit, llm = build_dit(args, *state["latent_shape"][:2], None), llm or Qwen2(**state["llm"])
-    return T2I(llm, tokenizer or Tokenizer(state["tokenizer"]), dit, args["connector"],
-               args.get("regression", 0) > 0, args.get("plan", 0), args["context"])
+class Counts(NamedTuple):
+    """Numbers of a whole batch, over all micro-batches and processes."""
+    tokens: int              # to learn
+    drawn: int               # images
+    understood: int          # images
 
 
-def load_scale_rae(name, folder=None):
-    """A release of Scale-RAE as the dict of a checkpoint of this script, without the encoder's weights.
+def count_batch(micro_batches, device):
+    """Counts of a step's batch, from this process's micro-batches."""
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    for micro in micro_batches:
+        own = [micro.num_tokens, micro.num_drawn, micro.num_understood]
+        counts += torch.tensor(own, device=device)
+    tokens, drawn, understood = runtime.all_sum(counts).tolist()
+    return Counts(round(tokens), round(drawn), round(understood))
 
-    folder: holds copies of T2I_RELEASES[name] and DECODER_HUB of the hub, under their own names; None: they
-    are downloaded, once.                                               Raises: FileNotFoundError, ValueError
+
+def preview_prompts(args, size, num_prompts=12):
+    """Prompts of validation images that are to be drawn: the first ones among 60 images."""
+    only_drawing = partial(converse, questions=0.0)
+    val_data = open_data(args.data, size, split="val", conversation=only_drawing)
+    prompts = []
+    for k in range(60):
+        turns = val_data[k]["text"]
+        prompt, answer = turns[0][1], turns[1][1]
+        if len(turns) == 2 and prompt and "<image>" in answer:
+            prompts.append(prompt)
+    return prompts[:num_prompts]
+
+
+# ---------------------------------------------------------------------------- model
+def pretrained_language_model(source):
+    """A published Qwen2 and its tokenizer, with rows for the tokens around an image."""
+    llm, tokenizer = release.load_qwen2(source)
+    # The published embedding has rows to spare, which were never trained. They are cut first: new
+    # rows start as the mean of the old ones.
+    llm.resize(len(tokenizer) - tokenizer.added)
+    llm.resize(len(tokenizer))
+    return llm, tokenizer
+
+
+def small_language_model(args):
+    """A Qwen2 of the size of --llm_*, not yet trained, and the shipped tokenizer."""
+    tokenizer = Tokenizer(TOKENIZER)
+    llm = Qwen2(vocab_size=len(tokenizer), hidden_size=args.llm_width,
+                intermediate_size=2 * args.llm_width, num_hidden_layers=args.llm_depth,
+                num_attention_heads=args.llm_heads, num_key_value_heads=args.llm_heads,
+                rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    # Qwen2's standard deviation of 0.02 is too little for small widths: prompts would not reach the
+    # queries. These keep the variance.
+    for parameter in llm.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    nn.init.normal_(llm.embed_tokens.weight)
+    return llm, tokenizer
+
+
+def build_model(args, flags, latent_shape, init):
+    """The T2I to train, on the CPU. Weights of --init are not loaded yet.
+
+    flags: those of the run as a dict. init: dict of the checkpoint to start from, or None.
     """
-    hubs = T2I_RELEASES[name], DECODER_HUB
-    files = ["*.json", "*.safetensors", "model.pt"]
-    with fetching(name, f"connect, or copy huggingface.co/{hubs[0]} and {hubs[1]} to a folder, each with its "
-                  f"name: --release_dir FOLDER"):
-        here, decoder = (Path(folder) / hub.split("/")[1] if folder else
-                         Path(huggingface_hub.snapshot_download(hub, allow_patterns=files)) for hub in hubs)
-    config, drawing = read_json(here / "config.json"), read_json(decoder / "config.json")
-    width, depth, heads = (config.get(f"diffusion_model_{k}") for k in ("hidden_size", "depth", "heads"))
-    if not all(isinstance(x, int) for x in (width, depth, heads)):
-        raise ValueError(f"{here}/config.json has a DiT of width {width}, depth {depth}, heads {heads}; one "
-                         f"number each is needed: wide heads were not released")
-    args = dict(width=width, depth=depth, heads=heads, head_width=0, connector="linear", context=1024,
-                class_dropout=config.get("diffusion_class_dropout_prob", 0.1),
-                shift_base=config.get("diffusion_base_dim") or 4096)
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    sizes = {k: drawing.get(f"decoder_{name}", usual)
-             for name, (k, usual) in zip(names, DECODER_SIZES["XL"].items(), strict=True)}
-    var = torch.full((1152, 16, 16), 1 - 1e-5)          # no statistics: RAE adds 1e-5
-    rae = dict(encoder="siglip2-so400m", size=256, **sizes, decoder_patch=drawing.get("patch_size", 14),
-               latent_mean=torch.zeros_like(var), latent_var=var,
-               decoder=runtime.load_checkpoint(decoder / "model.pt"))
-    return dict(model=read_weights(here), args=args, rae=rae, llm=qwen2_arguments(config, here),
-                latent_shape=[*var.shape], tokenizer=Tokenizer(here / "tokenizer.json").json, asked=1)
+    if init:
+        t2i = build_t2i(flags, init)
+    else:
+        if args.llm:
+            llm, tokenizer = pretrained_language_model(args.llm)
+        else:
+            llm, tokenizer = small_language_model(args)
+        t2i = build_t2i(flags, dict(latent_shape=latent_shape), llm, tokenizer)
+    t2i.fit([""])                        # raises if the context has no room for a prompt
+    t2i.llm.requires_grad_(not args.freeze_llm)
+    t2i.llm.checkpoint = args.recompute
+    t2i.dit.checkpoint = args.recompute
+    return t2i.train()
 
 
-def read_t2i(path, folder=None):
-    """The dict of a checkpoint of this script, or of a release.    Raises FileNotFoundError, ValueError"""
-    state = load_scale_rae(f"{path}", folder) if f"{path}" in T2I_RELEASES else runtime.load_checkpoint(path)
-    if "llm" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_t2i.py; give one (of classes: no --prompt)")
+def make_ema(t2i, args):
+    """A frozen copy of the T2I, to become the average of its weights; with --ema 0 itself."""
+    if args.ema == 0:
+        return t2i
+    return copy.deepcopy(t2i).requires_grad_(False).eval()
+
+
+def shard(t2i):
+    """Spread the weights over the processes, block by block. Moves them to the device."""
+    for block in [*t2i.llm.layers, *t2i.dit.blocks]:
+        fully_shard(block)
+    fully_shard(t2i)
+
+
+# ---------------------------------------------------------------------------- optimiser
+def make_optimizer(t2i, args):
+    """AdamW with a group for the DiT and the connector, and one for the language model's side.
+
+    Source: Scale-RAE's code, where the first learns at ten times the rate and with beta2 = 0.95.
+    """
+    dit_parameters = []
+    llm_parameters = []
+    for name, parameter in t2i.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(("dit.", "diff_head_projector.")):
+            dit_parameters.append(parameter)
+        else:
+            llm_parameters.append(parameter)
+    groups = [dict(params=dit_parameters, betas=(0.9, 0.95), lr_scale=1.0),
+              dict(params=llm_parameters, betas=(0.9, 0.999), lr_scale=args.llm_lr / args.lr)]
+    return torch.optim.AdamW(groups, args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+
+
+# Weights and optimizer as they are without --shard, on the CPU.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_state(t2i, ema, optimizer):
+    """State dicts for a checkpoint, gathered from all processes. ema may be the T2I itself."""
+    state = dict(model=get_model_state_dict(t2i, options=WHOLE))
+    if ema is not t2i:
+        state["ema"] = get_model_state_dict(ema, options=WHOLE)
+    state["opt"] = get_optimizer_state_dict(t2i, optimizer, options=WHOLE)
     return state
 
 
-def load_t2i(path, device="cpu", encoder=False, weights="ema", folder=None):
-    """T2I and RAE of a checkpoint of this script or of a release (in folder), frozen, and the dict.
+def load_moments(t2i, optimizer, stored):
+    """Load the moments of all parameters; rates and the like stay as the flags set them.
 
-    weights: "ema" or "model". encoder=False: the RAE only decodes.      Raises FileNotFoundError, ValueError
+    stored: what whole_state() has under "opt", whatever the number of processes then and now.
     """
-    state = read_t2i(path, folder)
-    weights = weights if "ema" in state else "model"                    # --ema 0 keeps no average
-    model = revive(lambda: assemble(state["args"], state), state, weights, path, device)
-    return model, unpack_rae(state["rae"], encoder).to(device), state
+    groups = []
+    for group, stored_group in zip(optimizer.param_groups, stored["param_groups"], strict=True):
+        groups.append({**group, "params": stored_group["params"]})      # names of parameters
+    state = dict(state=stored["state"], param_groups=groups)
+    set_optimizer_state_dict(t2i, optimizer, state, options=WHOLE)
 
 
-# ---------------------------------------------------------------------------------- training
-def main(args):
+# ---------------------------------------------------------------------------- training
+class Losses:
+    """Mean losses since the last line of the log."""
+    def __init__(self, args, device):
+        self.args = args
+        self.by_time = runtime.LossByTime(device)
+        self.sums = torch.zeros(2, device=device)          # cross-entropy, regression error
+        self.counts = torch.zeros(2, device=device)        # tokens, images
+        self.num_cut = torch.zeros(1, device=device)
+
+    def add(self, micro, t, cross_entropy, error, flow):
+        """Add the losses of a micro-batch, as T2I returns them, with flow matching at times t."""
+        if micro.num_drawn > 0:          # else the flow is that of a stand-in
+            self.by_time.add(t, flow)
+        self.sums += torch.stack([cross_entropy.detach(), error.detach().sum()])
+        self.counts += torch.tensor([micro.num_tokens, micro.num_drawn], device=self.counts.device)
+        self.num_cut += micro.num_cut
+
+    def write(self, log, step, grad_norm, lr, context):
+        """Write the means over all processes to the log, and start again."""
+        flow, loss_by_t = self.by_time.means()
+        sums, counts = runtime.all_mean(self.sums), runtime.all_mean(self.counts)
+        cross_entropy, error = (sums / counts.clamp(min=1e-9)).tolist()
+        num_cut = round(float(runtime.all_sum(self.num_cut)))
+        loss = cross_entropy + self.args.flow_weight * flow + self.args.regression * error
+        log.step(step, loss, grad_norm, lr, cross_entropy=cross_entropy, flow=flow,
+                 regression=error, cut=num_cut, loss_by_t=loss_by_t)
+        if num_cut > 0:
+            log.say(f"{num_cut} prompts were longer than --context {context} tokens, and cut")
+        self.__init__(self.args, self.sums.device)
+
+
+def main(args, data=None, conversation=None):
+    """Train by the flags of parse_args.
+
+    data: an ImageData in place of --data's training images. conversation: a function (scene, rng)
+    -> [(role, text), ...] about a scene of shapes, in place of converse().
+    """
     rank, world, device = runtime.setup()
-    accumulate = args.batch // (args.micro_batch * world)
-    resumed = args.resume and runtime.resume(args, SHAPING)
-    args.llm_lr = resumed["args"]["llm_lr"] if args.llm_lr is None else args.llm_lr
-    init = resumed or (read_t2i(args.init, args.release_dir) if args.init else {})
-    packed = (init or runtime.load_checkpoint(args.rae or SHIPPED_RAE)).get("rae")
-    if packed is None:
-        raise ValueError(f"--rae {args.rae} is no checkpoint of train_decoder.py; give one of those")
-    args.plan = init["args"].get("plan", 0) if args.plan is None else args.plan
-    shape = [*packed["latent_mean"].shape]
-    args.context = args.context or init.get("args", {}).get("context", shape[1] * shape[2] + 176)
-    data = open_data(args.data, packed["size"], args.seed, objects=(1, 1, 2, 2, 3, 4),
-                     chat=partial(converse, questions=args.questions, plan=args.plan))
-    check(data, args.batch)
-    usual = init.get("args", TINY if packed["encoder"] == "tiny" else PAPERS)     # --init: as it was trained
-    vars(args).update({k: usual.get(k, PAPERS[k]) for k in PAPERS if getattr(args, k) is None})
-    if args.regression is None:                                         # --init: as it was trained, too
-        args.regression = init["args"].get("regression", 0.0)
-    rae = unpack_rae(packed).to(device)
-    torch.manual_seed(args.seed)
-    llm = tokenizer = None                                              # --init: of the checkpoint
-    if args.llm and not init:
-        llm, tokenizer = load_qwen2(args.llm)
-        llm.resize(len(tokenizer) - tokenizer.added).resize(len(tokenizer))     # rows of <im_start>, <im_end>
-    elif not init:
-        tokenizer, d, heads = Tokenizer(TOKENIZER), args.llm_width, args.llm_heads
-        llm = Qwen2(len(tokenizer), d, 2 * d, args.llm_depth, heads, heads, 1e4, 1e-6, False)
-        for weight in (w for w in llm.parameters() if w.ndim == 2):     # 0.02 is too little for small widths:
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)        # prompts would not reach the queries
-        nn.init.normal_(llm.embed_tokens.weight)
-    model = assemble(vars(args), dict(init, latent_shape=shape), llm, tokenizer).train()
-    llm, tokenizer = model.llm, model.tokenizer
+
+    # ---------------------------------------------------------------- checkpoint and autoencoder
+    resumed = runtime.load_resumable(args) if args.resume else None
+    init = resumed
+    if args.init and not resumed:
+        init = read_t2i(args.init, args.release_dir)
     if init:
-        load_release(model, init["model" if resumed or "ema" not in init else "ema"], f"--init {args.init}")
-    model.fit([""])                                                     # is there room for a prompt at all?
-    llm.requires_grad_(not args.freeze_llm)
-    llm.checkpoint = model.dit.checkpoint = args.recompute
-    ema = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
-    resumed and args.ema and load_release(ema, {"ema": resumed["ema"]})
-    for net in {model, ema} if args.shard else ():                      # moves them to the device, in parts
-        for block in (*net.llm.layers, *net.dit.blocks, net):
-            fully_shard(block)
-    model.to(device), ema.to(device)
-    mine = [(k.startswith(("dit.", "diff_head_projector.")), p) for k, p in model.named_parameters()]
-    groups = [dict(params=[p for head, p in mine if head == which and p.requires_grad], betas=(0.9, beta2),
-                   share=1.0) for which, beta2 in ((True, 0.95), (False, 0.999))]      # as in Scale-RAE
-    opt = torch.optim.AdamW(groups, args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    level, start, asked = torch.ones(BINS, device=device), 0, init.get("asked", 0)    # mean of the loss by t
-    options = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if resumed:
-        full.set_optimizer_state_dict(model, opt, resumed["opt"], options=options)
-        level, start = resumed["level"].to(device), resumed["step"]
-    opt.param_groups[1]["share"] = args.llm_lr / args.lr                # a resumed run may change it
-    parallel = world > 1 and not args.shard
-    step_model = DistributedDataParallel(model, broadcast_buffers=False) if parallel else model
-    log = runtime.Log(args, rank, device, start, sum(p.numel() for p in model.parameters()))
-    prompts = []                                                        # of the previews
-    alone = argparse.Namespace(**{**vars(args), "best_of": 1, "verifier": "answer", "batch": 72})
+        packed_rae = init["rae"]                            # the latent space that it knows
+    else:
+        packed_rae = release.load_packed_rae(args.rae or release.SHIPPED_RAE, args.release_dir)
+    latent_shape = list(packed_rae["latent_mean"].shape)    # c h w
+    num_latents = latent_shape[1] * latent_shape[2]
+    context = args.context or num_latents + 176             # 176: ample for shapes, with a plan
+    flags = dict(runtime.flags_as_dict(args), context=context)
+
+    # ---------------------------------------------------------------- data
+    if conversation is None:
+        conversation = partial(converse, questions=args.questions, plan=args.plan > 0)
+    if data is None:
+        data = open_data(args.data, packed_rae["size"], args.seed, objects=OBJECTS,
+                         conversation=conversation)
+    check_batch(data, args.batch)
+    prompts = []
     if args.preview_every and rank == 0 and not args.shard:
-        val = open_data(args.data, packed["size"], split="val", chat=partial(converse, questions=0.0))
-        talks = [talk for k in range(60) if "<image>" in (talk := val[k]["text"])[1][1] and len(talk) == 2]
-        prompts = [ask for (_, ask), _ in talks if ask][:12]
+        prompts = preview_prompts(args, packed_rae["size"])
+
+    # ---------------------------------------------------------------- model
+    rae = release.unpack_rae(packed_rae).to(device)
+    torch.manual_seed(args.seed)
+    t2i = build_model(args, flags, latent_shape, init)
+    if resumed:
+        release.load_release(t2i, resumed["model"], "the resumed model")
+    elif init:
+        weights = init["ema"] if "ema" in init else init["model"]
+        release.load_release(t2i, weights, f"--init {args.init}")
+    ema = make_ema(t2i, args)
+    if resumed and args.ema:
+        release.load_release(ema, resumed["ema"], "the resumed EMA")
+    for module in [t2i, ema] if args.ema else [t2i]:
+        if args.shard:
+            shard(module)
+        module.to(device)
+    step_model = t2i
+    if world > 1 and not args.shard:
+        step_model = DistributedDataParallel(t2i, broadcast_buffers=False)
+
+    # ---------------------------------------------------------------- optimiser
+    optimizer = make_optimizer(t2i, args)
+    balance = runtime.LossBalance(device)
+    start = 0
+    asked = init.get("asked", 0) if init else 0             # images it was asked about so far
+    if resumed:
+        load_moments(t2i, optimizer, resumed["opt"])
+        balance.level = resumed["level"].to(device)
+        start = resumed["step"]
+    elif rank == 0:
+        runtime.clear_run(args.out)
+    parameters = sum(p.numel() for p in t2i.parameters())
+    log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters)
+    losses = Losses(args, device)
 
     def save(step):
-        weights = {k: full.get_model_state_dict(net, options=options)
-                   for k, net in (("model", model), ("ema", ema)) if k == "model" or net is not model}
-        state = full.get_optimizer_state_dict(model, opt, options=options)       # all processes take part
+        state = whole_state(t2i, ema, optimizer)            # all processes take part
         if rank == 0:
             runtime.save_checkpoint(
-                f"{args.out}/last.pt", **weights, opt=state, step=step, level=level, asked=asked, rae=packed,
-                args=runtime.plain(args), llm=llm.config, tokenizer=tokenizer.json, latent_shape=shape)
+                f"{args.out}/last.pt", **state, step=step, level=balance.level, asked=asked,
+                rae=packed_rae, args=flags, llm=t2i.llm.config, tokenizer=t2i.tokenizer.json,
+                latent_shape=latent_shape)
 
-    stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers, stop=args.steps)
-    sums, by_t = torch.zeros(2, 2, BINS, device=device)    # losses and counts: of a step, of a log interval
-    words, cut = torch.zeros(4, device=device), 0          # of an interval: losses and their counts
-    for step, parts in groupby(stream, key=lambda part: part[0]):
-        parts = [(m, images, *tokenise(tokenizer, talks, model.n, args.context))
-                 for _, m, images, _, talks in parts]
-        counts = [((labels >= 0).sum(), (kind > 0).sum(), ((kind == 0) & (ids == IMAGE).any(1)).sum(), short)
-                  for *_, ids, labels, kind, short in parts]
-        counts = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
-        tokens, drawn, told, short = eval_fid.total(counts).tolist()    # of all processes
-        asked, cut = asked + int(told), cut + int(short)
-        for m, images, ids, labels, kind, _ in parts:
-            last = m // world == accumulate - 1
+    # Previews and ShapesEval draw one image of a prompt, so nothing is to choose from.
+    drawing = argparse.Namespace(**dict(vars(args), batch=72, best_of=1, verifier="answer"))
+
+    def preview(step):
+        images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
+        picture = sample.draw_grid(images, prompts)
+        picture.save(f"{args.out}/preview_{step:07d}.png")
+        t2i.train()                                         # it is the EMA itself with --ema 0
+
+    def evaluate(step):
+        results = evaluate_prompts(ema.eval(), rae, drawing, args.eval_n, rank, world)
+        log.write(dict(step=step, **results))
+        log.say(f"step {step} | " + metrics.one_line(results))
+        t2i.train()
+
+    # ---------------------------------------------------------------- loop
+    stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
+                     stop=args.steps)
+    for step, micro_batches in training_steps(stream, t2i.tokenizer, t2i.n, context):
+        counts = count_batch(micro_batches, device)
+        asked += counts.understood
+        for i, micro in enumerate(micro_batches, start=1):
+            is_last = i == len(micro_batches)
+            micro = micro.to(device)
+            if step < args.llm_start:
+                micro = micro.without_prompts()
             with runtime.autocast(device, args.dtype):
-                latents = rae.encode(images.to(device).float() / 255).float()  # b c h w, unit variance
-            runtime.seed_step(args.seed, step, m)
-            real = int((kind > 0).sum())                                # 0: the DiT runs, but counts nothing
-            kind = kind.clamp(max=1) * 2 if step < args.llm_start else kind    # first, images without prompts
-            eps = torch.randn(max(1, real) * args.draws, *latents.shape[1:], device=device)
-            t = torch.randn(len(eps), device=device).sigmoid()          # k
-            t = t if args.time_law == "logit_normal" else torch.rand_like(t)
-            t = time_shift(t, eps[0].numel(), model.dit.shift_base)
-            args.shard and model.set_requires_gradient_sync(last)
-            with step_model.no_sync() if parallel and not last else contextlib.nullcontext():
+                latents = rae.encode(micro.images.float() / 255).float()    # b c h w, variance 1
+            runtime.seed_step(args.seed, step, micro.number)
+            k = args.draws * max(1, micro.num_drawn)                        # 1: for T2I's stand-in
+            eps = torch.randn(k, *latents.shape[1:], device=device)         # k c h w
+            t = sample_times(k, args.time_law, eps[0].numel(), args.shift_base, device)     # k
+            if args.shard:
+                t2i.set_requires_gradient_sync(is_last)
+            with runtime.sync_gradients(step_model, is_last):
                 with runtime.autocast(device, args.dtype):
-                    ids, labels, kind = (x.to(device) for x in (ids, labels, kind))
-                    ce, error, loss = step_model(ids, labels, latents, kind, t, eps)
-                loss = loss * t.square() if model.dit.prediction == "x0" else loss      # k: the error of x0
-                at = (t * BINS).long().clamp(max=BINS - 1)              # k
-                weight = 1 / level[at] if args.balance == "on" else 1.0
-                flow = (weight * loss).sum() / max(1, drawn * args.draws) * (real > 0)
-                error = error.sum() * (real > 0)
-                # Means over the whole batch, however it is split; the processes' gradients are averaged.
-                (world * (ce / max(1, tokens) + args.regression * error / max(1, drawn)
-                          + args.flow_weight * flow)).backward()
-            keep = torch.full_like(loss, real > 0)
-            sums = sums.index_add(1, at, torch.stack([loss.detach() * keep, keep]))
-            n = [torch.as_tensor(x, device=device) for x in ((labels >= 0).sum(), real)]
-            words += torch.stack([ce.detach(), n[0], error.detach(), n[1]])
-        span = args.warmup, args.decay_start, args.decay_end, args.lr_end
-        lr = args.lr * runtime.lr_factor(step, *span, "cosine")
-        norm = runtime.step_optimizers([opt], model, args.clip, loss.detach().mean() + ce.detach(), step, lr)
-        args.ema and runtime.update_ema(ema, model, args.ema, step)
-        sums = runtime.all_mean(sums)
-        mean, by_t, sums = sums[0] / sums[1], by_t + sums, torch.zeros_like(sums)
-        # Nan: no t fell into the bin. In logarithms: one wild loss does not silence its t for long.
-        level = torch.where(mean.isfinite(), level ** 0.95 * mean ** 0.05, level)
+                    cross_entropy, error, flow = step_model(                # -, r, k
+                        micro.ids, micro.labels, latents, micro.tasks, t, eps)
+                if args.prediction == "x0":
+                    flow = flow * t.square()                                # k: the error of x0
+                weighted = flow * balance.weight(t) if args.balance == "on" else flow       # k
+                # Cross-entropy + regression |W s - x0|^2 + flow_weight |v - (eps - x0)|^2: means
+                # over tokens, or over images, of the whole batch, however it is split.
+                mean_flow = weighted.sum() / max(1, counts.drawn * args.draws)
+                loss = (cross_entropy / max(1, counts.tokens)
+                        + args.regression * error.sum() / max(1, counts.drawn)
+                        + args.flow_weight * mean_flow)
+                (world * loss).backward()                   # processes' gradients are averaged
+            if micro.num_drawn > 0:
+                balance.add(t, flow)
+            losses.add(micro, t, cross_entropy, error, flow)
+
+        lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
+                                         args.lr_end, "cosine")
+        grad_norm = runtime.optimizer_step([optimizer], t2i, args.clip, loss.detach(), step, lr)
+        if args.ema:
+            runtime.update_ema(ema, t2i, args.ema, step)
+        balance.update()
+
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            tenths, told = by_t.view(2, 10, -1).sum(2), runtime.all_mean(words).view(2, 2)
-            flow, ce, error = (float(x / n.clamp(min=1e-9)) for x, n in (by_t.sum(1), *told))
-            log.step(done, ce + args.flow_weight * flow + args.regression * error, norm, lr, cross_entropy=ce,
-                     flow=flow, regression=error, cut=cut,
-                     loss_by_t=[x if x == x else None for x in (tenths[0] / tenths[1]).tolist()])
-            cut and log.say(f"{cut} prompts were longer than --context {args.context} tokens, and cut")
-            by_t, words, cut = torch.zeros_like(by_t), torch.zeros_like(words), 0
-        if done % args.save_every == 0 or done == args.steps:
+        is_end = done == args.steps
+        if done % args.log_every == 0 or is_end:
+            losses.write(log, done, grad_norm, lr, context)
+        if done % args.save_every == 0 or is_end:
             save(done)
-        if prompts and (done % args.preview_every == 0 or done == args.steps):
-            images = sample.generate(ema.eval(), rae, prompts, alone)
-            sample.draw_grid(images, prompts).save(f"{args.out}/preview_{done:07d}.png")
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            metrics = eval_fid.evaluate_prompts(ema.eval(), rae, alone, args.eval_n, rank, world)
-            log.write(dict(step=done, **metrics))
-            log.say(f"step {done} | " + eval_fid.one_line(metrics))
-        model.train()
+        if prompts and (done % args.preview_every == 0 or is_end):
+            preview(done)
+        if args.eval_every and (done % args.eval_every == 0 or is_end):
+            evaluate(done)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Write what sampling needs of a checkpoint (EMA weights, autoencoder, flags) as half-precision safetensors.
+"""Write what sampling needs of a checkpoint as half-precision safetensors.
 
     python assets/export.py runs/dit/last.pt assets/tiny_dit.safetensors
+
+That is the EMA weights, the autoencoder and the flags; the state of training is left out.
 """
 import json
 import sys
@@ -15,12 +17,16 @@ import runtime
 
 
 def flatten(node, prefix=""):
-    """Split nested dicts into {"a/b": tensor} and the same dicts with the plain values alone."""
+    """Split nested dicts into their tensors and their plain values.
+
+    Returns: tensors, a flat dict {"outer/inner": tensor} in half precision; plain, the same nested
+        dicts with the plain values alone
+    """
     tensors, plain = {}, {}
     for key, value in node.items():
         if isinstance(value, dict):
-            inner, plain[key] = flatten(value, f"{prefix}{key}/")
-            tensors |= inner
+            inner_tensors, plain[key] = flatten(value, f"{prefix}{key}/")
+            tensors.update(inner_tensors)
         elif isinstance(value, torch.Tensor):
             tensors[prefix + key] = value.half().contiguous()
         else:
@@ -28,11 +34,23 @@ def flatten(node, prefix=""):
     return tensors, plain
 
 
-if __name__ == "__main__":
+def needed_to_sample(checkpoint):
+    """Return a checkpoint without the state of training."""
+    left_out = ["model", "opt", "level"]
+    # In stage 1, which has no latent_shape, the EMA is the decoder that is already under "rae".
+    if "latent_shape" not in checkpoint:
+        left_out.append("ema")
+    return {key: value for key, value in checkpoint.items() if key not in left_out}
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit("usage: python assets/export.py CHECKPOINT.pt OUTPUT.safetensors")
     source, target = sys.argv[1:]
-    state = runtime.load_checkpoint(source)
-    duplicate = "ema" if "latent_shape" not in state else None         # stage 1: rae has the decoder already
-    leave_out = ("model", "opt", "level", duplicate)
-    tensors, plain = flatten({k: v for k, v in state.items() if k not in leave_out})
+    tensors, plain = flatten(needed_to_sample(runtime.load_checkpoint(source)))
     save_file(tensors, target, metadata={"plain": json.dumps(plain)})
     print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
-"""Train the small tokenizer of the built-in world on its prompts, questions, answers; writes tokenizer.json.
+"""Train the small tokenizer of the built-in world on its conversations; write tokenizer.json.
 
-A byte-level BPE laid out as that of Qwen2: NFC, the same split into words, then bytes, and the special tokens
-after the vocabulary, so that llm.py reads both files alike; but lower case, as all texts of that world. At
-most 512 tokens, 256 of them the bytes: any text can be written, in any language. The same corpus gives the
-same file. The shipped one is older than the plans and places that prompts and questions now have; a
-checkpoint of train_t2i.py carries its own.
     python assets/make_tokenizer.py
+
+A byte-level BPE with the layout of Qwen2's, so that llm.py reads both files alike: NFC, the same
+split into words, then bytes, and the special tokens after the vocabulary. Unlike Qwen2's it is
+lower case, as all texts of that world. It has at most 512 tokens, 256 of which are the bytes, so it
+can write any text in any language. The same corpus gives the same file. The shipped file was made
+before conversations had plans and places; a checkpoint of train_t2i.py carries its own tokenizer.
 """
 import sys
 from pathlib import Path
@@ -16,44 +17,64 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm import SYSTEM
-from shapes import Scene
-from train_t2i import converse
+from shapes import Scene, converse
 
-SIZE, SCENES = 512, 5000
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]     # Qwen2's, Scale-RAE's
-# Words as Qwen2 splits them, from its tokenizer.json: English contractions, letters after at most one other
-# character, single digits, punctuation with the newlines after it, newlines, spaces.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+VOCABULARY_SIZE = 512        # with the special tokens
+SCENES = 5000                # each gives two conversations: one to draw it, one with questions
+# The first three are Qwen2's. The last two, around an image, are Scale-RAE's.
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
+# Words as Qwen2 splits them. Source: its tokenizer.json
+WORDS = "|".join([
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",         # English contractions
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",             # letters after at most one other character
+    r"\p{N}",                                # single digits
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",            # punctuation with the newlines after it
+    r"\s*[\r\n]+",                           # newlines
+    r"\s+(?!\S)",                            # spaces, but the one before a word
+    r"\s+",
+])
 
 
 def corpus():
-    """All text that a conversation on the built-in world is made of, piece by piece."""
-    yield from (SYSTEM, "system\n", "user\n", "assistant\n")
+    """Yield all text that a conversation about the built-in world consists of, piece by piece."""
+    yield SYSTEM
+    yield "system\n"
+    yield "user\n"
+    yield "assistant\n"
     for index in range(SCENES):
-        for questions in (0.0, 1.0):
-            for _, text in converse(Scene.random(0, index), np.random.default_rng(index), questions):
+        scene = Scene.random(0, index)
+        for questions in (0.0, 1.0):                 # draw it; ask about it
+            rng = np.random.default_rng(index)
+            for _, text in converse(scene, rng, questions):
                 yield from text.split("<image>")
 
 
-def build():
-    """The trained tokenizer."""
+def train_tokenizer():
+    """Return the trained tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Lowercase()]), decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
-        vocab_size=SIZE - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    tokenizer.add_special_tokens(SPECIAL)
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
-if __name__ == "__main__":
+def main():
     target = Path(__file__).with_name("tokenizer.json")
-    tokenizer = build()
+    tokenizer = train_tokenizer()
     tokenizer.save(str(target), pretty=False)
-    sample = Scene.random(0, 0).caption()
-    print(f"{target}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(sample).tokens}")
+    example = Scene.random(0, 0).caption()
+    print(f"{target}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(example).tokens}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Time one forward of a named DiT beside the matmul peak of the same machine, in fp32 and bf16.
+"""Time one forward pass of a named DiT beside the fastest matmul of the same machine.
 
     python tests/bench.py DiTDH-S --batch 4
 """
@@ -10,43 +10,67 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import runtime  # noqa: E402
 from model import DIT_SIZES, build_dit  # noqa: E402
 from test_judges import GMACS  # noqa: E402
 
-def seconds(run, device, repeats=6):
-    """Median time of run(), seconds, after one call to warm up."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def median_seconds(call, device, repeats=6):
+    """Median time of call() in seconds, after one call to warm up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(1 + repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        run()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=DIT_SIZES)
-    parser.add_argument("--batch", type=runtime.at_least(1), default=4, help="of 768 x 16 x 16 latents")
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
-    device = runtime.setup()[2]
+def matmul_gflops(dtype, device):
+    """10^9 floating-point operations per second of a large matrix product."""
+    m, n = 2048, 2048
+    if device.type == "cuda":
+        m = 4096
+    a = torch.randn(m, n, device=device, dtype=dtype)
+    b = torch.randn(m, n, device=device, dtype=dtype)
+    seconds = median_seconds(lambda: a @ b.T, device)
+    return 2 * m * m * n / seconds / 1e9
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("model", choices=DIT_SIZES)
+    p.add_argument("--batch", type=runtime.at_least(1), default=4,
+                   help="Number of latents 768 x 16 x 16 in a forward pass (default: 4).")
+    p.add_argument("--compile", action="store_true", help="Compile the model by torch.compile.")
+    return p.parse_args()
+
+
+@torch.no_grad()
+def main(args):
+    _, _, device = runtime.setup()
     model = build_dit({**DIT_SIZES[args.model], "class_dropout": 0.1}, 768, 16, 1000)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval()
     if args.compile:
         model.compile()
-    inputs = (torch.randn(args.batch, 768, 16, 16, device=device), torch.rand(args.batch, device=device),
-              torch.zeros(args.batch, dtype=torch.long, device=device))
-    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = (torch.randn(4096 if device.type == "cuda" else 2048, 2048, device=device, dtype=kind)
-                for _ in range(2))
-        peak = 2 * a.numel() * len(b) / seconds(lambda: a @ b.T, device) / 1e9
-        with runtime.autocast(device, dtype), torch.no_grad():
-            took = seconds(lambda: model(*inputs), device)
-        rate = 2 * float(GMACS[args.model]) * args.batch / took
-        print(f"{args.model} batch {args.batch} {dtype}: {took:.3f} s, {rate:.0f} GFLOP/s = "
-              f"{100 * rate / peak:.0f}% of the matmul peak {peak:.0f}")
+    x = torch.randn(args.batch, 768, 16, 16, device=device)
+    t = torch.rand(args.batch, device=device)
+    y = torch.zeros(args.batch, dtype=torch.long, device=device)
+
+    for name, dtype in DTYPES.items():
+        peak = matmul_gflops(dtype, device)
+        with runtime.autocast(device, name):
+            seconds = median_seconds(lambda: model(x, t, y), device)
+        gflops = 2 * float(GMACS[args.model]) * args.batch / seconds
+        print(f"{args.model} batch {args.batch} {name}: {seconds:.3f} s, {gflops:.0f} GFLOP/s = "
+              f"{100 * gflops / peak:.0f}% of the matmul peak {peak:.0f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,4 +1,5 @@
-"""Shared by all tests: the checkout on sys.path, two threads, no network; two processes of a script."""
+"""What the tests share: the checkout on sys.path, no network, and ways to run a script."""
+import json
 import multiprocessing
 import os
 import socket
@@ -23,32 +24,111 @@ def seeded():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes():
+def settings_of_scripts():
+    """The settings of torch that every script makes first, also for tests that run no script."""
     runtime.setup()
 
 
-def work(script, argv, errors, environment):
+# ------------------------------------------------------------------------ scripts in this process
+def run_script(script, *argv):
+    """Run a script with flags (texts, numbers or paths); returns what its main returns."""
+    args = script.parse_args([str(flag) for flag in argv])
+    return script.main(args)
+
+
+def run_on_one_thread(script, *argv):
+    """Run a script on one thread, as each process of torchrun does, to compare with it exactly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_script(script, *argv)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------ other processes
+def run_in_child(script, argv, errors, environment):
     os.environ.update(environment)
     if errors:
-        sys.stderr = open(errors, "w", buffering=1)
+        sys.stderr = open(errors, "w", buffering=1)    # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
     runtime.run(script.main, lambda: script.parse_args(argv))
 
 
 def start(script, *argv, errors=None, **environment):
-    """A script in a process of its own, forked, for the imports take seconds. errors: a file for stderr."""
+    """Start a script in a process of its own and return the process. errors: a file for stderr.
+
+    The process is forked, since imports take seconds.
+    """
+    argv = [str(flag) for flag in argv]
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=work, args=(script, [*map(str, argv)], errors, environment))
+    child = context.Process(target=run_in_child, args=(script, argv, errors, environment))
     child.start()
     return child
 
 
 def torchrun(script, *argv):
-    """A script in two processes, as torchrun starts it."""
+    """Run a script in two processes, as torchrun does; both must succeed within five minutes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=f"{free.getsockname()[1]}")
-    both = [start(script, *argv, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
-    [child.join(300) for child in both]
-    [child.kill() for child in both if child.is_alive()]                # it waits for the other for ever
-    assert [child.exitcode for child in both] == [0, 0]
+        port = free.getsockname()[1]
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    children = []
+    for rank in ("0", "1"):
+        children.append(start(script, *argv, RANK=rank, LOCAL_RANK=rank, **group))
+    for child in children:
+        child.join(300)
+    for child in children:
+        if child.is_alive():                           # it may wait forever for the other one
+            child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
+
+
+# ------------------------------------------------------------------------ what a run has written
+def load_last(folder):
+    """The checkpoint of the run in a folder."""
+    return torch.load(Path(folder) / "last.pt", weights_only=True)
+
+
+def read_log(folder):
+    """The records of the log of the run in a folder."""
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def largest_difference(a, b):
+    """Largest difference between any two tensors of two nested states, such as checkpoints.
+
+    Everything else must be equal, but for the flags under "args", which are not compared.
+    """
+    if isinstance(a, torch.Tensor):
+        if a.numel() == 0:
+            return 0.0
+        return (a.double() - b.double()).abs().max().item()
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        differences = [largest_difference(a[key], b[key]) for key in a if key != "args"]
+        return max(differences, default=0.0)
+    if isinstance(a, (list, tuple)):
+        differences = [largest_difference(x, y) for x, y in zip(a, b, strict=True)]
+        return max(differences, default=0.0)
+    assert a == b
+    return 0.0
+
+
+def kill_after(script, flags, folder, stop, steps=6):
+    """Train in folder/killed, stopped right after it saved step `stop`; returns that checkpoint."""
+    saved = []
+    original = runtime.save_checkpoint
+
+    def save_and_die(path, **state):
+        original(path, **state)
+        if state["step"] == stop:
+            saved.append(torch.load(path, weights_only=True))
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(script, *flags, "--steps", steps, "--out", folder / "killed")
+    return saved[0]

@@ -1,6 +1,7 @@
-"""The official weights: loading, sampling from them, many images, and what can go wrong on the way.
+"""Published weights: loading, sampling from them, many images, and what can go wrong on the way.
 
-Small files with the official names and keys (tests/dry_run.py).  Run: python -m pytest tests/test_release.py
+The files are small, with the published names and keys, see tests/dry_run.py.
+Run: python -m pytest tests/test_release.py
 """
 import os
 import pickle
@@ -14,94 +15,274 @@ import warnings
 import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import dry_run
 import eval_fid
 import model as model_module
+import release
 import runtime
 import sample
 import train_dit
-from conftest import ROOT, SHIPPED, start, torchrun
-from model import RAE, Decoder, DiT, build_decoder, build_dit, load_dit, load_official, load_release
+from conftest import ROOT, SHIPPED, run_script, start, torchrun
+from model import RAE, Decoder, DiT, build_decoder, build_dit
+from release import (
+    PUBLISHED_DITS,
+    PUBLISHED_RAES,
+    SHIPPED_RAE,
+    load_dit,
+    load_dit_alone,
+    load_packed_rae,
+    load_rae,
+    load_release,
+    pixel_statistics,
+    published_dit,
+)
 
-SMALL = dict(decoder=(32, 1, 48), dit=(32, 2, 2), guide=(16, 1, 1), head=(48, 1, 3))
+SMALL_DITDH = dict(decoder=dry_run.SMALL_DECODER, dit=dry_run.SMALL_DIT,
+                   guide=dry_run.SMALL_GUIDE, head=dry_run.SMALL_HEAD)
+STATISTICS_256 = "stats/dinov2/wReg_base/imagenet1k/stat.pt"
+STATISTICS_512 = "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"
 
 
 @pytest.fixture
-def release(tmp_path, monkeypatch):
-    """A folder with both releases at a small size, and the named sizes shrunk to fit."""
+def small_sizes(monkeypatch):
+    """The named sizes of published models, shrunk to those of the files that these tests write."""
     head = dict(head_width=48, head_depth=1, head_heads=3)
     monkeypatch.setitem(model_module.DECODER_SIZES, "XL", dict(
         decoder_width=32, decoder_depth=1, decoder_heads=2, decoder_mlp=48))
-    monkeypatch.setitem(model_module.DIT_SIZES, "DiTDH-XL", dict(width=32, depth=2, heads=2, **head))
-    monkeypatch.setitem(model_module.DIT_SIZES, "DiTDH-S", dict(width=16, depth=1, heads=1, **head))
-    monkeypatch.setattr(model_module, "Encoder", None)                 # sampling must not touch it
+    monkeypatch.setitem(model_module.DIT_SIZES, "DiTDH-XL",
+                        dict(width=32, depth=2, heads=2, **head))
+    monkeypatch.setitem(model_module.DIT_SIZES, "DiTDH-S",
+                        dict(width=16, depth=1, heads=1, **head))
     warnings.filterwarnings("ignore", message="--head_width 48 is below")
-    for name in model_module.RELEASES:
-        dry_run.write(tmp_path / "hub", name, **SMALL)
+
+
+def refuse_to_load(*args):
+    raise AssertionError("no encoder may be loaded here")
+
+
+@pytest.fixture
+def hub(tmp_path, small_sizes, monkeypatch):
+    """A folder with both published DiTs. Drawing from them must not load an encoder."""
+    monkeypatch.setattr(release, "load_encoder", refuse_to_load)
+    for name in PUBLISHED_DITS:
+        dry_run.write_dit(tmp_path / "hub", name, **SMALL_DITDH)
     return tmp_path / "hub"
 
 
-def run(*argv):
-    sample.main(sample.parse_args([str(a) for a in argv]))
+def read(path):
+    return torch.load(path, weights_only=True)
 
 
-# ---------------------------------------------------------------------------------- loading and drawing
-def test_release_is_loaded_as_it_is(release):
-    paths = dry_run.write(release, "imagenet256", **SMALL)
-    model, rae, state = load_dit("imagenet256", folder=release)
-    for key, value in torch.load(paths[2], weights_only=True).items():     # tables, frequencies and all
+def write_rae(folder, name):
+    """Small files of a published autoencoder; returns the paths of its weights and statistics."""
+    if name == "siglip2-so400m":
+        weights, _ = dry_run.write_siglip2_decoder(folder, dry_run.SMALL_DECODER)
+        return weights, None
+    return dry_run.write_rae(folder, name, dry_run.SMALL_DECODER)
+
+
+# ---------------------------------------------------------------------------- autoencoders by name
+def test_the_dry_run_knows_every_published_name():
+    assert PUBLISHED_RAES.keys() == dry_run.AUTOENCODERS.keys() | {"siglip2-so400m"}
+    assert PUBLISHED_DITS.keys() == dry_run.DITS.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RAES)
+def test_every_published_autoencoder_loads_and_decodes(name, tmp_path, small_sizes):
+    weights_path, statistics_path = write_rae(tmp_path, name)
+    published = PUBLISHED_RAES[name]
+    weights = read(weights_path)
+    latent_shape = (published.channels, published.image_size // 16, published.image_size // 16)
+
+    rae = load_rae(name, with_encoder=False, folder=tmp_path)
+
+    assert not rae.training
+    assert not any(parameter.requires_grad for parameter in rae.parameters())
+    decoder = rae.decoder
+    query = weights["decoder_layers.0.attention.attention.query.weight"]
+    assert torch.equal(decoder.decoder_pos_embed, weights["decoder_pos_embed"])
+    assert torch.equal(decoder.decoder_pred.weight, weights["decoder_pred.weight"])
+    assert torch.equal(decoder.decoder_layers[0].query.weight, query)
+
+    assert rae.latent_std.shape == latent_shape
+    if statistics_path is None:                        # of Scale-RAE: mean 0, variance 1
+        assert rae.latent_mean.abs().max() == 0
+        assert (rae.latent_std - 1).abs().max() < 1e-6
+    else:
+        statistics = read(statistics_path)
+        assert torch.equal(rae.latent_std, (statistics["var"] + 1e-5).sqrt())
+        expected_mean = 0 if statistics["mean"] is None else statistics["mean"]
+        assert (rae.latent_mean - expected_mean).abs().max() == 0
+
+    mean, _ = pixel_statistics(published.encoder)
+    side = 224 if name == "siglip2-so400m" else published.image_size
+    assert (rae.pixel_mean.flatten() - torch.tensor(mean)).abs().max() < 1e-6
+    assert decoder.image_size == side
+    image = rae.decode(torch.randn(1, *latent_shape))
+    assert image.shape == (1, 3, side, side) and image.isfinite().all()
+
+
+def test_a_noise_level_is_another_decoder_with_the_same_statistics(tmp_path, small_sizes):
+    weights_path, _ = write_rae(tmp_path, "dinov2-b")
+    other_path, _ = write_rae(tmp_path, "dinov2-b:n05")
+    other = read(other_path)
+    other["decoder_pred.bias"] += 1
+    torch.save(other, other_path)
+
+    usual = load_packed_rae("dinov2-b", tmp_path)
+    noisier = load_packed_rae("dinov2-b:n05", tmp_path)
+
+    assert torch.equal(usual["decoder"]["decoder_pred.bias"],
+                       read(weights_path)["decoder_pred.bias"])
+    assert torch.equal(noisier["decoder"]["decoder_pred.bias"], other["decoder_pred.bias"])
+    assert torch.equal(usual["latent_var"], noisier["latent_var"])
+    assert usual["encoder"] == noisier["encoder"] == "dinov2-b"
+
+
+@pytest.mark.parametrize("name", ["dinov2-b", "siglip2-so400m"])
+def test_a_published_autoencoder_encodes(name, tmp_path, small_sizes, monkeypatch):
+    """With an encoder of the right width and layout, but a single layer and random weights."""
+    channels = PUBLISHED_RAES[name].channels
+
+    def small_vit(timm_name, size):
+        assert size == 224                             # patch 14 sees 14/16 of 256 px
+        return timm.models.VisionTransformer(img_size=size, patch_size=14, embed_dim=channels,
+                                             depth=1, num_heads=16, num_classes=0)
+
+    monkeypatch.setattr(release, "load_vit", small_vit)
+    write_rae(tmp_path, name)
+    rae = load_rae(name, folder=tmp_path)
+    images = torch.rand(1, 3, 256, 256)
+
+    latents = rae.encode(images)
+
+    assert latents.shape == (1, channels, 16, 16)
+    expected = (rae.encoder.encode(images) - rae.latent_mean) / rae.latent_std
+    assert torch.equal(latents, expected)
+    assert rae.encoder.encode(images).mean(1).abs().max() < 1e-5
+
+
+def test_encoder_names_are_known_without_loading_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse_to_load)
+    assert release.encoder_name() == release.encoder_name(SHIPPED_RAE) == "tiny"
+    assert release.encoder_name("dinov2-b:n10") == "dinov2-b"
+
+
+def test_checkpoints_of_both_stages_hold_an_autoencoder(tmp_path):
+    for path in (SHIPPED_RAE, SHIPPED):
+        packed = load_packed_rae(path)
+        assert packed["encoder"] == "tiny" and packed["latent_var"].shape == (192, 4, 4)
+    runtime.save_checkpoint(tmp_path / "other.pt", step=3)
+    with pytest.raises(ValueError, match="other.pt is no checkpoint of train_decoder.py, .*mae-b"):
+        load_packed_rae(tmp_path / "other.pt")
+
+
+def test_unknown_names_and_missing_files_of_autoencoders(tmp_path, small_sizes):
+    with pytest.raises(ValueError, match="no autoencoder dinov2-b:n07 is published; give one of "
+                                         "dinov2-b dinov2-b:n00 dinov2-b:n05 dinov2-b:n10$"):
+        load_packed_rae("dinov2-b:n07")
+    with pytest.raises(ValueError, match="mae-b:n05 is published; give one of mae-b$"):
+        load_packed_rae("mae-b:n05")
+    with pytest.raises(FileNotFoundError, match="file dinov2-xl does not exist; .*dinov2-b"):
+        load_packed_rae("dinov2-xl")
+
+    _, statistics = write_rae(tmp_path, "mae-b")
+    statistics.unlink()
+    with pytest.raises(FileNotFoundError, match="mae/base_p16/ImageNet1k/stat.pt does not exist; "
+                                                "copy it there from huggingface.co/nyu-visionx"):
+        load_packed_rae("mae-b", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"ViTXL_n10/\*.pt does not exist"):
+        load_packed_rae("dinov2-b:n10", tmp_path)
+    with pytest.raises(FileNotFoundError, match="siglip2_decoder/config.json does not exist"):
+        load_packed_rae("siglip2-so400m", tmp_path)
+
+
+# ---------------------------------------------------------------------------- loading and drawing
+def test_release_is_loaded_as_it_is(hub):
+    decoder_path, statistics_path, dit_path, guide_path = dry_run.write_dit(
+        hub, "imagenet256", **SMALL_DITDH)
+
+    model, rae, state = load_dit("imagenet256", folder=hub)
+
+    for key, value in read(dit_path).items():          # tables, frequencies and all
         assert torch.equal(model.state_dict()[key], value), key
     assert rae.encoder is None and not rae.training and not model.training
-    var = torch.load(paths[1], weights_only=True)["var"]
-    assert torch.equal(rae.latent_std, (var + 1e-5).sqrt()) and rae.latent_mean.abs().max() == 0
-    table = torch.load(paths[0], weights_only=True)["decoder_pos_embed"]
+    var = read(statistics_path)["var"]
+    assert torch.equal(rae.latent_std, (var + 1e-5).sqrt())
+    assert rae.latent_mean.abs().max() == 0
+    table = read(decoder_path)["decoder_pos_embed"]
     assert torch.equal(rae.decoder.decoder_pos_embed, table)
-    assert (rae.pixel_mean.flatten() - torch.tensor([0.485, 0.456, 0.406])).abs().max() < 1e-6
-    assert state["class_names"][207] == "golden retriever" and len(state["class_names"]) == 1000
-    assert load_dit("imagenet512", folder=release)[0].grid == 32
-    guide, none, _ = load_dit("imagenet256/guide", encoder=None, folder=release)
-    assert not none and torch.equal(guide.t_embedder.W,
-                                    torch.load(paths[3], weights_only=True)["t_embedder.W"])
+    imagenet_mean = torch.tensor([0.485, 0.456, 0.406])
+    assert (rae.pixel_mean.flatten() - imagenet_mean).abs().max() < 1e-6
+    assert state["class_names"][207] == "golden retriever"
+    assert len(state["class_names"]) == 1000
+
+    assert load_dit("imagenet512", folder=hub)[0].grid == 32
+    guide, _ = load_dit_alone("imagenet256/guide", folder=hub)
+    assert torch.equal(guide.t_embedder.W, read(guide_path)["t_embedder.W"])
 
 
-@pytest.mark.parametrize("name, side", [("imagenet256", 256), ("imagenet512", 512)])
-def test_one_command_draws_with_the_papers_sampler(release, tmp_path, monkeypatch, name, side):
+@pytest.mark.parametrize("name, side, guidance, shift", [
+    ("imagenet256", 256, 1.42, 6.928), ("imagenet512", 512, 1.5, 13.856)])
+def test_one_command_draws_with_the_papers_sampler(hub, tmp_path, monkeypatch, name, side,
+                                                   guidance, shift):
     args = sample.parse_args(["--release", name])
     assert (args.solver, args.sampling_steps, args.release_grid) == ("euler", 50, False)
-    assert args.guidance == {256: 1.42, 512: 1.5}[side]
+    assert args.guidance == guidance
     assert sample.parse_args(["--release", name, "--guidance", "1.3"]).guidance == 1.3
-    shifts, grid = [], sample.time_grid
-    monkeypatch.setattr(sample, "time_grid", lambda *a: shifts.append(a[1]) or grid(*a))
-    out = tmp_path / "out.png"
-    run("--release", name, "--release_dir", release, "--sampling_steps", 2, "--n", 2, "--out", out)
-    assert Image.open(out).size == (2 * (side + 2) + 2, 16 + side + 4)
-    assert abs(shifts[0] - {256: 6.928, 512: 13.856}[side]) < 1e-3
-    run("--release", name, "--release_dir", release, "--sampling_steps", 2, "--n", 1, "--guidance", 1,
-        "--labels", "golden_retriever", "--out", tmp_path / "plain.npz")
+
+    shifts = []
+    original = sample.time_grid
+
+    def recording_time_grid(steps, shift, *rest):
+        shifts.append(shift)
+        return original(steps, shift, *rest)
+
+    monkeypatch.setattr(sample, "time_grid", recording_time_grid)
+    flags = ["--release", name, "--release_dir", hub, "--sampling_steps", 2]
+    run_script(sample, *flags, "--n", 2, "--out", tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (2 * (side + 2) + 2, 16 + side + 4)
+    assert abs(shifts[0] - shift) < 1e-3
+
+    run_script(sample, *flags, "--n", 1, "--guidance", 1, "--labels", "golden_retriever",
+               "--out", tmp_path / "plain.npz")
     assert np.load(tmp_path / "plain.npz")["labels"].tolist() == [207]
 
 
-def test_what_is_not_needed_is_not_asked_for(release, monkeypatch):
-    """Without guidance no guide; of the hub repository only the four files."""
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda repo, allow_patterns: asked.append((repo, allow_patterns)) or release)
+def test_what_is_not_needed_is_not_asked_for(hub, monkeypatch):
+    """Without guidance no guide; of the repository on the hub only the four files."""
+    repositories, files = set(), []
+
+    def download(repository, allow_patterns):
+        repositories.add(repository)
+        files.extend(allow_patterns)
+        return hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     args = sample.parse_args(["--release", "imagenet256", "--guidance", "1"])
     assert sample.load_models(args, "cpu")[3] is None
-    assert [len(files) for _, files in asked] == [3]
+    assert len(files) == 3
+
+    files.clear()
     args = sample.parse_args(["--release", "imagenet256"])
-    assert sample.load_models(args, "cpu")[3].depth == 1
-    found = {str(path.relative_to(release)) for path in release.rglob("*.pt") if "512" not in str(path)}
-    assert {file for _, files in asked for file in files} == found and len(found) == 4
-    assert {repo for repo, _ in asked} == {"nyu-visionx/RAE-collections"}
+    weak = sample.load_models(args, "cpu")[3]
+    assert len(weak.blocks) == dry_run.SMALL_GUIDE.depth + dry_run.SMALL_HEAD.depth
+    written = {path.relative_to(hub).as_posix() for path in hub.rglob("*.pt")
+               if "512" not in str(path)}
+    assert set(files) == written and len(written) == 4
+    assert repositories == {"nyu-visionx/RAE-collections"}
 
 
-def test_guidance_costs_what_it_must(release):
-    """AutoGuidance: a main and a weak forward of b; CFG: one of 2b; outside the interval or unlabelled: b."""
-    args = sample.parse_args(["--release", "imagenet256", "--release_dir", str(release),
+def test_guidance_costs_what_it_must(hub):
+    """AutoGuidance: a main and a weak forward of b images; CFG: one of 2b.
+
+    Outside the interval, and without labels: one forward of b.
+    """
+    args = sample.parse_args(["--release", "imagenet256", "--release_dir", str(hub),
                               "--sampling_steps", "10"])
     model, rae, _, weak = sample.load_models(args, "cpu")
     calls = []
@@ -109,6 +290,7 @@ def test_guidance_costs_what_it_must(release):
     weak.register_forward_pre_hook(lambda _, inputs: calls.append(("weak", len(inputs[0]))))
 
     def count(labels, weak, interval=(0, 1)):
+        """Number of forward passes by (model, images in each)."""
         calls.clear()
         args.interval = interval
         sample.generate(model, rae, labels, args, weak=weak)
@@ -116,282 +298,427 @@ def test_guidance_costs_what_it_must(release):
 
     assert count([1, 2, 3], weak) == {("main", 3): 10, ("weak", 3): 10}
     assert count([1, 2, 3], None) == {("main", 6): 10}
+
     times = sample.time_grid(10, 48 ** 0.5)[:-1]
-    inside = int(((0.7 <= times) & (times <= 0.9)).sum())
+    inside = int(((times >= 0.7) & (times <= 0.9)).sum())
     assert 0 < inside < 10
     assert count([1, 2, 3], weak, (0.7, 0.9)) == {("main", 3): 10, ("weak", 3): inside}
     assert count([1, 2, 3], None, (0.7, 0.9)) == {("main", 6): inside, ("main", 3): 10 - inside}
-    assert count([1000, 1000], None) == {("main", 2): 10}               # unconditional: nothing to guide by
-    assert count([1000, 1000], weak) == {("main", 2): 10, ("weak", 2): 10}
+
+    null_class = 1000
+    assert count([null_class, null_class], None) == {("main", 2): 10}      # nothing to guide by
+    assert count([null_class, null_class], weak) == {("main", 2): 10, ("weak", 2): 10}
 
 
 def test_upsampling_decoder_gives_twice_the_side(tmp_path):
-    """256 tokens, patch 32: the other way to 512 px. A checkpoint of stage 2 draws at its decoder's size."""
+    """256 tokens, patch 32: the other way to 512 px. Images have the size of the decoder."""
     state = runtime.load_checkpoint(SHIPPED)
     state["rae"]["decoder_patch"] = 32
-    decoder = build_decoder(state["rae"], 192, 4)
-    state["rae"]["decoder"] = decoder.state_dict()
+    state["rae"]["decoder"] = build_decoder(state["rae"], 192, 4).state_dict()
     runtime.save_checkpoint(tmp_path / "up.pt", **state)
-    run("--ckpt", tmp_path / "up.pt", "--n", 1, "--sampling_steps", 2, "--out", tmp_path / "up.npz")
+
+    run_script(sample, "--ckpt", tmp_path / "up.pt", "--n", 1, "--sampling_steps", 2,
+               "--out", tmp_path / "up.npz")
+
     assert np.load(tmp_path / "up.npz")["arr_0"].shape == (1, 128, 128, 3)
     with torch.device("meta"):
-        wide = Decoder(768, 16, 32, 1152, 28, 16, 4096)
-        assert wide(torch.zeros(1, 768, 16, 16)).shape == (1, 3, 512, 512)
+        decoder = Decoder(768, 16, 32, 1152, 28, 16, 4096)
+        assert decoder(torch.zeros(1, 768, 16, 16)).shape == (1, 3, 512, 512)
 
 
-def test_statistics_of_a_release_go_into_an_rae(release):
-    stat = next(release.glob("stats/*/*/imagenet1k/stat.pt"))
-    rae = RAE("dinov2-b", Decoder(768, 16, 16, 32, 1, 2, 48))
-    load_release(rae, stat)
-    var = torch.load(stat, weights_only=True)["var"]
-    assert torch.equal(rae.latent_std, (var + 1e-5).sqrt()) and rae.latent_mean.abs().max() == 0
+def test_statistics_of_a_release_go_into_an_rae(hub):
+    var = read(hub / STATISTICS_256)["var"]
+    rae = RAE(None, Decoder(768, 16, 16, 32, 1, 2, 48),
+              pixel_statistics=pixel_statistics("dinov2-b"))
+
+    load_release(rae, hub / STATISTICS_256)
+    assert torch.equal(rae.latent_std, (var + 1e-5).sqrt())
+    assert rae.latent_mean.abs().max() == 0
     load_release(rae, {"mean": var * 2, "var": var})
     assert torch.equal(rae.latent_mean, var * 2)
-    with pytest.raises(ValueError, match=r"shape \(768, 32, 32\) are not of this decoder's latents"):
-        load_release(rae, next(release.glob("stats/*/*/imagenet1k_512/stat.pt")))
+
+    wrong_shape = r"shape \(768, 32, 32\) are not of this decoder's latents"
+    with pytest.raises(ValueError, match=wrong_shape):
+        load_release(rae, hub / STATISTICS_512)
     for wrong in ({"variance": var}, {"mean": None, "var": None}):
         with pytest.raises(ValueError, match="the given state has no latent statistics"):
             load_release(rae, wrong)
-    tiny = RAE("tiny", build_decoder(runtime.load_checkpoint(SHIPPED)["rae"], 192, 4))
-    load_release(tiny, SHIPPED)                                 # those in a checkpoint of ours
-    assert torch.equal(tiny.latent_std, load_dit(SHIPPED)[1].latent_std)
+
+
+def test_statistics_of_a_checkpoint_go_into_an_rae():
+    decoder = build_decoder(load_packed_rae(SHIPPED), 192, 4)
+    rae = RAE(None, decoder, pixel_statistics=pixel_statistics("tiny"))
+    load_release(rae, SHIPPED)
+    assert torch.equal(rae.latent_std, load_dit(SHIPPED)[1].latent_std)
 
 
 def test_our_checkpoints_go_through_the_same_function():
     state = runtime.load_checkpoint(SHIPPED)
     model = build_dit(state["args"], 192, 4, 36)
     load_release(model, SHIPPED)
-    assert all(torch.equal(v, state["ema"][k]) for k, v in model.state_dict().items())
-    for path in (SHIPPED, train_dit.SHIPPED_RAE):               # of stage 2 and of stage 1
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][key]), key
+    for path in (SHIPPED, SHIPPED_RAE):                # of stage 2 and of stage 1
         decoder = load_release(build_decoder(state["rae"], 192, 4), path)
-        assert all(torch.equal(v, state["rae"]["decoder"][k]) for k, v in decoder.state_dict().items())
+        for key, value in decoder.state_dict().items():
+            assert torch.equal(value, state["rae"]["decoder"][key]), key
 
 
-# ---------------------------------------------------------------------------------- training on
-def test_train_dit_starts_from_a_checkpoint_or_a_release(tmp_path, release, monkeypatch):
-    """--init takes weights, RAE and prediction of the checkpoint; other classes get a new table."""
-    quick = ["--steps", "1", "--batch", "4", "--preview_every", "0", "--log_every", "1",
-             "--workers", "0", "--dtype", "fp32"]
-    shipped = ["--init", SHIPPED, "--width", "192", "--head_width", "256", *quick]
-    monkeypatch.undo()                                                 # the tiny encoder is needed here
-    monkeypatch.setattr(runtime, "step_optimizers", lambda *args: 0.0)  # the weights stay
-    train_dit.main(train_dit.parse_args([*shipped, "--out", str(tmp_path / "same")]))
-    was, now = runtime.load_checkpoint(SHIPPED), runtime.load_checkpoint(tmp_path / "same/last.pt")
-    assert all(torch.equal(was["ema"][k], v) for k, v in now["model"].items())
-    assert now["args"]["prediction"] == "x0"
-    assert torch.equal(now["rae"]["latent_var"], was["rae"]["latent_var"])
-    folder = tmp_path / "two"
-    for name in ("cats", "dogs"):
-        (folder / name).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (64, 64), (i * 60, 20, 90)).save(folder / name / f"{i}.png")
-    train_dit.main(train_dit.parse_args([*shipped, "--data", str(folder), "--out", str(tmp_path / "fresh")]))
-    fresh = runtime.load_checkpoint(tmp_path / "fresh/last.pt")["model"]
-    table = "y_embedder.embedding_table.weight"
-    assert fresh.pop(table).shape == (3, 192)
-    assert all(torch.equal(was["ema"][k], v) for k, v in fresh.items())
-    with pytest.raises(ValueError, match="(?s)--init .*tiny_dit.* does not fit DiTDH; build it with"):
-        train_dit.main(train_dit.parse_args(["--init", SHIPPED, *quick, "--out", str(tmp_path / "n")]))
+# ---------------------------------------------------------------------------- training on
+TABLE = "y_embedder.embedding_table.weight"
+QUICK_TRAINING = ["--steps", 1, "--preview_every", 0, "--log_every", 1, "--workers", 0,
+                  "--dtype", "fp32"]
+
+
+@pytest.fixture
+def no_updates(monkeypatch):
+    """Training runs, but the weights stay."""
+    monkeypatch.setattr(runtime, "optimizer_step", lambda *args: 0.0)
+
+
+class FlatEncoder(torch.nn.Module):
+    """Stands for DINOv2-B: as many channels, made from the mean colours of the patches."""
+    def __init__(self, name, image_size):
+        super().__init__()
+        self.name, self.image_size, self.grid = name, image_size, image_size // 16
+        self.channels, self.mean, self.std = 768, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, images):
+        colours = torch.nn.functional.avg_pool2d(images, 16)
+        return colours.repeat(1, 256, 1, 1) - 0.5
+
+
+def write_photos(folder, n, side):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        Image.new("RGB", (side, side), (40 * i, 99, 30)).save(folder / f"{i}.png")
+
+
+def test_train_dit_starts_from_a_checkpoint(tmp_path, no_updates):
+    """--init takes weights, RAE and prediction of the checkpoint."""
+    shipped = runtime.load_checkpoint(SHIPPED)
+    flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
+             *QUICK_TRAINING]
+
+    run_script(train_dit, *flags, "--out", tmp_path / "same")
+
+    trained = runtime.load_checkpoint(tmp_path / "same" / "last.pt")
+    for key, value in trained["model"].items():
+        assert torch.equal(shipped["ema"][key], value), key
+    assert trained["args"]["prediction"] == "x0"
+    assert torch.equal(trained["rae"]["latent_var"], shipped["rae"]["latent_var"])
+
+
+def test_train_dit_starts_other_classes_with_a_new_table(tmp_path, no_updates):
+    shipped = runtime.load_checkpoint(SHIPPED)
+    write_photos(tmp_path / "two" / "cats", 4, 64)
+    write_photos(tmp_path / "two" / "dogs", 4, 64)
+    flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
+             *QUICK_TRAINING]
+
+    run_script(train_dit, *flags, "--data", tmp_path / "two", "--out", tmp_path / "fresh")
+
+    weights = runtime.load_checkpoint(tmp_path / "fresh" / "last.pt")["model"]
+    assert weights.pop(TABLE).shape == (3, 192)
+    for key, value in weights.items():
+        assert torch.equal(shipped["ema"][key], value), key
+
+
+def test_train_dit_refuses_a_checkpoint_of_another_size(tmp_path):
+    with pytest.raises(ValueError, match="(?s)--init .*tiny_dit.* does not fit DiTDH; build it"):
+        run_script(train_dit, "--init", SHIPPED, "--batch", 4, *QUICK_TRAINING,
+                   "--out", tmp_path / "n")
+
+
+def test_train_dit_knows_the_sizes_of_a_release(tmp_path):
     args = train_dit.parse_args(["--init", "imagenet256", "--out", str(tmp_path / "official")])
-    assert (args.width, args.depth, args.head_width) == (1152, 28, 2048)      # the sizes come with the name
+    assert (args.width, args.depth, args.head_width) == (1152, 28, 2048)
 
 
-def test_train_dit_goes_on_from_a_release(tmp_path, release, monkeypatch, capsys):
-    class Flat(torch.nn.Module):                                       # for DINOv2-B: as many channels
-        def __init__(self, name, size):
-            super().__init__()
-            self.grid, self.channels, self.mean, self.std = size // 16, 768, (0.5,) * 3, (0.5,) * 3
-            self.image_size = size
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+def test_train_dit_goes_on_from_a_release(tmp_path, hub, no_updates, monkeypatch, capsys):
+    monkeypatch.setattr(release, "load_encoder", FlatEncoder)
+    write_photos(tmp_path / "photos", 6, 256)
+    flags = ["--release_dir", hub, "--data", tmp_path / "photos"]
+    official = published_dit("imagenet256", hub)["ema"]
 
-        def encode(self, x):
-            return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 256, 1, 1) - 0.5
+    run_script(train_dit, "--init", "imagenet256", *flags, "--batch", 2, *QUICK_TRAINING,
+               "--out", tmp_path / "run")
 
-    monkeypatch.setattr(model_module, "Encoder", Flat)
-    monkeypatch.setattr(runtime, "step_optimizers", lambda *args: 0.0)  # the weights stay
-    data = tmp_path / "photos"
-    data.mkdir()
-    for i in range(6):
-        Image.new("RGB", (256, 256), (40 * i, 99, 30)).save(data / f"{i}.png")
-    flags = ["--release_dir", str(release), "--data", str(data)]
-    train_dit.main(train_dit.parse_args([
-        "--init", "imagenet256", *flags, "--steps", "1", "--batch", "2", "--preview_every", "0",
-        "--workers", "0", "--out", str(tmp_path / "run")]))
-    now = runtime.load_checkpoint(tmp_path / "run/last.pt")
-    assert now["args"]["shift_base"] == 4096 and now["args"]["prediction"] == "v" and now["num_classes"] == 1
-    official = load_official("imagenet256", release)["ema"]
-    assert all(torch.equal(now["model"][k], v) for k, v in official.items() if "y_embedder" not in k)
-    table = "y_embedder.embedding_table.weight"
-    assert torch.equal(now["model"][table][-1], official[table][-1])   # the null class is one for all
-    assert [now["args"][k] for k in ("ema", "label_std", "time_law")] == [0.9995, 0.02, "logit_normal"]
+    trained = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    args = trained["args"]
+    assert args["shift_base"] == 4096 and args["prediction"] == "v"
+    assert args["ema"] == 0.9995 and args["label_std"] == 0.02
+    assert args["time_law"] == "logit_normal"
+    assert trained["num_classes"] == 1
+    for key, value in official.items():
+        if "y_embedder" not in key:
+            assert torch.equal(trained["model"][key], value), key
+    assert torch.equal(trained["model"][TABLE][-1], official[TABLE][-1])   # the null class
+
+    run_script(sample, "--ckpt", tmp_path / "run" / "last.pt", "--n", 1, "--sampling_steps", 1,
+               "--out", tmp_path / "one.png")
+    results = run_script(eval_fid, "--release", "imagenet256", *flags, "--n", 4,
+                         "--sampling_steps", 1, "--features", "tiny")
+    assert results["n"] == 4 and results["guidance"] == 1.42
+    assert np.isfinite(results["frechet_distance"])
+
+
+def test_train_dit_takes_a_published_autoencoder(tmp_path, small_sizes, monkeypatch):
+    monkeypatch.setattr(release, "load_encoder", FlatEncoder)
+    weights_path, _ = write_rae(tmp_path / "hub", "dinov2-b:n05")
+    write_photos(tmp_path / "photos", 4, 256)
+
+    warnings.filterwarnings("ignore", message="--width 16 is below")
+    run_script(train_dit, "--rae", "dinov2-b:n05", "--release_dir", tmp_path / "hub",
+               "--data", tmp_path / "photos", "--width", 16, "--heads", 1, "--depth", 1,
+               "--head_width", 0, "--batch", 2, *QUICK_TRAINING, "--out", tmp_path / "run")
+
+    packed = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["rae"]
+    assert packed["encoder"] == "dinov2-b" and packed["size"] == 256
+    for key, value in read(weights_path).items():
+        assert torch.equal(packed["decoder"][key], value), key
+
+
+def test_a_folder_of_files_needs_a_published_name(capsys):
     with pytest.raises(SystemExit):
-        train_dit.parse_args(["--release_dir", str(release)])
-    assert "--release_dir needs --init with one of imagenet256" in capsys.readouterr().err
-    run("--ckpt", tmp_path / "run/last.pt", "--n", 1, "--sampling_steps", 1, "--out", tmp_path / "one.png")
-    for argv, message in (([], "needs --data: a folder or tars of ImageNet"),
-                          (["--reconstruct", "a.pt"], "--release does nothing with --reconstruct")):
-        with pytest.raises(SystemExit):
-            eval_fid.parse_args(["--release", "imagenet256", *argv])
-        assert message in capsys.readouterr().err
-    metrics = eval_fid.main(eval_fid.parse_args(["--release", "imagenet256", *flags, "--n", "4",
-                                                 "--sampling_steps", "1", "--features", "tiny"]))
-    assert metrics["n"] == 4 and metrics["guidance"] == 1.42 and np.isfinite(metrics["frechet_distance"])
+        train_dit.parse_args(["--release_dir", "hub"])
+    message = capsys.readouterr().err
+    assert "--release_dir needs" in message and "--init" in message and "imagenet256" in message
 
 
-# ---------------------------------------------------------------------------------- many images
-QUICK = ["--sampling_steps", "1", "--guidance", "1", "--solver", "euler"]
+def test_evaluating_a_release_needs_data(capsys):
+    with pytest.raises(SystemExit):
+        eval_fid.parse_args(["--release", "imagenet256"])
+    assert "needs --data: a folder or tars of ImageNet" in capsys.readouterr().err
 
 
-def test_labels_balanced_and_random(tmp_path):
-    run(*QUICK, "--labels", "balanced", "--n", 108, "--out", tmp_path / "b.npz")
+# ---------------------------------------------------------------------------- many images
+QUICK = ["--sampling_steps", 1, "--guidance", 1, "--solver", "euler"]
+
+
+def images_of(path):
+    return np.load(path)["arr_0"].astype(int)
+
+
+def test_balanced_labels(tmp_path):
+    run_script(sample, *QUICK, "--labels", "balanced", "--n", 108, "--out", tmp_path / "b.npz")
     assert np.bincount(np.load(tmp_path / "b.npz")["labels"]).tolist() == [3] * 36
-    run(*QUICK, "--labels", "random", "--n", 108, "--out", tmp_path / "r.npz")
-    run(*QUICK, "--labels", "random", "--n", 40, "--batch", 7, "--out", tmp_path / "s.npz")
-    many, few = np.load(tmp_path / "r.npz"), np.load(tmp_path / "s.npz")
-    assert len(set(many["labels"])) > 20 and many["labels"].tolist() != sorted(many["labels"])
-    assert np.array_equal(many["labels"][:40], few["labels"])          # label i depends on i alone
-    assert np.abs(many["arr_0"][:40].astype(int) - few["arr_0"]).max() <= 1
-    again = sample.parse_args([*QUICK, "--labels", "random", "--n", "40", "--seed", "1", "--out",
-                               str(tmp_path / "t.npz")])
-    sample.main(again)
-    assert np.load(tmp_path / "t.npz")["labels"].tolist() != few["labels"].tolist()
+
+
+def test_random_labels(tmp_path):
+    flags = [*QUICK, "--labels", "random"]
+    run_script(sample, *flags, "--n", 108, "--out", tmp_path / "many.npz")
+    run_script(sample, *flags, "--n", 40, "--batch", 7, "--out", tmp_path / "few.npz")
+    run_script(sample, *flags, "--n", 40, "--seed", 1, "--out", tmp_path / "other.npz")
+
+    many, few, other = (np.load(tmp_path / f"{name}.npz")["labels"].tolist()
+                        for name in ("many", "few", "other"))
+    assert len(set(many)) > 20 and many != sorted(many)
+    assert many[:40] == few                            # label i depends on i alone
+    difference = images_of(tmp_path / "many.npz")[:40] - images_of(tmp_path / "few.npz")
+    assert np.abs(difference).max() <= 1
+    assert other != few
 
 
 def killed_after(n, monkeypatch):
-    """The list of image numbers that are drawn from now on; beyond n of them the run is interrupted."""
-    drawn, generate = [], sample.generate
+    """The list of the numbers of the images drawn from now on; beyond n the run is interrupted."""
+    drawn = []
+    original = sample.generate
 
-    def dies(model, rae, labels, args, chunk, *rest):
-        drawn.extend(chunk)
+    def generate_or_die(model, rae, labels, args, numbers, *rest):
+        drawn.extend(numbers)
         if len(drawn) > n:
             raise KeyboardInterrupt
-        return generate(model, rae, labels, args, chunk, *rest)
-    monkeypatch.setattr(sample, "generate", dies)
+        return original(model, rae, labels, args, numbers, *rest)
+
+    monkeypatch.setattr(sample, "generate", generate_or_die)
     return drawn
 
 
 @pytest.mark.parametrize("suffix", [".npz", ""])
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, suffix):
-    flags = [*QUICK, "--n", 20, "--batch", 4, "--labels", "balanced"]
-    run(*flags, "--out", tmp_path / f"whole{suffix}")
+    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    flags = [*QUICK, "--n", 20, "--labels", "balanced"]
+    run_script(sample, *flags, "--batch", 4, "--out", whole)
+
     drawn = killed_after(12, monkeypatch)
-    out = tmp_path / f"cut{suffix}"
     with pytest.raises(KeyboardInterrupt):
-        run(*flags, "--out", out)
-    assert not out.exists()
+        run_script(sample, *flags, "--batch", 4, "--out", cut)
+    assert not cut.exists()
     drawn.clear()
-    run(*flags[:-4], "--batch", 3, *flags[-2:], "--out", out)          # another batch is no other image
-    assert drawn == list(range(12, 20)) and not list(tmp_path.glob("*.parts"))
-    if suffix:
-        whole, cut = (np.load(file)["arr_0"].astype(int) for file in (tmp_path / "whole.npz", out))
-        assert np.abs(whole - cut).max() <= 1                          # a rounding at most
+    run_script(sample, *flags, "--batch", 3, "--out", cut)     # another batch, the same images
+
+    assert drawn == list(range(12, 20))
+    assert not list(tmp_path.glob("*.parts"))
+    if suffix == ".npz":
+        assert np.abs(images_of(whole) - images_of(cut)).max() <= 1        # a rounding at most
     else:
+        names = sorted(path.name for path in cut.iterdir())
+        assert names == [f"{i:06d}.png" for i in range(20)]
         with pytest.raises(ValueError, match="cut exists; delete it, or name another folder"):
-            run(*flags, "--out", out)
-        assert sorted(path.name for path in out.iterdir()) == [f"{i:06d}.png" for i in range(20)]
+            run_script(sample, *flags, "--out", cut)
 
 
-def test_a_killed_process_leaves_only_whole_images_and_others_settings_are_not_mixed(tmp_path):
-    process = start(sample, "--n", 3000, "--sampling_steps", 2, "--batch", 4, "--out", tmp_path / "x.npz")
+def wait_for(condition):
+    """Wait up to a minute until condition() is true."""
     deadline = time.time() + 60
-    while len(list(tmp_path.glob("*.parts/*.png"))) < 20 and time.time() < deadline:
+    while not condition() and time.time() < deadline:
         time.sleep(0.05)
+
+
+def test_a_killed_process_leaves_only_whole_images(tmp_path):
+    """And another run with other settings does not mix with what it left."""
+    process = start(sample, "--n", 3000, "--sampling_steps", 2, "--batch", 4,
+                    "--out", tmp_path / "x.npz")
+    wait_for(lambda: len(list(tmp_path.glob("*.parts/*.png"))) >= 20)
     process.kill()
     process.join()
+
     parts = list(tmp_path.glob("x.npz.*.parts"))
     files = list(parts[0].glob("*.png"))
     assert len(parts) == 1 and len(files) >= 20 and not (tmp_path / "x.npz").exists()
     for file in files:
-        assert np.asarray(Image.open(file)).shape == (64, 64, 3)       # each can be read
-    run("--n", 4, "--sampling_steps", 1, "--out", tmp_path / "x.npz")  # other settings: their own folder
-    assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 4 and len(list(parts[0].glob("*.png"))) == len(files)
+        assert np.asarray(Image.open(file)).shape == (64, 64, 3)           # each can be read
+
+    run_script(sample, "--n", 4, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
+    assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 4
+    assert len(list(parts[0].glob("*.png"))) == len(files)
 
 
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
-    """Killed, retrained under the same name and to the same step: the images drawn before are not reused."""
-    state, drawn = runtime.load_checkpoint(SHIPPED), killed_after(4, monkeypatch)
-    for bias, first in ((0.0, 0), (0.0, 4), (0.1, 0)):
+    """Killed, retrained under the same name and to the same step: nothing is reused."""
+    state = runtime.load_checkpoint(SHIPPED)
+    drawn = killed_after(4, monkeypatch)
+    for bias, first_drawn in ((0.0, 0), (0.0, 4), (0.1, 0)):
         state["ema"]["final_layer.linear.bias"] += bias
         runtime.save_checkpoint(tmp_path / "last.pt", **state)
         drawn.clear()
         with pytest.raises(KeyboardInterrupt):
-            run("--ckpt", tmp_path / "last.pt", *QUICK, "--n", 12, "--batch", 4, "--out", tmp_path / "x.npz")
-        assert drawn[0] == first
+            run_script(sample, "--ckpt", tmp_path / "last.pt", *QUICK, "--n", 12, "--batch", 4,
+                       "--out", tmp_path / "x.npz")
+        assert drawn[0] == first_drawn
 
 
 def test_two_processes_draw_what_one_does(tmp_path):
-    flags = [*QUICK, "--labels", "random", "--n", "21", "--seed", "5"]
-    run(*flags, "--out", tmp_path / "one.npz")
+    flags = [*QUICK, "--labels", "random", "--n", 21, "--seed", 5]
+    run_script(sample, *flags, "--out", tmp_path / "one.npz")
     torchrun(sample, *flags, "--batch", 4, "--out", tmp_path / "two.npz")
+
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
-    assert np.array_equal(one["labels"], two["labels"]) and one["arr_0"].shape == two["arr_0"].shape
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert np.array_equal(one["labels"], two["labels"])
+    assert one["arr_0"].shape == two["arr_0"].shape
+    difference = images_of(tmp_path / "one.npz") - images_of(tmp_path / "two.npz")
+    assert np.abs(difference).max() <= 1
 
 
-# ---------------------------------------------------------------------------------- bad input
-def test_no_network_and_missing_files_are_told(release, monkeypatch):
-    def offline(*args, **more):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot")
+# ---------------------------------------------------------------------------- bad input
+def test_no_network_is_told(hub, monkeypatch):
+    def offline(*args, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find a cached snapshot")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="imagenet256: no download .*--release_dir"):
-        run("--release", "imagenet256")
-    next(release.glob("DiTs/*/*/ImageNet256/DiTDH-S_ep14/stage2_model.pt")).unlink()
+        run_script(sample, "--release", "imagenet256")
+    with pytest.raises(FileNotFoundError, match="mae-b: no download .*RAE-collections to FOLDER"):
+        load_packed_rae("mae-b")
+    with pytest.raises(FileNotFoundError, match="no download .* to FOLDER/siglip2_decoder and add"):
+        load_packed_rae("siglip2-so400m")
+
+
+def test_missing_files_are_told(hub):
+    (hub / PUBLISHED_DITS["imagenet256"].guide_file).unlink()
     with pytest.raises(FileNotFoundError, match="DiTDH-S_ep14/stage2_model.pt does not exist"):
-        run("--release", "imagenet256", "--release_dir", release)
-    with pytest.raises(FileNotFoundError, match="nowhere/decoders.*does not exist"):
-        run("--release", "imagenet512", "--release_dir", "nowhere")
+        run_script(sample, "--release", "imagenet256", "--release_dir", hub)
+    (hub / STATISTICS_256).unlink()
+    with pytest.raises(FileNotFoundError, match="imagenet1k/stat.pt does not exist"):
+        run_script(sample, "--release", "imagenet256", "--release_dir", hub, "--guidance", 1)
+    with pytest.raises(FileNotFoundError, match="nowhere/DiTs.*does not exist"):
+        run_script(sample, "--release", "imagenet512", "--release_dir", "nowhere")
 
 
-def test_damaged_files_are_told(release):
-    class Code:
-        def __reduce__(self):
-            return print, ("code ran",)
+class Code:
+    """An object that runs code when it is unpickled."""
+    def __reduce__(self):
+        return print, ("code ran",)
 
-    decoder, stat, dit, _ = dry_run.write(release, "imagenet256", **SMALL)
-    argv = ["--release", "imagenet256", "--release_dir", release, "--n", 1]
+
+def test_damaged_files_are_told(hub):
+    dit = hub / PUBLISHED_DITS["imagenet256"].file
+    flags = ["--release", "imagenet256", "--release_dir", hub, "--n", 1]
+
     dit.write_bytes(dit.read_bytes()[:200_000])
-    with pytest.raises(ValueError, match="DiTDH-XL/stage2_model.pt is no checkpoint that can be read safely"):
-        run(*argv)
+    with pytest.raises(ValueError, match="DiTDH-XL/stage2_model.pt is no checkpoint that can be"):
+        run_script(sample, *flags)
     dit.write_bytes(pickle.dumps({"ema": Code()}))
     with pytest.raises(ValueError, match="stage2_model.pt is no .*with code in it"):
-        run(*argv)
+        run_script(sample, *flags)
     torch.save(torch.zeros(3), dit)
     with pytest.raises(ValueError, match="stage2_model.pt is no checkpoint"):
-        run(*argv)
-    dry_run.write(release, "imagenet256", **{**SMALL, "dit": (32, 3, 2)})
-    with pytest.raises(ValueError, match=r"(?s)imagenet256 does not fit DiTDH.*unexpected blocks.3.norm1"):
-        run(*argv)
-    dry_run.write(release, "imagenet256", **{**SMALL, "decoder": (36, 1, 48)})
-    with pytest.raises(ValueError, match=r"(?s)does not fit Decoder.*embed.weight: shape \(36, 768\)"):
-        run(*argv)
-    dry_run.write(release, "imagenet256", **SMALL)
-    torch.save({"mean": None, "var": torch.full((768, 16, 16), float("nan"))}, stat)
-    with pytest.raises(ValueError, match="imagenet256 needs .* all positive"):
-        run(*argv)
-    shutil.copy(next(release.glob("stats/*/*/imagenet1k_512/stat.pt")), stat)
-    with pytest.raises(ValueError, match=r"imagenet1k/stat.pt has statistics of shape \(768, 32, 32\)"):
-        run(*argv)
+        run_script(sample, *flags)
 
 
-def test_bad_flags_and_labels_are_told(release, capsys):
-    with pytest.raises(ValueError, match="--labels 1000: not among the model's 1000 classes, .*`none`"):
-        run("--release", "imagenet256", "--release_dir", release, "--labels", 1000)
-    for out in ("assets", "README.md", "assets/../assets"):
-        with pytest.raises(ValueError, match=f"--out {out} exists; delete it, or name another"):
-            run("--out", out)
-    with pytest.raises(ValueError, match="--labels crane: not among"):    # two classes have that name
-        run("--release", "imagenet256", "--release_dir", release, "--labels", "crane")
-    for argv, message in ((["--release", "imagenet1k"], "invalid choice: 'imagenet1k'"),
-                          (["--release_dir", "x"], "--release_dir needs --release with one of imagenet256"),
-                          (["--release", "imagenet256", "--ckpt", "a.pt"], "not allowed with argument"),
-                          (["--sampling_steps", "-5"], "--sampling_steps: -5 must be at least 1"),
-                          (["--release_grid", "--sampling_steps", "1"], "needs --sampling_steps 2")):
-        with pytest.raises(SystemExit):
-            sample.parse_args(argv)
-        assert message in capsys.readouterr().err
-    for wrong in ({}, {"epoch": 3, "pos_embed": 4}, {"mean": None, "var": torch.ones(3)}, {0: torch.ones(1)}):
-        with pytest.raises(ValueError, match="(?s)the given state does not fit DiT;.*missing t_embedder.W"):
-            load_release(DiT(4, 2, 16, 1, 2, 3), wrong)
+def test_weights_that_do_not_fit_are_told(hub):
+    flags = ["--release", "imagenet256", "--release_dir", hub, "--n", 1]
+    deeper = dry_run.SMALL_DIT._replace(depth=3)
+    dry_run.write_dit(hub, "imagenet256", **{**SMALL_DITDH, "dit": deeper})
+    with pytest.raises(ValueError,
+                       match=r"(?s)imagenet256 does not fit DiTDH.*unexpected blocks.3.norm1"):
+        run_script(sample, *flags)
+    wider = dry_run.SMALL_DECODER._replace(width=36)
+    dry_run.write_dit(hub, "imagenet256", **{**SMALL_DITDH, "decoder": wider})
+    with pytest.raises(ValueError,
+                       match=r"(?s)does not fit Decoder.*embed.weight: shape \(36, 768\)"):
+        run_script(sample, *flags)
+
+
+def test_wrong_statistics_are_told(hub):
+    flags = ["--release", "imagenet256", "--release_dir", hub, "--n", 1]
+    not_finite = torch.full((768, 16, 16), float("nan"))
+    torch.save({"mean": None, "var": not_finite}, hub / STATISTICS_256)
+    with pytest.raises(ValueError, match="dinov2-b needs .* all positive"):
+        run_script(sample, *flags)
+    torch.save({"mean": not_finite}, hub / STATISTICS_256)
+    with pytest.raises(ValueError, match="has statistics of shape None"):
+        run_script(sample, *flags)
+    shutil.copy(hub / STATISTICS_512, hub / STATISTICS_256)
+    with pytest.raises(ValueError,
+                       match=r"imagenet1k/stat.pt has statistics of shape \(768, 32, 32\)"):
+        run_script(sample, *flags)
+
+
+@pytest.mark.parametrize("label, message", [
+    (1000, "--labels 1000: not among the model's 1000 classes, .*`none`"),
+    ("crane", "--labels crane: not among")])           # two classes have that name
+def test_unknown_labels_are_told(hub, label, message):
+    with pytest.raises(ValueError, match=message):
+        run_script(sample, "--release", "imagenet256", "--release_dir", hub, "--labels", label)
+
+
+@pytest.mark.parametrize("out", ["assets", "README.md", "assets/../assets"])
+def test_an_output_that_exists_is_told(out):
+    with pytest.raises(ValueError, match=f"--out {out} exists; delete it, or name another"):
+        run_script(sample, "--out", out)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--release", "imagenet1k"], "invalid choice: 'imagenet1k'"),
+    (["--release_dir", "x"], "--release_dir needs --release with one of imagenet256"),
+    (["--release", "imagenet256", "--ckpt", "a.pt"], "not allowed with argument"),
+    (["--sampling_steps", "-5"], "--sampling_steps: -5 must be at least 1"),
+    (["--release_grid", "--sampling_steps", "1"], "needs --sampling_steps 2")])
+def test_bad_flags_are_told(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [
+    {}, {"epoch": 3, "pos_embed": 4}, {"mean": None, "var": torch.ones(3)}, {0: torch.ones(1)}])
+def test_states_that_are_no_weights_are_told(state):
+    message = "(?s)the given state does not fit DiT;.*missing t_embedder.W"
+    with pytest.raises(ValueError, match=message):
+        load_release(DiT(4, 2, 16, 1, 2, 3), state)
 
 
 @pytest.mark.parametrize("out", ["README.md/x.png", "/proc/nothing/x.npz"])
@@ -403,13 +730,13 @@ def test_an_impossible_out_ends_in_one_line(out, monkeypatch):
 
 def test_ctrl_c_ends_in_one_line_and_neighbours_are_left_alone(tmp_path):
     (tmp_path / "x.tmp").write_text("precious")
-    process = start(sample, "--n", 5000, "--sampling_steps", 2, "--batch", 4, "--out", tmp_path / "x.npz",
-                    errors=tmp_path / "errors")
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("*.parts/*.png")) and time.time() < deadline:
-        time.sleep(0.05)
+    process = start(sample, "--n", 5000, "--sampling_steps", 2, "--batch", 4,
+                    "--out", tmp_path / "x.npz", errors=tmp_path / "errors")
+    wait_for(lambda: list(tmp_path.glob("*.parts/*.png")))
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    assert (tmp_path / "errors").read_text().splitlines()[-1].startswith("stopped; it goes on when")
-    run("--n", 2, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
+
+    last_line = (tmp_path / "errors").read_text().splitlines()[-1]
+    assert "stopped; it goes on when" in last_line
+    run_script(sample, "--n", 2, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
     assert (tmp_path / "x.tmp").read_text() == "precious"

@@ -1,4 +1,7 @@
-"""Stage 3: data, losses, exact resume, processes, releases. Run: python -m pytest tests/test_t2i.py"""
+"""Stage 3: conversations, losses, verifiers, runs, published models.
+
+Run: python -m pytest tests/test_t2i.py
+"""
 import json
 import math
 from collections import Counter
@@ -13,28 +16,66 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dry_run
+import release
 import runtime
 import sample
 import train_dit
 import train_t2i
-from conftest import torchrun
+from conftest import (
+    largest_difference,
+    load_last,
+    read_log,
+    run_on_one_thread,
+    run_script,
+    torchrun,
+)
 from data import open_data
-from eval_fid import answered, fulfilled, shapes_eval
-from llm import IMAGE, SYSTEM, Qwen2, Tokenizer
+from eval_t2i import count_right_answers
+from llm import IMAGE, NO_LABEL, SYSTEM, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
-from shapes import Scene, read_scene
+from shapes import (
+    ALIGN_QUESTION,
+    DESCRIBE_QUESTION,
+    WHERE_QUESTION,
+    Scene,
+    converse,
+    fulfils,
+    language,
+    listing,
+    read_scene,
+    shapes_eval_prompts,
+)
+from t2i import (
+    DRAW,
+    DRAW_UNCONDITIONED,
+    T2I,
+    UNDERSTAND,
+    VERIFIERS,
+    build_t2i,
+    load_t2i,
+    tokenize,
+)
 from test_shapes import answer, holds
-from test_train import DIT, difference, go, go_on_one_thread, load
-from train_t2i import ALIGN, DESCRIBE, T2I, TOKENIZER, WHERE, converse, load_t2i, tokenise
+from test_train import DIT_FLAGS
+from train_t2i import TOKENIZER
 
-FLAGS = ("--width 32 --depth 1 --heads 2 --head_width 192 --head_depth 1 --head_heads 4 --llm_width 32 "
-         "--llm_depth 1 --llm_heads 2 --batch 8 --micro_batch 4 --workers 0 --log_every 2 --save_every 4 "
-         "--preview_every 0 --warmup 2 --decay_start 2 --decay_end 8 --sampling_steps 2 "
-         "--questions 0.5 --llm_start 0").split()
-SIZES = dict(width=32, depth=1, heads=2, head_width=0, class_dropout=0.0)
-DRAW, EMPTY = ([("user", text), ("assistant", "<image>")] for text in ("a red circle", ""))
-LOOK = [("user", "<image>\nwhat is it?"), ("assistant", "a star"), ("user", "sure?"), ("assistant", "yes")]
-TALK = [("user", "how are you?"), ("assistant", "fine")]
+FLAGS = ["--width", "32", "--depth", "1", "--heads", "2",
+         "--head_width", "192", "--head_depth", "1", "--head_heads", "4",
+         "--llm_width", "32", "--llm_depth", "1", "--llm_heads", "2",
+         "--batch", "8", "--micro_batch", "4", "--workers", "0",
+         "--log_every", "2", "--save_every", "4", "--preview_every", "0",
+         "--warmup", "2", "--decay_start", "2", "--decay_end", "8", "--sampling_steps", "2",
+         "--questions", "0.5", "--llm_start", "0"]
+
+NO_HEAD = dict(head_width=0)
+SMALL_HEAD = dict(head_width=48, head_depth=1, head_heads=3)
+
+# Conversations of all kinds.
+DRAWING = [("user", "a red circle"), ("assistant", "<image>")]
+EMPTY = [("user", ""), ("assistant", "<image>")]
+LOOKING = [("user", "<image>\nwhat is it?"), ("assistant", "a star"),
+           ("user", "sure?"), ("assistant", "yes")]
+TALKING = [("user", "how are you?"), ("assistant", "fine")]
 
 
 @pytest.fixture(scope="module")
@@ -42,641 +83,1176 @@ def tokenizer():
     return Tokenizer(TOKENIZER)
 
 
-def tiny(tokenizer, connector="linear", **changes):
-    """A T2I of 8 channels on a 4 x 4 grid, all of whose parameters matter."""
+def small_t2i(tokenizer, connector="linear", plan=0, class_dropout=0.0, head=NO_HEAD):
+    """A T2I of 8 channels on a 4 x 4 grid, with random weights everywhere, always the same."""
     torch.manual_seed(1)
-    llm = Qwen2(len(tokenizer), 32, 64, 2, 2, 2, 1e4, 1e-6, False)
-    plan = changes.pop("plan", 0)
-    dit = build_dit({**SIZES, **changes}, 8, 4, None)
-    model = T2I(llm, tokenizer, dit, connector, regression=True, plan=plan)
-    for p in (p for p in model.parameters() if p.requires_grad):
-        torch.nn.init.normal_(p, std=max(p.shape[-1], 16) ** -0.5)
-    return model
+    llm = Qwen2(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    flags = dict(width=32, depth=1, heads=2, class_dropout=class_dropout, **head)
+    t2i = T2I(llm, tokenizer, build_dit(flags, 8, 4, None), connector, regression=True, plan=plan)
+    for parameter in t2i.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=max(parameter.shape[-1], 16) ** -0.5)
+    return t2i
 
 
-def batch(tokenizer, talks, draws=1):
-    ids, labels, kind, _ = tokenise(tokenizer, talks, 16)
-    k = draws * max(1, int((kind > 0).sum()))
-    return ids, labels, torch.randn(len(talks), 8, 4, 4), kind, torch.rand(k), torch.randn(k, 8, 4, 4)
+def random_batch(tokenizer, conversations, draws=1):
+    """The inputs of T2I.forward for these conversations, with random latents, times and noise."""
+    ids, labels, tasks, _ = tokenize(tokenizer, conversations, 16)
+    k = draws * max(1, int((tasks != UNDERSTAND).sum()))
+    latents = torch.randn(len(conversations), 8, 4, 4)
+    return dict(ids=ids, labels=labels, latents=latents, tasks=tasks, t=torch.rand(k),
+                eps=torch.randn(k, 8, 4, 4))
 
 
-def rows(folder):
-    return [json.loads(row) for row in (folder / "log.jsonl").read_text().splitlines()]
+# ---------------------------------------------------------------------------- words about scenes
+def place(obj):
+    """Such as "small red star c7": column c of a to j, row 7."""
+    column = chr(ord("a") + int(10 * obj.centre[0]))
+    row = int(10 * obj.centre[1])
+    return f"{obj.size} {obj.name} {column}{row}"
 
 
-# ---------------------------------------------------------------------------------- what is said of a scene
-def place(o):                                              # "small red star c7": column c of a to j, row 7
-    return f"{o.size} {o.name} {chr(97 + int(10 * o.centre[0]))}{int(10 * o.centre[1])}"
+def from_the_top(scene):
+    return sorted(scene.objects, key=lambda obj: obj.centre[::-1])
 
 
-def test_what_is_said_of_scenes_is_true(monkeypatch):
-    monkeypatch.setattr(train_t2i, "reword", lambda text, rng: text)
-    data = open_data("shapes", 16, chat=partial(converse, questions=0.5))
-    aligned, names = Counter(), Counter()
-    before, after = ALIGN.split("{}")
-    for k in range(1000):
-        item, scene = data[k], Scene.random(0, k)
-        if scene.held_out():                               # another scene took its place
-            continue
-        said = [text.removeprefix("<image>\n") for _, text in item["text"]]
-        if len(said) == 2:
-            names["draw"] += 1
-            shapes = [o.shape for o in scene.objects]
-            plan, after_it = said[1].split("<image>")
-            assert sorted(plan.split(", ")) == sorted(place(o) for o in scene.objects) and after_it == ""
-            found = [said[0].find(next(x for x in (part[:-3], part.split(" ", 1)[1][:-3], part.split()[2])
-                                       if x in said[0])) for part in plan.split(", ")]
-            assert found == sorted(found)                  # in the order of the prompt
-            assert said[0] == train_t2i.listing(shapes) or holds(said[0], scene)
-            continue
-        names["look"] += 1
-        assert len(said) == 6 and item["text"][0][1].startswith("<image>\n")
-        for question, told in zip(said[::2], said[1::2]):
-            if question.startswith(before):
-                text = question.removeprefix(before).removesuffix(after)
-                assert holds(text, scene) == (told == "yes"), (text, scene.caption())
-                aligned[told] += 1
-            elif question == DESCRIBE:
-                assert holds(told, scene)
-            elif question.lower().startswith("where is "):
-                thing = question.removeprefix("where is the ").removesuffix("?")
-                found = [place(o) for o in sorted(scene.objects, key=lambda o: o.centre[::-1])]
-                cells = [text[-2:] for text in found if thing in text.replace(text.split()[2], "object") or
-                         thing in text]
-                names["everywhere" if question == WHERE else "nowhere" if told == "nowhere" else "where"] += 1
-                assert told == (", ".join(found) if question == WHERE else ", ".join(cells) or "nowhere")
+@pytest.fixture(scope="module")
+def conversations():
+    """(scene, texts) for 1000 scenes, half of them to understand, in the words of captions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "reword", lambda text, rng: text)
+        data = open_data("shapes", 16, conversation=partial(converse, questions=0.5))
+        found = []
+        for k in range(1000):
+            scene = Scene.random(0, k)
+            if scene.held_out():                       # another scene takes its place
+                continue
+            found.append((scene, [text for _, text in data[k]["text"]]))
+        return found
+
+
+def first_mention(prompt, description):
+    """Where a prompt first names what is at a place of the plan."""
+    size, colour, shape, _ = description.split()
+    for name in (f"{size} {colour} {shape}", f"{colour} {shape}", shape):
+        if name in prompt:
+            return prompt.find(name)
+    raise AssertionError(f"{prompt!r} does not name {description!r}")
+
+
+def test_prompts_and_plans_are_true(conversations):
+    drawing = [(scene, texts) for scene, texts in conversations if len(texts) == 2]
+    assert len(drawing) > 100
+    for scene, (prompt, reply) in drawing:
+        shapes = [obj.shape for obj in scene.objects]
+        assert prompt == listing(shapes) or holds(prompt, scene)
+        plan, after_image = reply.split("<image>")
+        assert after_image == ""
+        places = plan.split(", ")
+        assert sorted(places) == sorted(place(obj) for obj in scene.objects)
+        mentions = [first_mention(prompt, description) for description in places]
+        assert mentions == sorted(mentions)
+
+
+def expected_answer(question, scene):
+    """The answer to a question about a scene that training asks, by independent means."""
+    before, after = ALIGN_QUESTION.split("{}")
+    if question.startswith(before):
+        prompt = question.removeprefix(before).removesuffix(after)
+        return "yes" if holds(prompt, scene) else "no"
+    places = [place(obj) for obj in from_the_top(scene)]
+    if question == WHERE_QUESTION:
+        return ", ".join(places)
+    if question.startswith("where is the "):
+        thing = question.removeprefix("where is the ").removesuffix("?")
+        cells = []
+        for description in places:
+            size, colour, shape, cell = description.split()
+            if thing in (shape, f"{colour} {shape}", f"{colour} object"):
+                cells.append(cell)
+        return ", ".join(cells) or "nowhere"
+    return answer(question, scene)
+
+
+def test_answers_are_true(conversations):
+    looking = [(scene, texts) for scene, texts in conversations if len(texts) > 2]
+    assert len(looking) > 100
+    for scene, texts in looking:
+        assert len(texts) == 6
+        assert texts[0].startswith("<image>\n")
+        questions = [text.removeprefix("<image>\n") for text in texts[::2]]
+        for question, reply in zip(questions, texts[1::2], strict=True):
+            if question == DESCRIBE_QUESTION:
+                assert holds(reply, scene)
             else:
-                assert told == answer(question, scene)
-    assert abs(names["look"] / (names["look"] + names["draw"]) - 0.5) < 0.05
-    assert abs(aligned["no"] / aligned.total() - 0.48) < 0.1 and aligned["no"] > 150
-    assert min(names[x] for x in ("everywhere", "where", "nowhere")) > 10
+                assert reply == expected_answer(question, scene), (question, scene.caption())
+
+
+def test_all_kinds_of_conversations_are_frequent(conversations):
+    looking = [texts for _, texts in conversations if len(texts) > 2]
+    aligned = Counter()
+    where = Counter()
+    for texts in looking:
+        for question, reply in zip(texts[::2], texts[1::2], strict=True):
+            question = question.removeprefix("<image>\n")
+            if question.startswith("Does this image align"):
+                aligned[reply] += 1
+            elif question == WHERE_QUESTION:
+                where["everything"] += 1
+            elif question.startswith("where is the "):
+                where["nowhere" if reply == "nowhere" else "somewhere"] += 1
+
+    assert abs(len(looking) / len(conversations) - 0.5) < 0.05
+    assert abs(aligned["no"] / aligned.total() - 0.48) < 0.1
+    assert aligned["no"] > 150
+    assert min(where["everything"], where["somewhere"], where["nowhere"]) > 10
+
+
+def held_out_scene(scene, rng):
+    """In place of altered(): some scene that training must not show."""
+    while True:
+        other = Scene.random(9, int(rng.integers(9999)))
+        if other.held_out():
+            return other
 
 
 def test_no_training_text_names_what_is_held_out(monkeypatch):
     """Neither as a scene nor as a wrong prompt, which would teach that it is never right."""
-    monkeypatch.setattr(train_t2i, "reword", lambda text, rng: text)
-    data, seen = open_data("shapes", 16, seed=3, chat=partial(converse, questions=0.6)), 0
-    monkeypatch.setattr(train_t2i, "altered", lambda scene, rng: next(
-        other for i in range(999) if (other := Scene.random(9, int(rng.integers(9999)))).held_out()))
+    monkeypatch.setattr(language, "reword", lambda text, rng: text)
+    monkeypatch.setattr(language, "altered", held_out_scene)
+    data = open_data("shapes", 16, seed=3, conversation=partial(converse, questions=0.6))
+
+    num_looking = 0
     for k in range(300):
-        said = [text for _, text in data[k]["text"]]
-        wrong = [q for q, told in zip(said[::2], said[1::2]) if told == "no" and "align" in q]
-        assert not wrong
-        seen += len(said) == 6
-    assert seen > 100 and sum(Scene.random(3, k).held_out() for k in range(300)) > 20
+        texts = [text for _, text in data[k]["text"]]
+        num_looking += len(texts) == 6
+        for question, reply in zip(texts[::2], texts[1::2], strict=True):
+            assert not ("align" in question and reply == "no")
+
+    assert num_looking > 100
+    assert sum(Scene.random(3, k).held_out() for k in range(300)) > 20
+
+
+def conversations_of_seed(seed):
+    data = open_data("shapes", 16, seed=seed, conversation=partial(converse, questions=0.25))
+    return [data[k]["text"] for k in range(400)]
 
 
 def test_conversations_are_a_function_of_seed_and_number():
-    chat = partial(converse, questions=0.25)
-    one, two, other = (open_data("shapes", 16, seed=seed, chat=chat) for seed in (1, 1, 2))
-    talks = [one[k]["text"] for k in range(400)]
-    assert talks == [two[k]["text"] for k in reversed(range(400))][::-1]
-    assert talks[:50] != [other[k]["text"] for k in range(50)]
-    share = sum(len(talk) > 2 for talk in talks) / 400
-    assert abs(share - 0.25) < 0.07
-    sizes = [len(Scene.random(1, k).objects) for k in range(400)]       # whatever is in the scene
-    asked = Counter(n for n, talk in zip(sizes, talks) if len(talk) > 2)
-    assert min(asked[n] for n in (1, 2, 3, 4)) > 10
-    starts = Counter(talk[0][1].split()[0] for talk in talks)
-    assert {"draw", "generate", "can", "please", "i", "a", "two"} <= starts.keys()
+    data = open_data("shapes", 16, seed=1, conversation=partial(converse, questions=0.25))
+    backwards = [data[k]["text"] for k in reversed(range(400))]
+    conversations = conversations_of_seed(1)
+    assert conversations == backwards[::-1]
+    assert conversations[:50] != conversations_of_seed(2)[:50]
 
 
-def test_kinds_of_conversations(tokenizer):
-    ids, labels, kind, cut = tokenise(tokenizer, [DRAW, EMPTY, LOOK, TALK], 16)
-    assert kind.tolist() == [1, 2, 0, 0] and cut == 0
-    assert ((ids == IMAGE).sum(1)).tolist() == [16, 16, 16, 0]
-    assert (labels[ids == IMAGE] < 0).all() and (labels[ids < 0] < 0).all()
-    long = [[("user", "a red circle " * 50), ("assistant", "<image>")], DRAW]
-    ids, _, _, cut = tokenise(tokenizer, long, 16, 100)
-    assert cut == 1 and ids.shape[1] <= 100
+def test_questions_do_not_depend_on_what_is_in_the_scene():
+    conversations = conversations_of_seed(1)
+    is_asked = [len(turns) > 2 for turns in conversations]
+    asked_by_objects = Counter()
+    for k in range(400):
+        if is_asked[k]:
+            asked_by_objects[len(Scene.random(1, k).objects)] += 1
+    assert abs(sum(is_asked) / 400 - 0.25) < 0.07
+    assert min(asked_by_objects[n] for n in (1, 2, 3, 4)) > 10
 
 
-# ---------------------------------------------------------------------------------- losses and gradients
-@pytest.mark.parametrize("talks", [[DRAW], [LOOK], [TALK, TALK], [EMPTY], [DRAW, LOOK, TALK, EMPTY]])
-@pytest.mark.parametrize("more", [{}, dict(head_width=48, head_depth=1, head_heads=3)])
-def test_every_parameter_has_a_gradient_whatever_the_batch(tokenizer, talks, more):
-    model = tiny(tokenizer, "mlp2" if more else "linear", class_dropout=0.1, **more).train()
-    ce, error, loss = model(*batch(tokenizer, talks))
-    (ce + (error.sum() + loss.sum()) * any(turns[-1][1] == "<image>" for turns in talks)).backward()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert p.grad is not None and p.grad.isfinite().all(), name
-    grads = {k: float(p.grad.abs().sum()) for k, p in model.named_parameters() if p.grad is not None}
-    assert (grads["latent_queries"] > 0) == (DRAW in talks or EMPTY in talks)
-    assert (grads["mm_projector.0.weight"] > 0) == (LOOK in talks)
-    assert (grads["dit.x_embedder.proj.weight"] > 0) == (DRAW in talks or EMPTY in talks)
+def test_prompts_begin_in_many_ways():
+    first_words = {turns[0][1].split()[0] for turns in conversations_of_seed(1)}
+    assert {"draw", "generate", "can", "please", "i", "a", "two"} <= first_words
 
 
+# ---------------------------------------------------------------------------- tokens
+def test_tasks_of_conversations(tokenizer):
+    batch = [DRAWING, EMPTY, LOOKING, TALKING]
+    ids, labels, tasks, num_cut = tokenize(tokenizer, batch, 16)
+    assert tasks.tolist() == [DRAW, DRAW_UNCONDITIONED, UNDERSTAND, UNDERSTAND]
+    assert num_cut == 0
+    assert (ids == IMAGE).sum(1).tolist() == [16, 16, 16, 0]
+    assert (labels[ids == IMAGE] == NO_LABEL).all()
+    assert (labels[ids < 0] == NO_LABEL).all()
+
+
+def test_long_conversations_are_cut_to_the_context(tokenizer):
+    long = [("user", "a red circle " * 50), ("assistant", "<image>")]
+    ids, _, _, num_cut = tokenize(tokenizer, [long, DRAWING], 16, context=100)
+    assert num_cut == 1
+    assert ids.shape[1] <= 100
+
+
+# ---------------------------------------------------------------------------- losses and gradients
+@pytest.mark.parametrize("batch", [
+    pytest.param([DRAWING], id="drawing"),
+    pytest.param([LOOKING], id="looking"),
+    pytest.param([TALKING, TALKING], id="talking"),
+    pytest.param([EMPTY], id="empty"),
+    pytest.param([DRAWING, LOOKING, TALKING, EMPTY], id="all")])
+@pytest.mark.parametrize("connector, head", [("linear", NO_HEAD), ("mlp2", SMALL_HEAD)])
+def test_every_parameter_has_a_gradient_whatever_the_batch(tokenizer, batch, connector, head):
+    t2i = small_t2i(tokenizer, connector, class_dropout=0.1, head=head).train()
+    draws = DRAWING in batch or EMPTY in batch
+
+    cross_entropy, error, flow = t2i(**random_batch(tokenizer, batch))
+    (cross_entropy + error.sum() + flow.sum()).backward()
+
+    assert bool(error.sum() > 0) == draws
+    assert bool(flow.sum() > 0) == draws
+    for name, parameter in t2i.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    assert bool(t2i.latent_queries.grad.any()) == draws
+    assert bool(t2i.dit.x_embedder.proj.weight.grad.any()) == draws
+    assert bool(t2i.mm_projector[0].weight.grad.any()) == (LOOKING in batch)
+
+
+def single_pass(t2i, turns, latents=None):
+    """Ids l, labels l and hidden states l d of one conversation, without batch or padding.
+
+    latents: c h w of the image to understand; None: it is to be drawn.
+    """
+    ids, labels, _ = t2i.tokenizer.chat(turns, 16)
+    if latents is None:
+        image = t2i.latent_queries
+    else:
+        image = t2i.mm_projector(rearrange(latents, "c h w -> (h w) c"))
+    embeddings = []
+    position = 0
+    for token in ids:
+        if token == IMAGE:
+            embeddings.append(image[position])
+            position += 1
+        else:
+            embeddings.append(t2i.llm.embed_tokens.weight[token])
+    hidden = t2i.llm(torch.stack(embeddings)[None])[0]
+    return torch.tensor(ids), torch.tensor(labels), hidden
+
+
+@torch.no_grad()
 def test_losses_equal_those_of_single_conversations(tokenizer):
-    model = tiny(tokenizer).eval()
-    talks = [DRAW, LOOK, TALK, EMPTY, DRAW[:1] + [("assistant", "well: <image>")]]
-    ids, labels, latents, kind, t, eps = batch(tokenizer, talks, draws=2)
-    with torch.no_grad():
-        ce, error, loss = model(ids, labels, latents, kind, t, eps)
-        parts = [model(ids[s], labels[s], latents[s], kind[s], t[:2], eps[:2])[0]
-                 for s in ([0, 1], [2], [3, 4])]
-        wanted, conditions, errors = 0.0, {}, []
-        for i, turns in enumerate(talks):                               # literally, one by one, not padded
-            row, label, _ = tokenizer.chat(turns, 16)
-            x, image = [], iter(range(16))
-            for token in row:
-                if token == IMAGE:
-                    j = next(image)
-                    z = latents[i].flatten(1)[:, j]
-                    x.append(model.mm_projector(z) if turns is LOOK else model.latent_queries[j])
-                else:
-                    x.append(model.llm.embed_tokens.weight[token])
-            hidden = model.llm(torch.stack(x)[None])[0]
-            logits = model.llm.logits(hidden)
-            pairs = [(logits[k - 1], label[k]) for k in range(1, len(row)) if label[k] >= 0]
-            wanted += sum(F.cross_entropy(p[None], torch.tensor([y])) for p, y in pairs)
-            if turns not in (LOOK, TALK):
-                told = [hidden[k] for k, token in enumerate(row) if token == IMAGE]
-                told = model.regression(torch.stack(told))
-                errors.append((told - latents[i].flatten(1).T).square().mean())
-                y = torch.stack([hidden[k] for k, token in enumerate(row) if token == IMAGE])
-                conditions[i] = model.dit.null(torch.empty(16, 32)) if turns is EMPTY else \
-                    model.diff_head_projector(y)
-        flows = [flow_matching_loss(model.dit, latents[i][None], y[None], t[k:k + 1], eps[k:k + 1])
-                 for k, (i, y) in enumerate([*conditions.items()] * 2)]
-    torch.testing.assert_close(ce, wanted, atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(sum(parts), ce, atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(error, torch.stack(errors), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, torch.cat(flows), atol=1e-5, rtol=1e-5)
+    t2i = small_t2i(tokenizer).eval()
+    drawing_after_a_word = [("user", "a red circle"), ("assistant", "well: <image>")]
+    conversations = [DRAWING, LOOKING, TALKING, EMPTY, drawing_after_a_word]
+    batch = random_batch(tokenizer, conversations, draws=2)
+
+    cross_entropy, error, flow = t2i(**batch)
+
+    expected_cross_entropy = 0.0
+    expected_error = []
+    drawn = []                                         # latents and conditions
+    for turns, latents in zip(conversations, batch["latents"], strict=True):
+        ids, labels, hidden = single_pass(t2i, turns, latents if turns is LOOKING else None)
+        logits = t2i.llm.logits(hidden)
+        expected_cross_entropy += F.cross_entropy(logits[:-1], labels[1:], ignore_index=NO_LABEL,
+                                                  reduction="sum")
+        if turns is LOOKING or turns is TALKING:
+            continue
+        states = hidden[ids == IMAGE]                  # n d
+        tokens = rearrange(latents, "c h w -> (h w) c")
+        expected_error.append((t2i.regression(states) - tokens).square().mean())
+        conditions = t2i.diff_head_projector(states)
+        if turns is EMPTY:
+            conditions = t2i.dit.null_condition(conditions)
+        drawn.append((latents, conditions))
+    expected_flow = []
+    for k, (latents, conditions) in enumerate(drawn + drawn):          # two draws
+        expected_flow.append(flow_matching_loss(t2i.dit, latents[None], conditions[None],
+                                                batch["t"][k:k + 1], batch["eps"][k:k + 1]))
+    torch.testing.assert_close(cross_entropy, expected_cross_entropy, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(error, torch.stack(expected_error), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flow, torch.cat(expected_flow), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cross_entropy_is_a_sum_over_the_parts_of_a_batch(tokenizer):
+    t2i = small_t2i(tokenizer).eval()
+    batch = random_batch(tokenizer, [DRAWING, LOOKING, TALKING, EMPTY, DRAWING])
+    whole, _, _ = t2i(**batch)
+
+    total = 0.0
+    for rows in ([0, 1], [2], [3, 4]):
+        cross_entropy, _, _ = t2i(batch["ids"][rows], batch["labels"][rows], batch["latents"][rows],
+                                  batch["tasks"][rows], batch["t"][:2], batch["eps"][:2])
+        total += cross_entropy
+
+    torch.testing.assert_close(total, whole, atol=1e-3, rtol=1e-5)
 
 
 def test_an_empty_prompt_is_the_dropped_condition(tokenizer):
-    model, always = tiny(tokenizer).train(), tiny(tokenizer, class_dropout=1.0).train()
-    empty, full = batch(tokenizer, [EMPTY]), batch(tokenizer, [DRAW])
-    empty, full = ([*x[:2], *full[2:3], x[3], *full[4:]] for x in (empty, full))
-    assert torch.equal(model(*empty)[2], always(*full)[2])
-    assert not torch.equal(model(*empty)[2], model(*full)[2])
-    y = model.conditions(["", "a red circle"])
-    assert torch.equal(y[0], model.dit.null(y[0])) and not torch.equal(y[1], model.dit.null(y[1]))
+    t2i = small_t2i(tokenizer).train()
+    always_dropped = small_t2i(tokenizer, class_dropout=1.0).train()
+    drawing = random_batch(tokenizer, [DRAWING])
+    empty = random_batch(tokenizer, [EMPTY])
+    for name in ("latents", "t", "eps"):
+        empty[name] = drawing[name]
+
+    _, _, flow_of_empty = t2i(**empty)
+    _, _, flow_of_dropped = always_dropped(**drawing)
+    _, _, flow_of_prompt = t2i(**drawing)
+
+    assert torch.equal(flow_of_empty, flow_of_dropped)
+    assert not torch.equal(flow_of_empty, flow_of_prompt)
 
 
-def record_of_a_run(tmp_path, *flags, **patches):
-    go(train_t2i, *FLAGS, *flags, "--out", tmp_path)
-    return rows(tmp_path)[-1]
+def test_conditions_of_an_empty_prompt_are_null(tokenizer):
+    t2i = small_t2i(tokenizer).train()
+    of_empty, of_prompt = t2i.conditions(["", "a red circle"])
+    null = t2i.dit.null_condition(of_empty)
+    assert torch.equal(of_empty, null)
+    assert not torch.equal(of_prompt, null)
 
 
-def test_logged_losses_are_means_over_the_whole_batch(tmp_path, monkeypatch):
-    """The gradient is that of the mean over all tokens plus flow_weight times that over all images."""
-    seen, forward = [], T2I.forward
-    monkeypatch.setattr(T2I, "forward", lambda self, ids, labels, *rest: seen.append(
-        [(labels >= 0).sum(), *(out := forward(self, ids, labels, *rest)), rest[1]]) or out)
-    record = record_of_a_run(tmp_path, "--steps", 1, "--balance", "off", "--prediction", "v",
-                             "--flow_weight", 3)
-    tokens = sum(n for n, *_ in seen)
-    ce = float(sum(ce.detach() for _, ce, *_ in seen) / tokens)
-    assert len(seen) == 2 and abs(record["cross_entropy"] - ce) < 1e-5
-    flow = torch.cat([loss for *_, loss, kind in seen if (kind > 0).any()]).mean()
+# ---------------------------------------------------------------------------- losses of a run
+def last_record(folder, *flags):
+    """The last record in the log of a run with these flags."""
+    run_script(train_t2i, *FLAGS, *flags, "--out", folder)
+    return read_log(folder)[-1]
+
+
+@pytest.fixture
+def recorded_passes(monkeypatch):
+    """Tasks, numbers of tokens to learn, and losses of every forward pass of a T2I."""
+    passes = []
+    forward = T2I.forward
+
+    def recording_forward(t2i, ids, labels, latents, tasks, t, eps):
+        cross_entropy, error, flow = forward(t2i, ids, labels, latents, tasks, t, eps)
+        passes.append(dict(tasks=tasks, num_tokens=int((labels != NO_LABEL).sum()),
+                           cross_entropy=cross_entropy.detach(), error=error.detach(),
+                           flow=flow.detach()))
+        return cross_entropy, error, flow
+
+    monkeypatch.setattr(T2I, "forward", recording_forward)
+    return passes
+
+
+def test_logged_losses_are_means_over_the_whole_batch(tmp_path, recorded_passes):
+    """The loss is the mean over all tokens plus flow_weight times the mean over all images."""
+    record = last_record(tmp_path, "--steps", 1, "--balance", "off", "--prediction", "v",
+                         "--flow_weight", 3)
+
+    assert len(recorded_passes) == 2
+    num_tokens = sum(one["num_tokens"] for one in recorded_passes)
+    cross_entropy = sum(one["cross_entropy"] for one in recorded_passes) / num_tokens
+    drawing = [one for one in recorded_passes if (one["tasks"] != UNDERSTAND).any()]
+    flow = torch.cat([one["flow"] for one in drawing]).mean()
+    error = torch.cat([one["error"] for one in drawing]).mean()
+    assert abs(record["cross_entropy"] - float(cross_entropy)) < 1e-5
     assert abs(record["flow"] - float(flow)) < 1e-5
-    error = torch.cat([error for *_, error, _, kind in seen if (kind > 0).any()]).mean()
     assert abs(record["regression"] - float(error)) < 1e-5
-    assert abs(record["loss"] - record["cross_entropy"] - 3 * record["flow"] - record["regression"]) < 1e-5
+    total = record["cross_entropy"] + 3 * record["flow"] + record["regression"]
+    assert abs(record["loss"] - total) < 1e-5
 
 
-def test_the_first_steps_draw_without_prompts(tmp_path, monkeypatch):
-    """Until --llm_start the DiT has the null condition, and the language model learns by the other losses."""
-    kinds, forward = [], T2I.forward
-    monkeypatch.setattr(T2I, "forward", lambda self, ids, labels, latents, kind, *rest: kinds.append(
-        set(kind.tolist())) or forward(self, ids, labels, latents, kind, *rest))
-    record_of_a_run(tmp_path, "--steps", 4, "--micro_batch", 8, "--llm_start", 2)
-    assert kinds == [{0, 2}, {0, 2}, {0, 1}, {0, 1}]
+def test_the_first_steps_draw_without_prompts(tmp_path, recorded_passes):
+    """Until --llm_start the DiT has the null condition; the LLM learns by its other losses."""
+    last_record(tmp_path, "--steps", 4, "--micro_batch", 8, "--llm_start", 2)
+    tasks = [set(one["tasks"].tolist()) for one in recorded_passes]
+    before = {UNDERSTAND, DRAW_UNCONDITIONED}
+    after = {UNDERSTAND, DRAW}
+    assert tasks == [before, before, after, after]
 
 
-def test_micro_batches_give_the_gradient_of_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_t2i, "time_shift", lambda t, *_: torch.full_like(t, 0.3))
-    monkeypatch.setattr(torch, "randn", lambda *shape, **how: torch.ones(*shape, **how) * 0.7)
-    seen = []
-    monkeypatch.setattr(runtime, "step_optimizers", lambda opts, model, *rest: seen.append(
-        {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}) or 0.0)
-    for n in (8, 2, 1):                                    # of one conversation too: drawing or understanding
-        go(train_t2i, *FLAGS, "--micro_batch", n, "--steps", 1, "--dtype", "fp32", "--class_dropout", 0,
-           "--guidance", 1, "--out", tmp_path / str(n))
-    assert difference(seen[0], seen[1]) < 1e-5 and difference(seen[0], seen[2]) < 1e-5
+def gradients_of_first_step(monkeypatch, folder, micro_batch):
+    """Gradients before the first update, with the same time and noise for all images."""
+    gradients = {}
+
+    def keep_gradients(optimizers, model, *rest):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.clone()
+        return 0.0
+
+    def constant_noise(*shape, **options):
+        return 0.7 * torch.ones(*shape, **options)
+
+    monkeypatch.setattr(train_t2i, "sample_times", lambda n, *_: torch.full((n,), 0.3))
+    monkeypatch.setattr(torch, "randn", constant_noise)
+    monkeypatch.setattr(runtime, "optimizer_step", keep_gradients)
+    run_script(train_t2i, *FLAGS, "--micro_batch", micro_batch, "--steps", 1, "--dtype", "fp32",
+               "--class_dropout", 0, "--guidance", 1, "--out", folder)
+    return gradients
 
 
-# ---------------------------------------------------------------------------------- conditions and scores
-PROMPTS = ["a red circle", "two blue stars and a green ring above a yellow cross", "a star", "nothing"]
+@pytest.mark.parametrize("micro_batch", [2, 1])        # 1: either drawing or understanding
+def test_micro_batches_give_the_gradient_of_the_whole(micro_batch, tmp_path, monkeypatch):
+    whole = gradients_of_first_step(monkeypatch, tmp_path / "whole", 8)
+    split = gradients_of_first_step(monkeypatch, tmp_path / "split", micro_batch)
+    assert largest_difference(whole, split) < 1e-5
 
 
+# ---------------------------------------------------------------------------- conditions and plans
+PROMPTS = ["a red circle", "two blue stars and a green ring above a yellow cross", "a star",
+           "nothing"]
+
+
+def single_conditions(t2i, prompt, plan=""):
+    """Conditions n d of one prompt, without batch or padding."""
+    ids, _, hidden = single_pass(t2i, [("user", prompt), ("assistant", f"{plan}<image>")])
+    return t2i.diff_head_projector(hidden[ids == IMAGE])
+
+
+@torch.no_grad()
 def test_conditions_do_not_depend_on_the_batch(tokenizer):
-    model = tiny(tokenizer).eval()
-    together = model.conditions(PROMPTS)
-    assert together.shape == (4, 16, 32) and together.dtype == torch.float32
-    for prompt, y in zip(PROMPTS, together):
-        torch.testing.assert_close(model.conditions([prompt])[0], y, atol=1e-5, rtol=1e-5)
-    ids, _, _ = tokenizer.chat([("user", PROMPTS[1]), ("assistant", "<image>")], 16)
-    x = torch.stack([model.llm.embed_tokens.weight[max(i, 0)] for i in ids])
-    x[torch.tensor(ids) == IMAGE] = model.latent_queries
-    y = model.diff_head_projector(model.llm(x[None])[0][torch.tensor(ids) == IMAGE])
-    torch.testing.assert_close(together[1], y, atol=1e-5, rtol=1e-5)
+    t2i = small_t2i(tokenizer).eval()
+    together = t2i.conditions(PROMPTS)
+    assert together.shape == (4, 16, 32)
+    assert together.dtype == torch.float32
+    for prompt, conditions in zip(PROMPTS, together, strict=True):
+        alone = t2i.conditions([prompt])[0]
+        torch.testing.assert_close(alone, conditions, atol=1e-5, rtol=1e-5)
+        expected = single_conditions(t2i, prompt)
+        torch.testing.assert_close(conditions, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a_plan_is_said_before_the_image(tokenizer):
-    """The same for any batch; what it says stands before the queries, and each luck says something else."""
-    model, luck = tiny(tokenizer, plan=6).eval(), torch.rand(4, 6)
-    said = model.plans(PROMPTS, luck)
-    assert said == [model.plans([prompt], row[None])[0] for prompt, row in zip(PROMPTS, luck)]
-    assert said != model.plans(PROMPTS, torch.rand(4, 6)) and model.plans(PROMPTS) == model.plans(PROMPTS)
-    y = model.conditions(PROMPTS, luck)
-    for prompt, plan, row in zip(PROMPTS, said, y):
-        ids, _, _ = tokenizer.chat([("user", prompt), ("assistant", f"{plan}<image>")], 16)
-        x = torch.stack([model.llm.embed_tokens.weight[max(i, 0)] for i in ids])
-        x[torch.tensor(ids) == IMAGE] = model.latent_queries
-        own = model.diff_head_projector(model.llm(x[None])[0][torch.tensor(ids) == IMAGE])
-        torch.testing.assert_close(row, own, atol=1e-5, rtol=1e-5)
-    model.plan = 0
-    assert not torch.allclose(model.conditions(PROMPTS), y, atol=1e-3)
+def test_plans_do_not_depend_on_the_batch(tokenizer):
+    t2i = small_t2i(tokenizer, plan=6).eval()
+    uniforms = torch.rand(4, 6)
+    plans = t2i.plans(PROMPTS, uniforms)
+    for i, prompt in enumerate(PROMPTS):
+        assert t2i.plans([prompt], uniforms[i:i + 1]) == [plans[i]]
 
 
 @torch.no_grad()
-def test_plans_of_images_differ_but_not_by_the_batch(tokenizer, monkeypatch):
-    """Equal prompts are planned anew for each image number; what ends a turn or names an image is cut."""
-    model, seen = tiny(tokenizer, plan=6).eval(), []
-    monkeypatch.setattr(model, "conditions", lambda texts, luck: seen.extend(
-        model.plans(texts, luck)) or torch.zeros(len(texts), 16, 32))
-    args = sample.parse_args(["--prompt", "-", "--sampling_steps", "1", "--guidance", "1"])
-    z = sample.draw_prompts(model, ["a star"] * 4, args, range(4))
-    together = [*seen]
+def test_other_numbers_draw_other_plans(tokenizer):
+    t2i = small_t2i(tokenizer, plan=6).eval()
+    assert t2i.plans(PROMPTS, torch.rand(4, 6)) != t2i.plans(PROMPTS, torch.rand(4, 6))
+    assert t2i.plans(PROMPTS) == t2i.plans(PROMPTS)
+
+
+@torch.no_grad()
+def test_a_plan_stands_before_the_image(tokenizer):
+    t2i = small_t2i(tokenizer, plan=6).eval()
+    uniforms = torch.rand(4, 6)
+    plans = t2i.plans(PROMPTS, uniforms)
+    conditions = t2i.conditions(PROMPTS, uniforms)
+    for i, prompt in enumerate(PROMPTS):
+        expected = single_conditions(t2i, prompt, plans[i])
+        torch.testing.assert_close(conditions[i], expected, atol=1e-5, rtol=1e-5)
+    t2i.plan = 0
+    assert not torch.allclose(t2i.conditions(PROMPTS), conditions, atol=1e-3)
+
+
+def sampling_args(*flags):
+    return sample.parse_args(["--prompt", "-", "--sampling_steps", "1", *flags])
+
+
+@torch.no_grad()
+def test_plans_of_equal_prompts_differ_but_not_by_the_batch(tokenizer, monkeypatch):
+    """The plan of an image is a function of the image's number."""
+    t2i = small_t2i(tokenizer, plan=6).eval()
+    args = sampling_args("--guidance", "1")
+    plans = []
+
+    def keep_plans(prompts, uniforms):
+        plans.extend(t2i.plans(prompts, uniforms))
+        return torch.zeros(len(prompts), 16, 32)
+
+    monkeypatch.setattr(t2i, "conditions", keep_plans)
+    together = sample.draw_prompts(t2i, ["a star", "a star", "a star", "a star"], args, range(4))
+    plans_together = list(plans)
+    plans.clear()
     for i in range(4):
-        torch.testing.assert_close(sample.draw_prompts(model, ["a star"], args, [i]), z[i:i + 1])
-    assert seen[4:] == together and len(set(together)) > 1
+        alone = sample.draw_prompts(t2i, ["a star"], args, [i])
+        torch.testing.assert_close(alone, together[i:i + 1])
+    assert plans == plans_together
+    assert len(set(plans)) > 1
+
+
+@torch.no_grad()
+def test_a_plan_ends_with_its_turn_and_names_no_image(tokenizer, monkeypatch):
+    t2i = small_t2i(tokenizer, plan=6).eval()
     said = [*tokenizer.encode("ab<image>c"), tokenizer.end, *tokenizer.encode("user")]
-    monkeypatch.setattr(model.llm, "generate", lambda *_: torch.tensor([said]))
-    assert model.plans(["a star"]) == ["abc"]
-    monkeypatch.undo()
-    monkeypatch.setattr(sample, "noise", lambda shape, *_: torch.full((1, *shape), 9.0))   # a share of 1
-    assert sample.draw_prompts(model, ["a star"], args, [0]).isfinite().all()
+    monkeypatch.setattr(t2i.llm, "generate", lambda *_: torch.tensor([said]))
+    assert t2i.plans(["a star"]) == ["abc"]
 
 
 @torch.no_grad()
-def test_long_prompts_are_cut_to_the_context(tokenizer, monkeypatch, capsys, tmp_path):
-    """As many tokens as were trained, plan and image included; short prompts stay; it is told."""
-    model = tiny(tokenizer, plan=4)
-    model.context = 90
-    texts = ["A red STAR", "a red star and " * 40, "\U0001f600" * 40]
-    fitted = model.fit(texts)
-    assert fitted[0] == texts[0] and texts[1].startswith(fitted[1]) and texts[2].startswith(fitted[2])
-    for text in fitted[1:]:
-        ids, _, cut = tokenizer.chat([("user", text), ("assistant", "<image>")], 16, 90 - 4)
-        assert not cut and len(ids) > 86 - 20
+def test_extreme_noise_draws_a_token_of_the_vocabulary(tokenizer, monkeypatch):
+    """Noise of 9 is the number 1 in fp32, which is not below 1."""
+    t2i = small_t2i(tokenizer, plan=6).eval()
+    args = sampling_args("--guidance", "1")
+    monkeypatch.setattr(sample, "noise", lambda shape, *_, **__: torch.full((1, *shape), 9.0))
+    assert sample.draw_prompts(t2i, ["a star"], args, [0]).isfinite().all()
+
+
+LONG_PROMPTS = ["A red STAR", "a red star and " * 40, "\U0001f600" * 40]
+
+
+def test_long_prompts_are_cut_to_the_context(tokenizer):
+    """To as many tokens as were trained with, plan and image included; short prompts stay."""
+    t2i = small_t2i(tokenizer, plan=4)
+    t2i.context = 90
+    short, long, emoji = t2i.fit(LONG_PROMPTS)
+    assert short == LONG_PROMPTS[0]
+    assert LONG_PROMPTS[1].startswith(long)
+    assert LONG_PROMPTS[2].startswith(emoji)
+    for prompt in (long, emoji):
+        turns = [("user", prompt), ("assistant", "<image>")]
+        ids, _, is_cut = tokenizer.chat(turns, 16, 90 - 4)
+        assert not is_cut
+        assert len(ids) > 86 - 20
+
+
+def test_a_context_without_room_for_prompts_is_refused(tokenizer):
+    t2i = small_t2i(tokenizer, plan=4)
+    t2i.context = 30
     with pytest.raises(ValueError, match="a context of 30 tokens leaves none for a prompt"):
-        model.context = 30
-        model.fit(texts)
-    model.context = 90
-    args = sample.parse_args(["--prompt", *texts, "--sampling_steps", "1", "--n", "3", "--seed", "1",
-                              "--out", str(tmp_path / "x.png")])
-    sample.main(args)
-    assert "2 prompts are longer than the model's context of 192 tokens allows" in capsys.readouterr().out
-    torch.testing.assert_close(sample.best_of(model, [texts[1]], args, [0]),
-                               sample.best_of(model, [fitted[1]], args, [0]))
+        t2i.fit(LONG_PROMPTS)
 
 
 @torch.no_grad()
-def test_the_shipped_model_draws_and_sees_what_is_asked():
+def test_long_prompts_are_drawn_as_they_are_cut(tokenizer):
+    t2i = small_t2i(tokenizer, plan=4)
+    t2i.context = 90
+    args = sampling_args("--seed", "1")
+    long = LONG_PROMPTS[1]
+    fitted = t2i.fit([long])
+    from_long = sample.best_of(t2i, [long], args, [0])
+    from_fitted = sample.best_of(t2i, fitted, args, [0])
+    torch.testing.assert_close(from_long, from_fitted)
+
+
+def test_sampling_says_which_prompts_are_cut(tmp_path, capsys):
+    sample.main(sample.parse_args(["--prompt", *LONG_PROMPTS, "--sampling_steps", "1", "--n", "3",
+                                   "--out", str(tmp_path / "x.png")]))
+    message = "2 prompts are longer than the model's context of 192 tokens allows"
+    assert message in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- the shipped model
+@torch.no_grad()
+def test_the_shipped_model_draws_what_is_asked():
     args = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
-    model, rae, _, _ = sample.load_models(args, "cpu", encoder=True)
-    kinds = "single object", "colours", "colour attribution"
-    asked = [test for test in shapes_eval() if test[0] in kinds][:12]
-    z = sample.draw_prompts(model, [prompt for _, prompt, *_ in asked], args, range(12))
-    seen = [read_scene(image) for image in sample.to_images(rae, z).numpy()]
-    assert sum(fulfilled(objects, *wanted) for objects, (_, _, *wanted) in zip(seen, asked)) >= 8
-    truth = [Scene.random(0, k, (1, 2)) for k in range(8)]
-    x = torch.from_numpy(np.stack([scene.render() for scene in truth])).movedim(3, 1).float() / 255
-    right, of = answered(model, rae.encode(x), truth).tolist()
-    assert right / of > 0.8
+    t2i, rae, _ = sample.load_t2i_models(args, "cpu")
+    categories = ("single object", "colours", "colour attribution")
+    tests = [test for test in shapes_eval_prompts() if test.category in categories][:12]
+
+    latents = sample.draw_prompts(t2i, [test.prompt for test in tests], args, range(12))
+    images = sample.to_images(rae, latents).numpy()
+
+    num_right = 0
+    for test, image in zip(tests, images, strict=True):
+        num_right += fulfils(read_scene(image), test.names, test.relation)
+    assert num_right >= 8
 
 
-def literally(model, z, text, verifier):
-    """A verifier's score of one latent c h w, from the text with its special tokens."""
-    tokenizer, bpe = model.tokenizer, model.tokenizer.bpe
-    def special(text):
-        bpe.encode_special_tokens = False
-        return bpe.encode(text, add_special_tokens=False).ids
-    def logits(ids):
-        x = torch.cat([seen if i == IMAGE else model.llm.embed_tokens.weight[i][None] for i, seen in
-                       ((i, model.mm_projector(rearrange(z, "c h w -> (h w) c"))) for i in ids)])
-        return model.llm.logits(model.llm(x[None])[0])
-    def chat(question):
-        head, tail = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<im_start>", \
-            f"<im_end>\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        return [*special(head), IMAGE, *special(tail)]
-    if "answer" in verifier:
-        ids, told = chat(f"Does this image align with the prompt: {text}?"), []
-        words = {w: {i[0] for v in (w, w.title(), w.upper(), " " + w) if len(i := special(v)) == 1}
-                 for w in ("yes", "no")}
-        p = logits(ids)[-1].softmax(0)
-        yes, no = (sum(float(p[i]) for i in words[w]) for w in ("yes", "no"))
-        if verifier == "answer":
-            return yes / (yes + no)
-        while len(told) < 8 and (not told or told[-1][0] != tokenizer.end):
-            last = logits(ids + [i for i, _ in told])[-1]
-            told.append((int(last.argmax()), float(last.max())))
-        yes, no = ([logit for i, logit in told if i in words[w]] for w in ("yes", "no"))
-        return bool(yes), (yes or [0.0])[-1], -(no or [0.0])[-1]
-    ids, prompt = chat("Describe this image."), special(text)
-    logp = logits(ids + prompt).log_softmax(1)[-len(prompt) - 1:]
-    if verifier == "likelihood":
-        return float(np.mean([float(row[i]) for row, i in zip(logp, prompt)]))
-    return float(-(logp[1:] + math.log(logp.shape[1])).mean())
+@torch.no_grad()
+def test_the_shipped_model_answers_questions():
+    t2i, rae, _ = load_t2i(release.SHIPPED_T2I, with_encoder=True)
+    scenes = [Scene.random(0, k, (1, 2)) for k in range(8)]
+    images = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
+    images = rearrange(images, "b h w c -> b c h w").float() / 255
+    right, asked = count_right_answers(t2i, rae.encode(images), scenes).tolist()
+    assert right / asked > 0.8
 
 
-@pytest.mark.parametrize("verifier", sample.VERIFIERS)
-def test_scores_equal_a_literal_recomputation(tokenizer, verifier):
-    model, z = tiny(tokenizer).eval(), torch.randn(4, 8, 4, 4)
-    if verifier == "answer_logits":                        # one that says yes and no now and then
-        yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
-        model.llm.lm_head.weight.data[[yes, no]] *= 3
-    scores = model.scores(z, PROMPTS, verifier)
-    with torch.no_grad():
-        wanted = [literally(model, *pair, verifier) for pair in zip(z, PROMPTS)]
-    assert len(set(wanted)) == 4
-    torch.testing.assert_close(torch.tensor(scores), torch.tensor(wanted), atol=2e-5, rtol=1e-4)
-    single = [model.scores(z[i:i + 1], [text], verifier)[0] for i, text in enumerate(PROMPTS)]
-    torch.testing.assert_close(torch.tensor(scores), torch.tensor(single), atol=2e-5, rtol=1e-4)
-    if verifier == "answer_logits":
-        assert any(said for said, *_ in wanted)
-    other = dict(confidence="prompt_confidence", prompt_confidence="confidence").get(verifier, verifier)
-    assert scores == model.scores(z, PROMPTS, other)
+# ---------------------------------------------------------------------------- verifiers
+def special_encode(tokenizer, text):
+    """Ids of a text in which special tokens are special, unlike in Tokenizer.encode."""
+    tokenizer.bpe.encode_special_tokens = False
+    return tokenizer.bpe.encode(text, add_special_tokens=False).ids
+
+
+def question_ids(tokenizer, question):
+    """Ids of a chat that asks one question about an image, for which one IMAGE stands."""
+    before = special_encode(tokenizer, f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+                                       f"<|im_start|>user\n<im_start>")
+    after = special_encode(tokenizer, f"<im_end>\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    return [*before, IMAGE, *after]
+
+
+def next_logits(t2i, latents, ids):
+    """Logits after every token of a chat about latents c h w; its image counts as n tokens."""
+    embeddings = []
+    for token in ids:
+        if token == IMAGE:
+            embeddings.append(t2i.mm_projector(rearrange(latents, "c h w -> (h w) c")))
+        else:
+            embeddings.append(t2i.llm.embed_tokens.weight[token][None])
+    return t2i.llm.logits(t2i.llm(torch.cat(embeddings)[None])[0])
+
+
+def spellings(tokenizer, word):
+    """Ids of the single tokens that spell a word."""
+    ids = set()
+    for text in (word, word.title(), word.upper(), f" {word}"):
+        tokens = special_encode(tokenizer, text)
+        if len(tokens) == 1:
+            ids.add(tokens[0])
+    return ids
+
+
+def literal_answer_score(t2i, latents, prompt):
+    ids = question_ids(t2i.tokenizer, f"Does this image align with the prompt: {prompt}?")
+    p = next_logits(t2i, latents, ids)[-1].softmax(0)
+    p_yes = sum(float(p[token]) for token in spellings(t2i.tokenizer, "yes"))
+    p_no = sum(float(p[token]) for token in spellings(t2i.tokenizer, "no"))
+    return p_yes / (p_yes + p_no)
+
+
+def literal_answer_logits(t2i, latents, prompt):
+    """(is "yes" said, its logit, minus the logit of "no"), 0 for what is not said."""
+    ids = question_ids(t2i.tokenizer, f"Does this image align with the prompt: {prompt}?")
+    is_yes_said = False
+    yes_logit = 0.0
+    no_logit = 0.0
+    for _ in range(8):
+        logits = next_logits(t2i, latents, ids)[-1]
+        token = int(logits.argmax())
+        ids = [*ids, token]
+        if token in spellings(t2i.tokenizer, "yes"):
+            is_yes_said = True
+            yes_logit = float(logits[token])
+        if token in spellings(t2i.tokenizer, "no"):
+            no_logit = float(logits[token])
+        if token == t2i.tokenizer.end:
+            break
+    return is_yes_said, yes_logit, -no_logit
+
+
+def literal_prompt_confidence(t2i, latents, prompt):
+    ids = question_ids(t2i.tokenizer, "Describe this image.")
+    prompt_ids = special_encode(t2i.tokenizer, prompt)
+    log_p = next_logits(t2i, latents, ids + prompt_ids).log_softmax(1)[-len(prompt_ids):]
+    return float(-(log_p + math.log(log_p.shape[1])).mean())
+
+
+def assert_scores_equal(scores, expected):
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("verifier, literal", [
+    ("answer", literal_answer_score), ("confidence", literal_prompt_confidence)])
+@torch.no_grad()
+def test_scores_equal_a_literal_recomputation(tokenizer, verifier, literal):
+    t2i = small_t2i(tokenizer).eval()
+    latents = torch.randn(4, 8, 4, 4)
+    scores = VERIFIERS[verifier](t2i, latents, PROMPTS)
+    expected = [literal(t2i, latents[i], PROMPTS[i]) for i in range(4)]
+    assert len(set(expected)) == 4
+    assert_scores_equal(scores, expected)
+
+
+@torch.no_grad()
+def test_answer_logits_rank_as_the_paper_does(tokenizer):
+    t2i = talkative_t2i(tokenizer)
+    latents = torch.randn(4, 8, 4, 4)
+    scores = VERIFIERS["answer_logits"](t2i, latents, PROMPTS)
+    expected = [literal_answer_logits(t2i, latents[i], PROMPTS[i]) for i in range(4)]
+
+    assert len(set(expected)) == 4
+    assert any(is_yes_said for is_yes_said, _, _ in expected)
+    by_score = sorted(range(4), key=lambda i: scores[i])
+    by_tuple = sorted(range(4), key=lambda i: expected[i])
+    assert by_score == by_tuple
+    for score, (is_yes_said, yes_logit, minus_no_logit) in zip(scores, expected, strict=True):
+        if is_yes_said:
+            assert score - 1e6 == pytest.approx(yes_logit, rel=1e-4, abs=2e-5)
+        else:
+            assert score == pytest.approx(minus_no_logit, rel=1e-4, abs=2e-5)
+
+
+def talkative_t2i(tokenizer):
+    """A T2I that says yes and no now and then."""
+    t2i = small_t2i(tokenizer).eval()
+    for word in ("yes", "no"):
+        token = tokenizer.encode(word)[0]
+        t2i.llm.lm_head.weight.data[token] *= 3
+    return t2i
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@torch.no_grad()
+def test_scores_do_not_depend_on_the_batch(tokenizer, verifier):
+    t2i = talkative_t2i(tokenizer)
+    latents = torch.randn(4, 8, 4, 4)
+    score = VERIFIERS[verifier]
+    together = score(t2i, latents, PROMPTS)
+    alone = [score(t2i, latents[i:i + 1], [PROMPTS[i]])[0] for i in range(4)]
+    assert_scores_equal(together, alone)
 
 
 def test_answers_do_not_depend_on_the_batch(tokenizer):
-    model, z = tiny(tokenizer).eval(), torch.randn(3, 8, 4, 4)
-    asked = ["what?", "how many stars are there?", "is it?"]
-    together = model.ask(z, asked, 5)
-    assert together == [model.ask(z[i:i + 1], [text], 5)[0] for i, text in enumerate(asked)]
+    t2i = small_t2i(tokenizer).eval()
+    latents = torch.randn(3, 8, 4, 4)
+    questions = ["what?", "how many stars are there?", "is it?"]
+    together = t2i.ask(latents, questions, 5)
+    alone = [t2i.ask(latents[i:i + 1], [questions[i]], 5)[0] for i in range(3)]
+    assert together == alone
 
 
-# ---------------------------------------------------------------------------------- runs
-@pytest.mark.parametrize("more", [[], ["--ema", 0, "--freeze_llm"]])
+# ---------------------------------------------------------------------------- runs
+with_and_without_ema = pytest.mark.parametrize("more", [
+    pytest.param([], id="ema"), pytest.param(["--ema", 0, "--freeze_llm"], id="no_ema_frozen_llm")])
+
+
+@with_and_without_ema
 def test_resume_is_exact_to_the_bit(more, tmp_path):
-    go(train_t2i, *FLAGS, *more, "--steps", 8, "--out", tmp_path / "straight")
-    go(train_t2i, *FLAGS, *more, "--steps", 4, "--out", tmp_path / "twice")
-    go(train_t2i, *FLAGS, *more, "--steps", 8, "--out", tmp_path / "twice", "--resume", "--workers", 1)
-    one, two = load(tmp_path / "straight"), load(tmp_path / "twice")
-    assert difference(one, two) == 0 and ("ema" in one) != bool(more) and one["asked"] > 8
+    straight, twice = tmp_path / "straight", tmp_path / "twice"
+    run_script(train_t2i, *FLAGS, *more, "--steps", 8, "--out", straight)
+    run_script(train_t2i, *FLAGS, *more, "--steps", 4, "--out", twice)
+    run_script(train_t2i, "--steps", 8, "--out", twice, "--resume", "--workers", 1)
+
+    one, two = load_last(straight), load_last(twice)
+    assert largest_difference(one, two) == 0
+    assert ("ema" in one) == (not more)
+    assert one["asked"] > 8
     assert not torch.equal(one["level"], torch.ones_like(one["level"]))
-    assert rows(tmp_path / "straight")[-1]["loss"] == rows(tmp_path / "twice")[-1]["loss"]
-    with pytest.raises(ValueError, match="--llm here differs from the checkpoint's None"):
-        go(train_t2i, *FLAGS, *more, "--llm", "here", "--steps", 9, "--out", tmp_path / "twice", "--resume")
+    assert read_log(straight)[-1]["loss"] == read_log(twice)[-1]["loss"]
 
 
-def test_the_language_model_has_its_own_rate_and_can_be_frozen(tmp_path, monkeypatch):
-    seen, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: seen.append(
-        [(g["lr"], g["betas"]) for g in self.param_groups]) or step(self, *a))
-    go(train_t2i, *FLAGS, "--steps", 2, "--lr", 1e-2, "--llm_lr", 1e-3, "--out", tmp_path / "a")
-    assert seen == [[(pytest.approx(lr * 1e-2), (0.9, 0.95)), (pytest.approx(lr * 1e-3), (0.9, 0.999))]
-                    for lr in (0.5, 1.0)]
-    before, moved = {}, {}
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: [
-        before.setdefault(k, v.clone()) for k, v in models[0].state_dict().items()] and step(self, *a))
-    models, make = [], T2I.__init__
-    monkeypatch.setattr(T2I, "__init__", lambda self, *a: make(self, *a) or models.append(self))
-    go(train_t2i, *FLAGS, "--steps", 4, "--freeze_llm", "--out", tmp_path / "b")
-    for key, value in load(tmp_path / "b")["model"].items():
-        moved.setdefault(key.split(".")[0], []).append(not torch.equal(before[key], value))
-    assert not any(moved.pop("llm")) and all(map(any, moved.values())) and len(moved) == 5
-    assert difference(*({k: v for k, v in load(tmp_path / "b")[net].items() if k.startswith("llm.")}
-                        for net in ("model", "ema"))) == 0
+def test_resume_with_another_language_model_is_refused(tmp_path, capsys):
+    run_script(train_t2i, *FLAGS, "--steps", 1, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        train_t2i.parse_args(["--llm", "here", "--steps", "9", "--out", str(tmp_path), "--resume"])
+    assert "--llm here differs from the checkpoint's None" in capsys.readouterr().err
+
+
+def test_the_language_model_has_its_own_rate(tmp_path, monkeypatch):
+    groups = []
+    original = torch.optim.AdamW.step
+
+    def recording_step(optimizer, *args):
+        groups.append([(group["lr"], group["betas"]) for group in optimizer.param_groups])
+        return original(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    run_script(train_t2i, *FLAGS, "--steps", 2, "--lr", 1e-2, "--llm_lr", 1e-3, "--out", tmp_path)
+    assert groups == [                                 # a warm-up of two steps
+        [(pytest.approx(0.5e-2), (0.9, 0.95)), (pytest.approx(0.5e-3), (0.9, 0.999))],
+        [(pytest.approx(1e-2), (0.9, 0.95)), (pytest.approx(1e-3), (0.9, 0.999))]]
+
+
+def test_the_language_model_can_be_frozen(tmp_path, monkeypatch):
+    initial = {}
+    original = runtime.optimizer_step
+
+    def keep_initial_weights(optimizers, model, *rest):
+        for name, value in model.state_dict().items():
+            initial.setdefault(name, value.clone())
+        return original(optimizers, model, *rest)
+
+    monkeypatch.setattr(runtime, "optimizer_step", keep_initial_weights)
+    run_script(train_t2i, *FLAGS, "--steps", 4, "--freeze_llm", "--out", tmp_path)
+
+    state = load_last(tmp_path)
+    moved = set()
+    for name, value in state["model"].items():
+        if not torch.equal(value, initial[name]):
+            moved.add(name.split(".")[0])
+        if name.startswith("llm."):
+            assert torch.equal(value, state["ema"][name])
+    assert moved == {"dit", "latent_queries", "mm_projector", "diff_head_projector", "regression"}
 
 
 def test_two_processes_and_shards_equal_one_process(tmp_path):
-    """One process of 4 x 2, two of 2 x 2, two that share the weights, killed and resumed: all the same."""
+    """One process of 4 x 2, two of 2 x 2, two that share the weights, stopped and resumed."""
     common = [*FLAGS, "--micro_batch", 2, "--dtype", "fp32", "--llm_lr", 1e-3]
-    go_on_one_thread(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
+    shard = ["--shard", "--out", tmp_path / "shard"]
+    run_on_one_thread(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
     torchrun(train_t2i, *common, "--steps", 4, "--out", tmp_path / "two")
-    torchrun(train_t2i, *common, "--steps", 2, "--shard", "--preview_every", 2, "--recompute",
-             "--out", tmp_path / "shard")
-    torchrun(train_t2i, *common, "--steps", 4, "--shard", "--out", tmp_path / "shard", "--resume")
-    one, records = load(tmp_path / "one"), [rows(tmp_path / x)[-1] for x in ("one", "two", "shard")]
+    torchrun(train_t2i, *common, *shard, "--steps", 2, "--preview_every", 2, "--recompute")
+    torchrun(train_t2i, *common, *shard, "--steps", 4, "--resume")
+
+    one = load_last(tmp_path / "one")
+    record_of_one = read_log(tmp_path / "one")[-1]
     for name in ("two", "shard"):
-        other = load(tmp_path / name)
+        other = load_last(tmp_path / name)
         for key in ("model", "ema", "level", "rae"):
-            assert difference(one[key], other[key]) < 2e-5, (name, key)
+            assert largest_difference(one[key], other[key]) < 2e-5, (name, key)
         assert other["asked"] == one["asked"]
-        assert [*other["opt"]["state"]] == [*one["opt"]["state"]]
-    assert not [*(tmp_path / "shard").glob("*.png")]
-    for key in ("loss", "grad", "cross_entropy", "flow"):
-        assert records[1][key] == pytest.approx(records[0][key], rel=1e-4), key
-        assert records[2][key] == pytest.approx(records[0][key], rel=1e-4), key
+        assert list(other["opt"]["state"]) == list(one["opt"]["state"])
+        record = read_log(tmp_path / name)[-1]
+        for key in ("loss", "grad", "cross_entropy", "flow"):
+            assert record[key] == pytest.approx(record_of_one[key], rel=1e-4), (name, key)
+    assert not list((tmp_path / "shard").glob("*.png"))
 
 
-def test_cut_prompts_are_counted_and_told(tmp_path, capsys):
-    record = record_of_a_run(tmp_path, "--steps", 2, "--context", 70, "--questions", 0, "--plan", 0)
+def test_data_and_conversation_of_a_lesson_replace_the_flags(tmp_path):
+    """main(args, data, conversation): without patching the module."""
+    scenes = []
+
+    def describe(scene, rng):
+        scenes.append(scene)
+        return [("user", scene.caption()), ("assistant", "<image>")]
+
+    data = open_data("shapes", 64, seed=5, conversation=describe)
+    args = train_t2i.parse_args([*FLAGS, "--steps", "1", "--out", str(tmp_path / "data")])
+    train_t2i.main(args, data=data)
+    assert scenes[:8] == [data.scene_or_text(k) for k in range(8)]
+
+    scenes.clear()
+    args = train_t2i.parse_args([*FLAGS, "--steps", "1", "--out", str(tmp_path / "words")])
+    train_t2i.main(args, conversation=describe)
+    assert len(scenes) == 8
+    assert load_last(tmp_path / "words")["asked"] == 0
+
+
+# ---------------------------------------------------------------------------- context
+def test_cut_prompts_are_counted_and_reported(tmp_path, capsys):
+    record = last_record(tmp_path, "--steps", 2, "--context", 70, "--questions", 0, "--plan", 0)
     assert 0 < record["cut"] <= 16
-    assert f"{record['cut']} prompts were longer than --context 70 tokens, and cut" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="context of 9 tokens leaves none for a prompt"):
-        go(train_t2i, *FLAGS, "--context", 9, "--steps", 1, "--out", tmp_path / "short")
+    message = f"{record['cut']} prompts were longer than --context 70 tokens, and cut"
+    assert message in capsys.readouterr().out
 
 
-def test_one_long_answer_is_cut_and_a_run_may_go_on_with_more_context(tmp_path, capsys):
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
-    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red " * 200}]
-    (tmp_path / "talk.jsonl").write_text("\n".join([json.dumps(dict(image="x.png", conversations=talk))] * 8))
-    flags = [*FLAGS, "--data", tmp_path / "talk.jsonl", "--out", tmp_path / "run"]
-    go(train_t2i, *flags, "--context", 110, "--steps", 1)
+@pytest.mark.parametrize("context, plan", [(9, 40), (100, 90)])
+def test_a_context_too_short_for_prompts_is_refused(context, plan, tmp_path):
+    message = f"context of {context} tokens leaves none for a prompt"
+    with pytest.raises(ValueError, match=message):
+        run_script(train_t2i, *FLAGS, "--context", context, "--plan", plan, "--steps", 1,
+                   "--out", tmp_path)
+
+
+def write_conversations(folder, human, gpt, with_image=True):
+    """A .jsonl of 8 equal conversations, about a red image if they are about one."""
+    record = {"conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]}
+    if with_image:
+        Image.new("RGB", (64, 64), "red").save(folder / "x.png")
+        record["image"] = "x.png"
+    path = folder / "conversations.jsonl"
+    path.write_text("\n".join([json.dumps(record)] * 8))
+    return path
+
+
+def test_long_answers_are_cut(tmp_path, capsys):
+    data = write_conversations(tmp_path, "<image>\nwhat?", "red " * 200)
+    run_script(train_t2i, *FLAGS, "--data", data, "--context", 110, "--steps", 1,
+               "--out", tmp_path / "run")
     assert "8 prompts were longer than --context 110" in capsys.readouterr().out
-    go(train_t2i, *flags, "--resume", "--context", 120, "--steps", 2)
-    go(train_t2i, *flags, "--resume", "--steps", 3)
-    assert load(tmp_path / "run")["args"]["context"] == 120
-    again = ["--recipe", "pretrain", "--resume", "--out", f"{tmp_path}/run"]
-    assert train_t2i.parse_args(again).context is None
-    with pytest.raises(ValueError, match="context of 100 tokens leaves none for a prompt"):
-        go(train_t2i, *flags, "--overwrite", "--context", 100, "--plan", 90, "--steps", 1)
-    with pytest.raises(SystemExit):
-        go(train_t2i, *flags, "--init", tmp_path / "run" / "last.pt", "--overwrite", "--steps", 1)
-    assert "last.pt is what this run would write; name another --out" in capsys.readouterr().err
 
 
-def test_a_model_that_plans_goes_on_planning(tmp_path, monkeypatch):
-    """--init of its checkpoint teaches plans too, and sampling says them; with --plan 0 neither does."""
-    seen = []
-    monkeypatch.setattr(train_t2i, "converse", lambda *a, **k: seen.append(talk := converse(*a, **k)) or talk)
-    said = lambda: {talk[1][1] != "<image>" for talk in seen if len(talk) == 2}         # noqa: E731
-    go(train_t2i, *FLAGS, "--plan", 8, "--steps", 1, "--out", tmp_path / "a")
-    assert said() == {True} and not seen.clear()
-    go(train_t2i, *FLAGS, "--init", tmp_path / "a/last.pt", "--steps", 1, "--out", tmp_path / "b")
-    assert said() == {True} and not seen.clear()
-    assert load_t2i(tmp_path / "b/last.pt")[0].plan == load(tmp_path / "b")["args"]["plan"] == 8
-    go(train_t2i, *FLAGS, "--init", tmp_path / "a/last.pt", "--plan", 0, "--steps", 1, "--out",
-       tmp_path / "c")
-    assert said() == {False} and load_t2i(tmp_path / "c/last.pt")[0].plan == 0
+def test_a_run_may_go_on_with_more_context(tmp_path):
+    data = write_conversations(tmp_path, "<image>\nwhat?", "red " * 200)
+    out = ["--out", tmp_path / "run"]
+    run_script(train_t2i, *FLAGS, *out, "--data", data, "--context", 110, "--steps", 1)
+    run_script(train_t2i, *out, "--resume", "--context", 120, "--steps", 2)
+    run_script(train_t2i, *out, "--resume", "--steps", 3)
+    assert load_last(tmp_path / "run")["args"]["context"] == 120
+    args = train_t2i.parse_args(["--recipe", "pretrain", "--resume", "--out", f"{tmp_path}/run"])
+    assert args.context == 120
 
 
-def test_what_gpt_says_before_an_image_is_learned_and_said(tmp_path):
-    """Own data plan too: text before <image> in gpt's turn, with --plan N."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
-    talk = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "all red <image>"}]
-    (tmp_path / "talk.jsonl").write_text("\n".join([json.dumps(dict(image="x.png", conversations=talk))] * 8))
-    record = record_of_a_run(tmp_path / "run", "--data", tmp_path / "talk.jsonl", "--plan", 16, "--steps", 40,
-                             "--lr", 1e-2, "--llm_lr", 1e-2, "--decay_start", 40, "--decay_end", 40)
+# ---------------------------------------------------------------------------- plans in training
+@pytest.fixture
+def replies(monkeypatch):
+    """What the assistant says in the conversations that draw, in all runs so far."""
+    found = []
+
+    def recording_converse(scene, rng, questions, plan=True):
+        turns = converse(scene, rng, questions, plan)
+        if len(turns) == 2:
+            found.append(turns[1][1])
+        return turns
+
+    monkeypatch.setattr(train_t2i, "converse", recording_converse)
+    return found
+
+
+def test_a_model_that_plans_goes_on_planning(tmp_path, replies):
+    """--init of its checkpoint teaches plans, too, and sampling says them."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_script(train_t2i, *FLAGS, "--plan", 8, "--steps", 1, "--out", first)
+    assert replies
+    assert "<image>" not in replies
+    replies.clear()
+    run_script(train_t2i, *FLAGS, "--init", first / "last.pt", "--steps", 1, "--out", second)
+    assert replies
+    assert "<image>" not in replies
+    assert load_last(second)["args"]["plan"] == 8
+    assert load_t2i(second / "last.pt")[0].plan == 8
+
+
+def test_a_model_may_stop_planning(tmp_path, replies):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_script(train_t2i, *FLAGS, "--plan", 8, "--steps", 1, "--out", first)
+    replies.clear()
+    run_script(train_t2i, *FLAGS, "--init", first / "last.pt", "--plan", 0, "--steps", 1,
+               "--out", second)
+    assert set(replies) == {"<image>"}
+    assert load_t2i(second / "last.pt")[0].plan == 0
+
+
+def test_what_gpt_says_before_an_image_is_learned(tmp_path):
+    """Own data plan, too: text before <image> in gpt's turn, with --plan N."""
+    data = write_conversations(tmp_path, "draw", "all red <image>")
+    record = last_record(tmp_path / "run", "--data", data, "--plan", 16, "--steps", 40,
+                         "--lr", 1e-2, "--llm_lr", 1e-2, "--decay_start", 40, "--decay_end", 40)
+    t2i, _, _ = load_t2i(tmp_path / "run" / "last.pt", weights="model")
     assert record["cross_entropy"] < 0.1
-    assert load_t2i(tmp_path / "run/last.pt", weights="model")[0].plans(["draw"]) == ["all red "]
+    assert t2i.plans(["draw"]) == ["all red "]
 
 
-def test_text_only_conversations_train_but_are_no_questions(tmp_path):
-    talk = [{"from": "human", "value": "how are you?"}, {"from": "gpt", "value": "fine"}]
-    lines = [dict(conversations=talk)] * 8
-    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    record = record_of_a_run(tmp_path / "run", "--data", tmp_path / "talk.jsonl", "--steps", 2)
-    state = load(tmp_path / "run")
-    assert state["asked"] == 0 and record["cross_entropy"] > 0 == record["flow"]
-    assert all(v.isfinite().all() for v in state["model"].values())
-    flags = ["--ckpt", tmp_path / "run/last.pt", "--prompt", "a star", "--best_of", 2,
-             "--out", tmp_path / "x.png"]
+def test_conversations_without_images_train_but_are_no_questions(tmp_path):
+    data = write_conversations(tmp_path, "how are you?", "fine", with_image=False)
+    record = last_record(tmp_path / "run", "--data", data, "--steps", 2)
+    state = load_last(tmp_path / "run")
+    assert state["asked"] == 0
+    assert record["cross_entropy"] > 0
+    assert record["flow"] == 0
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+    args = sample.parse_args(["--ckpt", str(tmp_path / "run" / "last.pt"), "--prompt", "a star",
+                              "--best_of", "2", "--out", str(tmp_path / "x.png")])
     with pytest.raises(ValueError, match="--best_of 2 needs a model that was asked questions"):
-        sample.main(sample.parse_args([*map(str, flags)]))
+        sample.main(args)
 
 
-def test_preview_finetuning_and_sampling(tmp_path):
-    go(train_t2i, *FLAGS, "--connector", "mlp2", "--steps", 2, "--preview_every", 2, "--out", tmp_path / "a")
-    assert (tmp_path / "a" / "preview_0000002.png").exists()
-    init = ["--init", tmp_path / "a/last.pt", "--connector", "mlp2"]
-    go(train_t2i, *FLAGS, *init, "--steps", 1, "--lr", 1e-9, "--questions", 0, "--out", tmp_path / "b")
-    one, two = load(tmp_path / "a"), load(tmp_path / "b")
-    assert difference(one["ema"], two["model"]) < 1e-6 < difference(one["ema"], one["model"])
-    assert two["args"]["regression"] == one["args"]["regression"] == 1
-    assert two["asked"] >= one["asked"] > 0 and two["args"]["llm_lr"] == 1e-10
-    assert two["args"]["prediction"] == one["args"]["prediction"] and difference(one["rae"], two["rae"]) == 0
-    with pytest.raises(ValueError, match="(?s)--init .*last.pt does not fit T2I.*dit.pos_embed: shape"):
-        go(train_t2i, *FLAGS, *init, "--width", 64, "--steps", 1, "--out", tmp_path / "c")
-    flags = ["--ckpt", tmp_path / "b/last.pt", "--prompt", "a star", "--best_of", 2, "--n", 1,
-             "--sampling_steps", 2]
-    sample.main(sample.parse_args([*map(str, flags), "--out", str(tmp_path / "x.png")]))
-    assert (tmp_path / "x.png").exists()
+# ---------------------------------------------------------------------------- previews, finetuning
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of two steps, with a preview."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_script(train_t2i, *FLAGS, "--connector", "mlp2", "--steps", 2, "--preview_every", 2,
+               "--out", folder)
+    return folder
 
 
-# ---------------------------------------------------------------------------------- flags and errors
-def parse(tmp_path, *argv):
-    return train_t2i.parse_args(["--out", str(tmp_path / "none"), *map(str, argv)])
+def test_a_run_draws_previews(trained):
+    assert (trained / "preview_0000002.png").exists()
 
 
-def test_recipes_are_those_of_the_paper(tmp_path):
-    args = parse(tmp_path, "--recipe", "pretrain", "--llm", "x", "--model", "2.4B")
-    assert (args.batch, args.steps, args.lr, args.llm_lr) == (2048, 30_000, 5e-4, 5e-5)
-    assert (args.warmup, args.decay_start, args.decay_end, args.lr_end) == (402, 402, 30_000, 0)
-    assert (args.ema, args.clip, args.weight_decay, args.class_dropout, args.flow_weight) == (0, 1, 0, 0.1, 2)
-    found = args.time_law, args.shift_base, args.prediction, args.balance
-    assert found == ("logit_normal", 4096, "v", "off")
-    assert (args.width, args.depth, args.heads, args.head_width, args.draws) == (2048, 32, 32, 0, 1)
-    assert (args.context, args.solver, args.sampling_steps, args.connector) == (512, "euler", 50, "linear")
-    args = parse(tmp_path, "--recipe", "finetune", "--init", "scale-rae-7b", "--lr", 1e-4, "--warmup", 7)
-    assert (args.batch, args.lr, args.llm_lr, args.context) == (1024, 1e-4, 5.66e-5, 1024)
-    assert (args.width, args.head_width, args.warmup, args.decay_start, args.steps) == (4096, 0, 7, 7, 3750)
-    args = parse(tmp_path, "--model", "0.5B", "--wide_head", "--llm", "x")
-    assert (args.width, args.depth, args.head_width, args.head_depth) == (1280, 16, 2688, 2)
-    assert args.llm_lr == args.lr / 10 and parse(tmp_path).llm_lr == parse(tmp_path).lr / 3
+def test_finetuning_starts_from_the_ema_with_its_flags(trained, tmp_path):
+    run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--connector", "mlp2",
+               "--steps", 1, "--lr", 1e-9, "--questions", 0, "--out", tmp_path)
+    one, two = load_last(trained), load_last(tmp_path)
+    assert largest_difference(one["ema"], two["model"]) < 1e-6
+    assert largest_difference(one["ema"], one["model"]) > 1e-6
+    assert largest_difference(one["rae"], two["rae"]) == 0
+    assert one["args"]["regression"] == 1
+    assert two["args"]["regression"] == 1
+    assert two["args"]["prediction"] == one["args"]["prediction"]
+    assert two["args"]["llm_lr"] == 1e-10
+    assert two["asked"] >= one["asked"] > 0
 
 
-def test_the_papers_model_on_the_meta_device(tmp_path, tokenizer):
-    args = vars(parse(tmp_path, "--recipe", "pretrain", "--llm", "x", "--model", "2.4B"))
-    with torch.device("meta"):
-        llm = Qwen2(151_667, 1536, 8960, 28, 12, 2)
-        model = train_t2i.assemble(args, dict(latent_shape=[1152, 16, 16]), llm, tokenizer)
-    sizes = {k: sum(p.numel() for p in part.parameters()) / 1e9 for k, part in model.named_children()}
-    assert round(sizes["dit"], 3) == 2.436 and round(sizes["llm"], 2) == 1.54
-    assert model.latent_queries.shape == (256, 1536)
-    assert model.diff_head_projector.weight.shape == (2048, 1536)
+def test_finetuning_another_size_is_refused(trained, tmp_path):
+    message = "(?s)--init .*last.pt does not fit T2I.*dit.pos_embed: shape"
+    with pytest.raises(ValueError, match=message):
+        run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--connector", "mlp2",
+                   "--width", 64, "--steps", 1, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--rae", "nowhere.pt"], "--rae nowhere.pt does not exist"),
-    (["--init", "a.pt", "--llm", "x"], "--init a.pt brings its language model and autoencoder"),
-    (["--shard"], "--shard needs processes to share among; start with torchrun"),
-    (["--llm_width", "30", "--llm_heads", "4"], "--llm_width 30 must be a multiple of 2 x --llm_heads 4"),
-    (["--questions", "1"], "--questions: 1 must be at least 0.0 and below 1")])
-def test_bad_flags(argv, message, tmp_path, capsys):
+def test_a_run_must_not_overwrite_what_it_starts_from(trained, capsys):
     with pytest.raises(SystemExit):
-        parse(tmp_path, *argv)
+        train_t2i.parse_args([*FLAGS, "--init", str(trained / "last.pt"), "--overwrite",
+                              "--steps", "1", "--out", str(trained)])
+    message = "last.pt is what this run would write; name another --out"
     assert message in capsys.readouterr().err
 
 
-def test_bad_files(tmp_path):
-    go(train_dit, *DIT, "--steps", 1, "--out", tmp_path / "dit")
+def test_a_trained_model_draws_the_best_of_two(trained, tmp_path):
+    args = sample.parse_args(["--ckpt", str(trained / "last.pt"), "--prompt", "a star",
+                              "--best_of", "2", "--n", "1", "--sampling_steps", "2",
+                              "--out", str(tmp_path / "x.png")])
+    sample.main(args)
+    assert (tmp_path / "x.png").exists()
+
+
+# ---------------------------------------------------------------------------- flags
+def parse(tmp_path, *flags):
+    """Flags of a run in a new folder."""
+    out = str(tmp_path / "new")
+    return train_t2i.parse_args(["--out", out, *[str(flag) for flag in flags]])
+
+
+def test_the_recipe_of_pretraining_is_the_papers(tmp_path):
+    args = parse(tmp_path, "--recipe", "pretrain", "--llm", "x", "--model", "2.4B")
+    assert (args.batch, args.steps, args.lr, args.llm_lr) == (2048, 30_000, 5e-4, 5e-5)
+    assert (args.warmup, args.decay_start, args.decay_end) == (402, 402, 30_000)
+    assert (args.lr_end, args.ema, args.clip, args.weight_decay) == (0, 0, 1, 0)
+    assert (args.class_dropout, args.flow_weight, args.draws) == (0.1, 2, 1)
+    assert (args.time_law, args.shift_base) == ("logit_normal", 4096)
+    assert (args.prediction, args.balance) == ("v", "off")
+    assert (args.width, args.depth, args.heads, args.head_width) == (2048, 32, 32, 0)
+    assert (args.context, args.connector) == (512, "linear")
+    assert (args.solver, args.sampling_steps) == ("euler", 50)
+
+
+def test_the_recipe_of_finetuning_is_the_papers(tmp_path):
+    """Given flags win."""
+    args = parse(tmp_path, "--recipe", "finetune", "--init", "scale-rae-7b", "--lr", 1e-4,
+                 "--warmup", 7)
+    assert (args.batch, args.lr, args.llm_lr, args.context) == (1024, 1e-4, 5.66e-5, 1024)
+    assert (args.warmup, args.decay_start, args.steps) == (7, 7, 3750)
+    assert (args.width, args.head_width) == (4096, 0)
+
+
+def test_named_sizes(tmp_path):
+    args = parse(tmp_path, "--model", "0.5B", "--wide_head", "--llm", "x")
+    assert (args.width, args.depth, args.head_width, args.head_depth) == (1280, 16, 2688, 2)
+
+
+def test_rate_of_the_language_model(tmp_path):
+    pretrained = parse(tmp_path, "--llm", "x")
+    from_scratch = parse(tmp_path)
+    assert pretrained.llm_lr == pretrained.lr / 10
+    assert from_scratch.llm_lr == from_scratch.lr / 3
+
+
+def test_the_papers_model_on_the_meta_device(tmp_path, tokenizer):
+    args = parse(tmp_path, "--recipe", "pretrain", "--llm", "x", "--model", "2.4B")
+    with torch.device("meta"):
+        llm = Qwen2(151_667, 1536, 8960, 28, 12, 2)    # Qwen2.5-1.5B
+        t2i = build_t2i(vars(args), dict(latent_shape=[1152, 16, 16]), llm, tokenizer)
+    billions = {}
+    for name, part in t2i.named_children():
+        billions[name] = sum(parameter.numel() for parameter in part.parameters()) / 1e9
+    assert round(billions["dit"], 3) == 2.436
+    assert round(billions["llm"], 2) == 1.54
+    assert t2i.latent_queries.shape == (256, 1536)
+    assert t2i.diff_head_projector.weight.shape == (2048, 1536)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rae", "nowhere.pt"], "file nowhere.pt does not exist"),
+    (["--init", "a.pt", "--llm", "x"], "--init a.pt brings its language model and autoencoder"),
+    (["--shard"], "--shard needs processes to share among; start with torchrun"),
+    (["--shard", "--eval_every", "9"], "evaluate checkpoints by eval_t2i.py"),
+    (["--llm_width", "30", "--llm_heads", "4"],
+     "--llm_width 30 must be a multiple of --llm_heads 4 x 2; try --llm_width 32"),
+    (["--questions", "1"], "--questions: 1 must be at least 0.0 and below 1")])
+def test_bad_flags(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, *flags)
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- files of the user
+def test_a_file_that_holds_no_autoencoder_is_refused(tmp_path, capsys):
     runtime.save_checkpoint(tmp_path / "x.pt", x=1)
-    out = ["--steps", 1, "--out", tmp_path / "run"]
-    with pytest.raises(ValueError, match="--rae .*x.pt is no checkpoint of train_decoder.py"):
-        go(train_t2i, *FLAGS, "--rae", tmp_path / "x.pt", *out)
-    for call in (lambda: load_t2i(tmp_path / "dit/last.pt"),
-                 lambda: go(train_t2i, *FLAGS, "--init", tmp_path / "dit/last.pt", *out)):
-        with pytest.raises(ValueError, match="dit/last.pt is no checkpoint of train_t2i.py"):
-            call()
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--rae", tmp_path / "x.pt")
+    assert "x.pt is no checkpoint of train_decoder.py" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_classes_is_refused(tmp_path, capsys):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path / "dit")
+    message = "dit/last.pt is no checkpoint of train_t2i.py"
+    with pytest.raises(ValueError, match=message):
+        load_t2i(tmp_path / "dit" / "last.pt")
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--init", tmp_path / "dit" / "last.pt")
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_language_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="--llm no/where: no such folder: no download"):
-        go(train_t2i, *FLAGS, "--llm", "no/where", *out)
+        run_script(train_t2i, *FLAGS, "--llm", "no/where", "--out", tmp_path)
+
+
+def test_images_without_text_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(8):
-        sample.Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{i}.png")
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{i}.png")
     with pytest.raises(ValueError, match="8 of 8 images have no text"):
-        go(train_t2i, *FLAGS, "--data", tmp_path / "images", *out)
-    model = tiny(Tokenizer(TOKENIZER))
-    runtime.save_checkpoint(tmp_path / "ema.pt", ema=model.state_dict(), llm=model.llm.config, args=dict(
-        SIZES, connector="linear"), latent_shape=[8, 4, 4], tokenizer=model.tokenizer.json)
+        run_script(train_t2i, *FLAGS, "--data", tmp_path / "images", "--out", tmp_path / "run")
+
+
+def test_missing_weights_are_refused(tokenizer, tmp_path):
+    t2i = small_t2i(tokenizer)
+    flags = dict(width=32, depth=1, heads=2, head_width=0, class_dropout=0.0, connector="linear")
+    runtime.save_checkpoint(tmp_path / "ema.pt", ema=t2i.state_dict(), llm=t2i.llm.config,
+                            args=flags, latent_shape=[8, 4, 4], tokenizer=tokenizer.json)
     with pytest.raises(ValueError, match="ema.pt holds no weights model; use --weights ema"):
         load_t2i(tmp_path / "ema.pt", weights="model")
 
 
-# ---------------------------------------------------------------------------------- LLMs and releases
-def write_llm(folder):
-    """A Qwen2 folder with a tokenizer without <im_start>, <im_end>, and more rows than tokens."""
+# ---------------------------------------------------------------------------- published models
+@pytest.fixture
+def published_llm(tmp_path):
+    """A folder with a Qwen2 that has more rows than tokens and no <im_start> and <im_end>."""
+    folder = tmp_path / "llm"
     folder.mkdir()
-    bare = json.loads(TOKENIZER.read_text("utf-8"))
-    bare["added_tokens"] = [token for token in bare["added_tokens"]
-                            if token["content"] not in ("<im_start>", "<im_end>")]
-    (folder / "tokenizer.json").write_text(json.dumps(bare), "utf-8")
-    model = Qwen2(600, 32, 48, 1, 4, 2, 1e4)
-    (folder / "config.json").write_text(json.dumps(dict(model.config, model_type="qwen2")))
-    save_file({f"model.{k}": v for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    return model.embed_tokens.weight.data
+    content = json.loads(TOKENIZER.read_text("utf-8"))
+    kept = [token for token in content["added_tokens"]
+            if token["content"] not in ("<im_start>", "<im_end>")]
+    content["added_tokens"] = kept
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    llm = Qwen2(600, 32, 48, 1, 4, 2, 1e4)
+    config = dict(llm.config, model_type="qwen2")
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {f"model.{name}": value for name, value in llm.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
-def test_a_language_model_from_a_folder(tmp_path, monkeypatch):
-    rows = write_llm(tmp_path / "llm")
-    monkeypatch.setattr(runtime, "step_optimizers", lambda *_: 0.0)
-    go(train_t2i, *FLAGS, "--llm", tmp_path / "llm", "--steps", 1, "--out", tmp_path / "still")
-    state, n = load(tmp_path / "still"), len(Tokenizer(TOKENIZER))
+def test_a_published_language_model_gets_tokens_for_images(published_llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "optimizer_step", lambda *_: 0.0)     # it stays as it was
+    rows = release.read_weights(published_llm)["model.embed_tokens.weight"]
+    num_tokens = len(Tokenizer(TOKENIZER))
+
+    run_script(train_t2i, *FLAGS, "--llm", published_llm, "--steps", 1, "--out", tmp_path / "run")
+
+    state = load_last(tmp_path / "run")
     table = state["model"]["llm.embed_tokens.weight"]
-    assert len(table) == n == state["llm"]["vocab_size"] and torch.equal(table[:-2], rows[:n - 2])
-    torch.testing.assert_close(table[-2:], rows[:n - 2].mean(0).expand(2, -1))
-    monkeypatch.undo()
-    go(train_t2i, *FLAGS, "--llm", tmp_path / "llm", "--steps", 2, "--out", tmp_path / "run")
-    assert load_t2i(tmp_path / "run/last.pt")[0].tokenizer.image_end == n - 1
-    for name in ("tokenizer.json", "model.safetensors"):
-        (tmp_path / "llm" / name).unlink()
-        with pytest.raises(FileNotFoundError, match=f"{name} does not exist; copy it"):
-            go(train_t2i, *FLAGS, "--llm", tmp_path / "llm", "--steps", 1, "--out", tmp_path / "none")
+    assert len(table) == num_tokens == state["llm"]["vocab_size"]
+    assert torch.equal(table[:-2], rows[:num_tokens - 2])
+    mean = rows[:num_tokens - 2].mean(0)
+    torch.testing.assert_close(table[-2:], mean.expand(2, -1))
 
 
-def test_a_release_draws(tmp_path, monkeypatch):
-    llm, decoder = dry_run.make_scale_rae(tmp_path)
-    out = ["--prompt", "a cat", "--n", "1", "--sampling_steps", "2", "--out", str(tmp_path / "cat.png")]
-    argv = ["--release", "scale-rae-1.5b", "--release_dir", str(tmp_path), *out]
-    sample.main(sample.parse_args(argv))
-    picture = sample.Image.open(tmp_path / "cat.png")
-    assert picture.size[0] == 16 * 4 + 4                                # a gap of 2 on each side
-    model, rae, state = load_t2i("scale-rae-1.5b", folder=tmp_path)
-    released = train_t2i.read_weights(llm)
-    assert torch.equal(model.llm.norm.weight, released["model.norm.weight"])
-    assert torch.equal(model.dit.blocks[0].mlp.w3.bias, released["diff_head.model.dit_blocks.0.mlp.w3.bias"])
-    assert torch.equal(model.latent_queries, released["model.latent_queries"]) and state["asked"]
-    assert (rae.latent_std == 1).all() and rae.decoder.patch == 4
-    shard = llm / "model-00001-of-00002.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors can't be read .*copy it again"):
+def test_a_published_language_model_is_trained_and_loaded(published_llm, tmp_path):
+    run_script(train_t2i, *FLAGS, "--llm", published_llm, "--steps", 2, "--out", tmp_path / "run")
+    t2i, _, _ = load_t2i(tmp_path / "run" / "last.pt")
+    assert t2i.tokenizer.image_end == len(Tokenizer(TOKENIZER)) - 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_missing_files_of_a_language_model_are_named(name, published_llm, tmp_path):
+    (published_llm / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; copy it"):
+        run_script(train_t2i, *FLAGS, "--llm", published_llm, "--steps", 1,
+                   "--out", tmp_path / "run")
+
+
+def test_a_published_model_loads(tmp_path):
+    folder, _ = dry_run.make_scale_rae(tmp_path)
+    t2i, rae, state = load_t2i("scale-rae-1.5b", folder=tmp_path)
+    weights = release.read_weights(folder)
+    bias = weights["diff_head.model.dit_blocks.0.mlp.w3.bias"]
+    assert torch.equal(t2i.llm.norm.weight, weights["model.norm.weight"])
+    assert torch.equal(t2i.dit.blocks[0].mlp.w3.bias, bias)
+    assert torch.equal(t2i.latent_queries, weights["model.latent_queries"])
+    assert state["asked"]
+    assert (rae.latent_std == 1).all()
+    assert rae.decoder.patch == 4
+
+
+def test_a_published_model_draws(tmp_path):
+    dry_run.make_scale_rae(tmp_path)
+    sample.main(sample.parse_args([
+        "--release", "scale-rae-1.5b", "--release_dir", str(tmp_path), "--prompt", "a cat",
+        "--n", "1", "--sampling_steps", "2", "--out", str(tmp_path / "cat.png")]))
+    picture = Image.open(tmp_path / "cat.png")
+    assert picture.size[0] == 16 * 4 + 4               # a gap of 2 on each side
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path):
+    folder, _ = dry_run.make_scale_rae(tmp_path)
+    shard = folder / "model-00001-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:len(content) // 2])
+    message = "model-00001-of-00002.safetensors can't be read .*copy it again"
+    with pytest.raises(ValueError, match=message):
         load_t2i("scale-rae-1.5b", folder=tmp_path)
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match="model-00001-of-00002.safetensors does not exist"):
+
+
+@pytest.mark.parametrize("path", [
+    "Scale-RAE-Qwen1.5B_DiT2.4B/model-00001-of-00002.safetensors",
+    "Scale-RAE-Qwen1.5B_DiT2.4B/config.json",
+    "siglip2_decoder/model.pt"])
+def test_missing_files_of_a_published_model_are_named(path, tmp_path):
+    dry_run.make_scale_rae(tmp_path)
+    (tmp_path / path).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path} does not exist"):
         load_t2i("scale-rae-1.5b", folder=tmp_path)
-    shard.write_bytes(whole)
-    (decoder / "model.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="siglip2_decoder/model.pt does not exist"):
-        load_t2i("scale-rae-1.5b", folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="Scale-RAE-Qwen1.5B_DiT2.4B/config.json does not exist"):
-        load_t2i("scale-rae-1.5b", folder=tmp_path / "wrong")
+
+
+def test_a_published_model_that_cannot_be_downloaded_is_named():
     with pytest.raises(FileNotFoundError, match="scale-rae-7b: no download"):
         load_t2i("scale-rae-7b")

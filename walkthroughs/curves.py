@@ -1,48 +1,80 @@
 """The losses of runs, term by term: is mine normal?
 
     python walkthroughs/curves.py runs/decoder runs/other --out curves.png
-Reads the log.jsonl that each training script writes; one panel for each term that any of the runs has.
+
+Reads the log.jsonl that each training script writes, and draws a panel for each term that any of
+the runs has logged.
 """
 # %% Set-up
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-parser.add_argument("--out", default="curves.png")
+parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
+parser.add_argument("--out", default="curves.png", help="Picture to write (default: curves.png).")
 options = parser.parse_args()
-if missing := [run for run in options.runs if not (run / "log.jsonl").is_file()]:
-    parser.error(f"{missing[0]}/log.jsonl does not exist; name the folder of a run")
+for run in options.runs:
+    if not (run / "log.jsonl").is_file():
+        parser.error(f"{run}/log.jsonl does not exist; name the folder of a run")
 
 # %% The numbers that a log repeats, by step
-LEFT_OUT = {"step", "n", "img_per_s", "gib", "eta_h", "lr", "cut"}
-runs = {}
-for run in options.runs:
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    runs[run] = [{f"{k} {r['domain']}" if r.get("domain") and k != "step" else k: v for k, v in r.items()
-                  if isinstance(v, float) or k == "step"} for r in rows if "step" in r]
-terms = [*dict.fromkeys(k for rows in runs.values() for r in rows for k in r if k not in LEFT_OUT)]
+NO_TERMS = ("step", "n", "img_per_s", "gib", "eta_h", "lr", "cut")
+MOST_COLUMNS = 4
 
+
+def read_log(run):
+    """The records of a run's log.jsonl that belong to a step: dicts of step and terms."""
+    records = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "step" not in record:                       # flags and versions
+            continue
+        terms = {"step": record["step"]}
+        for name, value in record.items():
+            if isinstance(value, float) and name not in NO_TERMS:
+                domain = record.get("domain")          # the source of a mixture that it is about
+                terms[f"{name} {domain}" if domain else name] = value
+        records.append(terms)
+    return records
+
+
+logs = {run: read_log(run) for run in options.runs}
+terms = []
+for records in logs.values():
+    for record in records:
+        for name in record:
+            if name != "step" and name not in terms:
+                terms.append(name)
 if not terms:
     parser.error(f"{options.runs[0]} has logged no step so far")
 
 # %% A panel each
-columns = min(4, len(terms))
-figure, panels = plt.subplots(-(-len(terms) // columns), columns, squeeze=False, layout="constrained",
-                              figsize=(3.2 * columns, 2.4 * -(-len(terms) // columns)))
-for panel, term in zip(panels.flat, terms):
-    for run, rows in runs.items():
-        points = [(r["step"], r[term]) for r in rows if term in r]
-        panel.plot(*zip(*points) if points else ([], []), ".-", label=str(run))
+columns = min(MOST_COLUMNS, len(terms))
+rows = math.ceil(len(terms) / columns)
+figure, panels = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                              figsize=(3.2 * columns, 2.4 * rows))
+for panel, term in zip(panels.flat, terms, strict=False):
+    for run, records in logs.items():
+        steps = [record["step"] for record in records if term in record]
+        values = [record[term] for record in records if term in record]
+        panel.plot(steps, values, ".-", label=str(run))
     panel.set_title(term, fontsize=10)
 for panel in panels.flat[len(terms):]:
     panel.axis("off")
-len(runs) > 1 and figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center")
+if len(logs) > 1:
+    lines, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center")
 figure.savefig(options.out, dpi=80)
-last = {str(run): {k: v for r in rows for k, v in r.items()} for run, rows in runs.items()}
-for run, ends in last.items():
-    print(f"{run}: " + ", ".join(f"{k} {ends[k]:.4g}" for k in terms if k in ends))
+
+# %% The last value of each term
+for run, records in logs.items():
+    last = {}
+    for record in records:
+        last |= record
+    values = [f"{term} {last[term]:.4g}" for term in terms if term in last]
+    print(f"{run}: {', '.join(values)}")

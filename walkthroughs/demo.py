@@ -1,6 +1,8 @@
-"""The whole pipeline: decoder -> DiT^DH -> samples -> evaluation, from scratch, on a laptop.
+"""The whole pipeline from scratch on a laptop: decoder -> DiT^DH -> samples -> evaluation.
 
-`make demo` runs it; each stage is one command of the README. Ends with three pictures and a table of numbers.
+    make demo                       or: python walkthroughs/demo.py --out runs/demo
+
+Each stage is one command of the README. Ends with a table of numbers and three pictures.
 """
 # %% Set-up
 import argparse
@@ -11,96 +13,136 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont
 
+import eval_decoder
 import eval_fid
+import release
 import runtime
 import sample
-import train_decoder
+from data import load_images, open_data
 
-# number: what the README's run gave, and the least that counts as working
-EXPECTED = {"reconstruction PSNR, dB": (27.9, ""), "guided: right colour, %": (99.7, 95),
-            "guided: right colour and shape, %": (81.1, 60), "minutes in all": (7.9, 10)}
+ROOT = Path(__file__).resolve().parents[1]
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of pictures and runs")
-parser.add_argument("--decoder_steps", type=int, default=1400)
-parser.add_argument("--dit_steps", type=int, default=2800)
-args = parser.parse_args()
-out, clock, minutes = args.out, time.time(), {}
+# Number: what the run in the README gave, and what counts as working.
+EXPECTED = {
+    "reconstruction PSNR, dB": (27.9, ""),
+    "guided: right colour, %": (99.7, 95),
+    "guided: right colour and shape, %": (81.1, 60),
+    "minutes in all": (7.9, 10),
+}
+
+parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--out", type=Path, default=Path("runs/demo"),
+                    help="Folder of pictures and runs (default: runs/demo).")
+parser.add_argument("--decoder_steps", type=runtime.at_least(1), default=1400,
+                    help="Steps of the decoder's training (default: 1400).")
+parser.add_argument("--dit_steps", type=runtime.at_least(1), default=2800,
+                    help="Steps of the DiT's training (default: 2800).")
+options = parser.parse_args()
+out = options.out
+start_of_demo = time.time()
+minutes = {}                        # stage -> minutes it took
 
 
-def stage(name, module, *argv):
-    """Run one script's main with its own flags, and note the minutes it took."""
+# %% How the stages are run
+def run_script(stage, module, *words):
+    """Run a script's main with the flags `words` in this process. Returns what main returns."""
     start = time.time()
-    print(f"\n{name}: python {module.__name__}.py {' '.join(map(str, argv))}", flush=True)
-    result = module.main(module.parse_args([str(a) for a in argv]))
-    minutes[name] = (time.time() - start) / 60
+    words = [str(word) for word in words]
+    print(f"\n{stage}: python {module.__name__}.py {' '.join(words)}", flush=True)
+    result = module.main(module.parse_args(words))
+    minutes[stage] = (time.time() - start) / 60
     return result
 
 
-def train(name, script, *argv):
-    """Run a training script in one process per core, up to two, as torchrun does."""
-    start, cores = time.time(), min(2, os.cpu_count() or 1)
-    command = [str(a) for a in (f"--nproc_per_node={cores}", ROOT / script, *argv)]
-    print(f"\n{name}: torchrun {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *command], check=True,
-                   env={"OMP_NUM_THREADS": "1", **os.environ})
-    minutes[name] = (time.time() - start) / 60
-
-
-def curve(draw, box, points, title):
-    """One loss curve, in the box (left, top, right, bottom): (step, loss) points, ends labelled."""
-    left, top, right, bottom = box
-    font, steps, values = ImageFont.load_default(size=15), [p[0] for p in points], [p[1] for p in points]
-    low, high = min(values), max(values)
-    place = [(left + (right - left) * s / steps[-1], bottom - (bottom - top) * (v - low) / (high - low or 1))
-             for s, v in points]
-    draw.rectangle(box, outline="grey")
-    draw.line(place, fill="#2255cc", width=3)
-    draw.text((left, top - 24), title, fill="black", font=font)
-    for value, y in ((high, top), (low, bottom - 18)):
-        draw.text((left - 8, y), f"{value:.3f}", fill="black", font=font, anchor="ra")
-    draw.text((right, bottom + 6), f"step {steps[-1]}", fill="black", font=font, anchor="ra")
+def run_training(stage, script, *words):
+    """Run a training script by torchrun, in one process per core, at most two."""
+    start = time.time()
+    processes = min(2, os.cpu_count() or 1)
+    words = [str(word) for word in (f"--nproc_per_node={processes}", ROOT / script, *words)]
+    print(f"\n{stage}: torchrun {' '.join(words)}", flush=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # Each process has a core of its own, so more threads would only wait for each other.
+    subprocess.run(torchrun + words, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    minutes[stage] = (time.time() - start) / 60
 
 
 # %% Stage 1: a decoder over the shipped frozen encoder
-train("decoder", "train_decoder.py", "--out", out / "decoder", "--steps", args.decoder_steps,
-      "--eval_every", 0, "--preview_every", 0, "--workers", 0, "--overwrite")
-reconstruction = stage("reconstruction", eval_fid, "--reconstruct", out / "decoder/last.pt", "--n", 200)
+run_training("decoder", "train_decoder.py", "--out", out / "decoder",
+             "--steps", options.decoder_steps, "--eval_every", 0, "--preview_every", 0,
+             "--workers", 0, "--overwrite")
+reconstruction = run_script("reconstruction", eval_decoder,
+                            "--rae", out / "decoder/last.pt", "--n", 200)
 
 # %% Stage 2: a DiT^DH on its latents
-train("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit", "--steps",
-      args.dit_steps, "--cache", 30000, "--preview_every", 0, "--workers", 0, "--overwrite")
+run_training("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit",
+             "--steps", options.dit_steps, "--cache", 30_000, "--preview_every", 0,
+             "--workers", 0, "--overwrite")
 
-# %% Samples and evaluation: 10 guided images of each class
-stage("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108, "--out", out / "samples.png")
-metrics = stage("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
+# %% Samples, three of each class, and the evaluation of ten of each class
+run_script("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108,
+           "--out", out / "samples.png")
+generation = run_script("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
+
 
 # %% Pictures
-rae, data = eval_fid.unpack_rae(runtime.load_checkpoint(out / "decoder/last.pt")["rae"]), \
-    eval_fid.open_data("shapes", 64, split="val")
-train_decoder.reconstruction_picture(rae, eval_fid.real_images(data, range(12))).resize((1584, 264)).save(
-    out / "reconstructions.png")
+def draw_curve(sheet, left, points, title):
+    """Draw a loss curve of (step, loss) points on a PIL image, in a box at x = left."""
+    top, right, bottom = 40, left + 440, 330
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+    last_step = points[-1][0]
+    losses = [loss for _, loss in points]
+    low, high = min(losses), max(losses)
+    line = []
+    for step, loss in points:
+        x = left + (right - left) * step / last_step
+        y = bottom - (bottom - top) * (loss - low) / max(high - low, 1e-9)
+        line.append((x, y))
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.line(line, fill="#2255cc", width=3)
+    draw.text((left, top - 24), title, fill="black", font=font)
+    draw.text((left - 8, top), f"{high:.3f}", fill="black", font=font, anchor="ra")
+    draw.text((left - 8, bottom - 18), f"{low:.3f}", fill="black", font=font, anchor="ra")
+    draw.text((right, bottom + 6), f"step {last_step}", fill="black", font=font, anchor="ra")
+
+
+def logged_losses(run):
+    """The (step, loss) points in a run's log.jsonl."""
+    points = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            points.append((record["step"], record["loss"]))
+    return points
+
+
+rae = release.load_rae(out / "decoder/last.pt")
+images = load_images(open_data("shapes", 64, split="val"), range(12))
+picture = eval_decoder.reconstruction_picture(rae, images)
+picture.resize((1584, 264)).save(out / "reconstructions.png")               # twice the size
+
 sheet = Image.new("RGB", (1100, 380), "white")
-for x, name, title in ((80, "decoder", "decoder: L1 loss"), (630, "dit", "DiT^DH: squared error of x0")):
-    rows = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
-    points = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-    curve(ImageDraw.Draw(sheet), (x, 40, x + 440, 330), points, title)
+draw_curve(sheet, 80, logged_losses(out / "decoder"), "decoder: L1 loss")
+draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: squared error of x0")
 sheet.save(out / "losses.png")
 
 # %% Numbers
-minutes_in_all = (time.time() - clock) / 60
-figures = {"reconstruction PSNR, dB": reconstruction["psnr"],
-           "guided: right colour, %": 100 * metrics["right_colour"],
-           "guided: right colour and shape, %": 100 * metrics["right_colour_and_shape"],
-           "minutes in all": minutes_in_all}
+figures = {
+    "reconstruction PSNR, dB": reconstruction["psnr"],
+    "guided: right colour, %": 100 * generation["right_colour"],
+    "guided: right colour and shape, %": 100 * generation["right_colour_and_shape"],
+    "minutes in all": (time.time() - start_of_demo) / 60,
+}
 print(f"\n{'':36}{'this run':>10}{'README':>10}{'aim':>10}")
 for name, value in figures.items():
-    print(f"{name:36}{value:10.1f}{EXPECTED[name][0]:10.1f}{EXPECTED[name][1]:>10}")
-print("minutes by stage: " + ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()))
+    in_readme, aim = EXPECTED[name]
+    print(f"{name:36}{value:10.1f}{in_readme:10.1f}{aim:>10}")
+by_stage = [f"{stage} {value:.1f}" for stage, value in minutes.items()]
+print(f"minutes by stage: {', '.join(by_stage)}")
 (out / "numbers.json").write_text(json.dumps(dict(figures=figures, minutes=minutes)) + "\n")
 print(f"look at {out}/reconstructions.png, {out}/samples.png, {out}/losses.png")

@@ -1,132 +1,229 @@
-"""Five findings of Scale-RAE (arXiv 2601.16208), looked for at toy size, three seeds and one picture each.
+"""Five findings of Scale-RAE (arXiv 2601.16208) at toy size, three seeds and one picture each.
 
     python walkthroughs/findings.py shift head captions understanding finetune
-Every model trains by train_t2i.py on scenes of one or two objects, without a plan; finished runs are kept, so
-that a stopped script goes on. The papers' models are a thousand times larger: what is seen here may differ.
+
+Every model is trained by train_t2i.py on scenes of one or two objects, without a plan. Finished
+runs are kept, so that a stopped script goes on. The papers' models are a thousand times larger:
+what is seen here may differ.
 """
 # %% Set-up
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from study import Few, study                               # it also makes the project's files known
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from study import RepeatedImages, Study, check_names, command_line, run_study
 
-import eval_fid
+import metrics
 import runtime
 import sample
 import train_t2i
 from data import SHAPES_VAL, open_data
-from shapes import CLASSES, Scene
+from eval_t2i import count_right_answers
+from shapes import CLASSES, Scene, converse, layout
 
-TOY = dict(width=96, depth=3, head_width=0, llm_width=96, llm_depth=2, plan=0, llm_start=100, draws=1,
-           steps=400, questions=0.0, preview_every=0, log_every=100, workers=0, ema=0.99)
-
-
-def said(kind):
-    """A chat for open_data: prompts all short, all dense (size and place of each object), or half of each."""
-    def chat(scene, rng):
-        rng = rng.spawn(1)[0]                              # as data.py gives it, it is what drew the scene
-        dense = kind == "dense" or kind == "both" and rng.random() < 0.5
-        return [("user", train_t2i.layout(scene.objects) if dense else scene.caption()),
-                ("assistant", "<image>")]
-    return chat
+TOY = dict(width=96, depth=3, head_width=0, llm_width=96, llm_depth=2, plan=0, llm_start=100,
+           draws=1, steps=400, questions=0.0, preview_every=0, log_every=100, workers=0, ema=0.99)
+IMAGE_SIZE = 64                # side of the shipped autoencoder's images, pixels
+FINETUNING_SCENES = 500
 
 
-DENSE = "dense_colour", "dense_colour_and_shape", "dense_distance"    # these prompts are learned soonest
-# What the paper saw; the arms, as flags (chat replaces converse, init is another arm); what is shown.
+# %% Conversations about a scene: prompts short, dense (size and place of each object), or either
+def short_prompt(scene, rng):
+    return [("user", scene.caption()), ("assistant", "<image>")]
+
+
+def dense_prompt(scene, rng):
+    return [("user", layout(scene.objects)), ("assistant", "<image>")]
+
+
+def either_prompt(scene, rng):
+    # The generator that data.py hands over has drawn the scene; take one that is independent.
+    if rng.spawn(1)[0].random() < 0.5:
+        return dense_prompt(scene, rng)
+    return short_prompt(scene, rng)
+
+
+# %% The findings: what the paper saw, and how the arms differ
+class Arm(NamedTuple):
+    """Flags of train_t2i.py beside TOY; a conversation in place of shapes.converse; the arm whose
+    weights to start from.
+    """
+    flags: dict
+    conversation: object = None
+    init: str | None = None
+
+
+class Finding(NamedTuple):
+    claim: str
+    arms: dict                 # name -> Arm
+    columns: list              # numbers of judge() to show
+
+
+# Dense prompts are what these models learn soonest.
+DENSE = ["dense_colour", "dense_colour_and_shape", "dense_distance"]
+
 FINDINGS = {
-    "shift": ("GenEval 49.6 with the shift of t by the latents' dimension, 23.6 without", {
-        "shifted": dict(chat=said("dense")),
-        "not shifted": dict(chat=said("dense"), shift_base=3072)}, DENSE),
-    "head": ("a wide head adds 11.2 GenEval to the 0.5B DiT, little from 2.4B on", {
-        f"width {width}" + ", head" * bool(head): dict(chat=said("dense"), width=width, head_width=head)
-        for width in (64, 192) for head in (0, 224)}, DENSE),
-    "captions": ("GenEval 49.5 with synthetic and web data, 45.1 and 25.9 with either alone", {
-        kind: dict(chat=said(kind)) for kind in ("short", "dense", "both")},
-        ("colour", "dense_colour", "distance")),
-    "understanding": ("MME-P 1468.7 with drawing, 1374.8 without; other scores differ little, both ways", {
-        "both": dict(questions=0.5),
-        "understanding alone": dict(questions=0.5, flow_weight=0.0, regression=0.0),
-        "drawing alone": dict(batch=32)}, ("answers", "colour", "distance")),
-    "finetune": ("the LLM and the DiT are finetuned; the DiT alone was tried, too", {
-        "before": dict(chat=said("dense")),
-        "LLM frozen": dict(chat=said("dense"), init="before", freeze_llm=True),
-        "LLM and DiT": dict(chat=said("dense"), init="before")}, DENSE)}
-
-UNTRAINED = ("understanding alone", False), ("drawing alone", True)        # (arm, is it answers): no number
+    "shift": Finding(
+        "GenEval 49.6 with the shift of t by the latents' dimension, 23.6 without",
+        {
+            "shifted": Arm({}, dense_prompt),
+            "not shifted": Arm({"shift_base": 3072}, dense_prompt),    # 16 tokens x 192: no shift
+        },
+        DENSE),
+    "head": Finding(
+        "a wide head adds 11.2 GenEval to the 0.5B DiT, little from 2.4B on",
+        {
+            "width 64": Arm({"width": 64, "head_width": 0}, dense_prompt),
+            "width 64, head": Arm({"width": 64, "head_width": 224}, dense_prompt),
+            "width 192": Arm({"width": 192, "head_width": 0}, dense_prompt),
+            "width 192, head": Arm({"width": 192, "head_width": 224}, dense_prompt),
+        },
+        DENSE),
+    "captions": Finding(
+        "GenEval 49.5 with synthetic and web data, 45.1 and 25.9 with either alone",
+        {
+            "short": Arm({}, short_prompt),
+            "dense": Arm({}, dense_prompt),
+            "both": Arm({}, either_prompt),
+        },
+        ["colour", "dense_colour", "distance"]),
+    "understanding": Finding(
+        "MME-P 1468.7 with drawing, 1374.8 without; other scores differ little, both ways",
+        {
+            "both": Arm({"questions": 0.5}),
+            "understanding alone": Arm({"questions": 0.5, "flow_weight": 0.0, "regression": 0.0}),
+            "drawing alone": Arm({"batch": 32}),       # as many images to draw as in a batch of 64
+        },
+        ["answers", "colour", "distance"]),
+    "finetune": Finding(
+        "the LLM and the DiT are finetuned; the DiT alone was tried, too",
+        {
+            "before": Arm({}, dense_prompt),
+            "LLM frozen": Arm({"freeze_llm": True}, dense_prompt, init="before"),
+            "LLM and DiT": Arm({}, dense_prompt, init="before"),
+        },
+        DENSE),
+}
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("findings", nargs="*", default=[*FINDINGS], help=" ".join(FINDINGS))
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-parser.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"], help="of each training")
-parser.add_argument("--n", type=runtime.at_least(36), default=144, help="images of each kind that are judged")
-parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder of runs and pictures")
+parser.add_argument("names", nargs="*", default=list(FINDINGS), metavar="FINDING",
+                    help=f"Findings to look for: {' '.join(FINDINGS)} (default: all).")
+parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
+                    help="Seeds of each training (default: 0 1 2).")
+parser.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"],
+                    help=f"Steps of each training (default: {TOY['steps']}).")
+parser.add_argument("--n", type=runtime.at_least(36), default=144,
+                    help="Images of each kind that are judged (default: 144).")
+parser.add_argument("--out", type=Path, default=Path("runs/findings"),
+                    help="Folder of runs and pictures (default: runs/findings).")
 options = parser.parse_args()
-if wrong := {*options.findings} - {*FINDINGS}:
-    parser.error(f"{' '.join(wrong)}: findings are {' '.join(FINDINGS)}")
+check_names(parser, options.names, FINDINGS)
 
 
-# %% One run: training, then what its model draws and answers
-def train(folder, seed, chat=None, init=None, **flags):
-    flags = {**TOY, "steps": options.steps, **flags}
-    train_t2i.converse = (lambda scene, rng, **_: chat(scene, rng)) if chat else converse
-    if init:                                               # 500 scenes, at a tenth of the rate
-        kept = {k: v for k, v in flags.items() if not k.startswith(("llm_", "plan", "steps"))}
-        flags = dict(kept, init=folder.parent / init / "last.pt", lr=3e-4, llm_lr=1e-4,
-                     steps=options.steps // 2, warmup=20)
-    train_t2i.open_data = lambda *a, **k: (Few if init else open_data)(*a, **{**k, "objects": (1, 2)})
-    argv = [x for k, v in flags.items() for x in (f"--{k}", str(v))[:1 if v is True else 2]]
-    train_t2i.main(train_t2i.parse_args([*argv, "--seed", str(seed), "--out", str(folder), "--overwrite"]))
+# %% One training
+def train(folder, seed, arm):
+    """Train an arm by train_t2i.py; folder/last.pt is its checkpoint."""
+    flags = {**TOY, "steps": options.steps, **arm.flags}
+    if arm.init:
+        flags = finetuning_flags(flags, folder.parent / arm.init / "last.pt")
+    words = command_line({**flags, "seed": seed, "out": folder, "overwrite": True})
+    args = train_t2i.parse_args(words)
+
+    conversation = arm.conversation
+    if conversation is None:
+        conversation = partial(converse, questions=args.questions, plan=False)
+    data = open_data("shapes", IMAGE_SIZE, seed, objects=(1, 2), conversation=conversation)
+    if arm.init:
+        data = RepeatedImages(data, FINETUNING_SCENES)
+    train_t2i.main(args, data=data, conversation=conversation)
 
 
-def judge(folder, shown):
-    """Of what is shown, per cent: colours, then classes, right in images of one object; of dense prompts; of
-    answers; and the Fréchet distance of those images to real ones, in the tiny encoder's features."""
-    args = sample.parse_args(["--prompt", "-", "--ckpt", f"{folder}/last.pt"])
-    t2i, rae, _, _ = sample.load_models(args, "cpu", encoder=True)
-    args.guidance = 2.0
+def finetuning_flags(flags, init):
+    """Flags to train on from the checkpoint `init`, for half the steps at a tenth of the rate."""
+    kept = {}
+    for name, value in flags.items():
+        # The checkpoint brings its language model and its plan.
+        if not name.startswith(("llm_", "plan", "steps")):
+            kept[name] = value
+    return dict(kept, init=init, lr=3e-4, llm_lr=1e-4, steps=options.steps // 2, warmup=20)
 
-    def images(prompts):
-        return torch.cat([sample.generate(t2i, rae, [prompts[i] for i in part], args, part)
-                          for part in sample.share(len(prompts), 0, 1, 72)])
 
-    def moments(images):
-        found = eval_fid.Moments()
-        found.add(eval_fid.features(rae.encoder, images)[0])
-        return found.mean, found.cov
+# %% What its model draws and answers
+def judge(folder, columns):
+    """Numbers of a trained model: those of `columns` and a few more, as a dict.
 
+    colour, colour_and_shape: images of one object that came out right, %. distance: Frechet
+    distance of these images to real ones, in the tiny encoder's features. dense_*: the same of
+    dense prompts. answers: right answers to questions about held-out scenes, %.
+    """
+    args = sample.parse_args(["--prompt", "-", "--ckpt", f"{folder}/last.pt", "--guidance", "2"])
+    t2i, rae, _ = sample.load_t2i_models(args, "cpu", with_encoder=True)
     labels = [i % len(CLASSES) for i in range(options.n)]
     scenes = [Scene.random(1, SHAPES_VAL + i, 1, label) for i, label in enumerate(labels)]
-    found = {}
-    for kind, prompts in (("", [f"a {CLASSES[i]}" for i in labels]),
-                          ("dense_", [train_t2i.layout(scene.objects) for scene in scenes])):
-        if not {f"{kind}colour", f"{kind}distance"} & {*shown}:
-            continue
-        drawn = images(prompts)
-        counts = 100 * eval_fid.verify(drawn, labels) / options.n
-        found |= {f"{kind}colour": float(counts[0]), f"{kind}colour_and_shape": float(counts[1])}
-        real = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
-        found[f"{kind}distance"] = eval_fid.frechet_distance(*moments(real), *moments(drawn))
-    if "answers" not in shown:
-        return found
+    results = {}
+    if "colour" in columns or "distance" in columns:
+        prompts = [f"a {CLASSES[label]}" for label in labels]
+        results |= judge_images(t2i, rae, prompts, scenes, labels, args)
+    if "dense_colour" in columns or "dense_distance" in columns:
+        prompts = [layout(scene.objects) for scene in scenes]
+        for name, value in judge_images(t2i, rae, prompts, scenes, labels, args).items():
+            results[f"dense_{name}"] = value
+    if "answers" in columns:
+        results["answers"] = judge_answers(t2i, rae)
+    return results
+
+
+def judge_images(t2i, rae, prompts, scenes, labels, args):
+    """Colours and classes that are right in images of the prompts; distance to the scenes."""
+    parts = []
+    for numbers in runtime.split_numbers(len(prompts), batch=72):
+        some_prompts = [prompts[i] for i in numbers]
+        parts.append(sample.generate_prompts(t2i, rae, some_prompts, args, numbers))
+    drawn = torch.cat(parts)                                            # n H W 3
+    real = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
+    right_colour, right_class, _ = (100 * metrics.verify(drawn, labels) / len(labels)).tolist()
+
+    network = metrics.EncoderFeatures(rae.encoder)
+    moments = []
+    for images in (real, drawn):
+        moments.append(metrics.Moments())
+        moments[-1].add(network(images)[0])
+    distance = metrics.frechet_distance(moments[0].mean, moments[0].cov,
+                                        moments[1].mean, moments[1].cov)
+    return dict(colour=right_colour, colour_and_shape=right_class, distance=distance)
+
+
+def judge_answers(t2i, rae):
+    """Right answers to all questions about 200 held-out scenes, %."""
     scenes = [Scene.random(0, SHAPES_VAL + k, (1, 2)) for k in range(200)]
-    x = torch.from_numpy(np.stack([scene.render() for scene in scenes])).movedim(3, 1).float() / 255
-    right, asked = eval_fid.answered(t2i, rae.encode(x), scenes).tolist()
-    return {**found, "answers": 100 * right / asked}
+    images = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
+    latents = rae.encode(images.movedim(3, 1).float() / 255)            # 200 c h w
+    right, asked = count_right_answers(t2i, latents, scenes).tolist()
+    return 100 * right / asked
 
 
 # %% All runs of each finding, its table and its picture
-def run(folder, seed, arm):
-    train(folder, seed, **FINDINGS[name][1][arm])
-    found = judge(folder, FINDINGS[name][2])
-    return {k: v for k, v in found.items() if (arm, k == "answers") not in UNTRAINED}
+def run_arm(finding, folder, seed, name):
+    """Train one arm of a finding and judge what it was trained for."""
+    train(folder, seed, finding.arms[name])
+    results = judge(folder, finding.columns)
+    if name == "understanding alone":                       # it was never taught to draw
+        return {"answers": results["answers"]}
+    if name == "drawing alone":                             # it was never asked a question
+        del results["answers"]
+    return results
 
 
 runtime.setup()
-converse = train_t2i.converse
-for name in options.findings:
-    claim, arms, shown = FINDINGS[name]
-    study(name, f"the paper: {claim}", arms, shown, options, run)
+for name in options.names:
+    finding = FINDINGS[name]
+    study = Study(f"the paper: {finding.claim}", list(finding.arms), finding.columns,
+                  partial(run_arm, finding))
+    run_study(name, study, options)

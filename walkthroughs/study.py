@@ -1,7 +1,9 @@
-"""What the walkthroughs that compare trainings share: every arm with every seed, a table, a picture."""
+"""What walkthroughs that compare trainings share: runs of each arm and seed, a table, a picture."""
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -9,51 +11,137 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import runtime
-from data import open_data
+from data import ImageData
+
+# Options of a script that say which runs to make, not how to make one.
+NOT_OF_A_RUN = ("out", "seeds", "names")
 
 
-class Few(open_data):          # the same scenes again and again, none of which was seen before
-    count = 500
+class Study(NamedTuple):
+    """A claim, and the trainings that look into it.
+
+    claim: what the papers say. arms: names of the trainings to compare. columns: names of the
+    numbers to show. run: (folder, seed, arm) -> dict of numbers, of which some may be missing.
+    """
+    claim: str
+    arms: list
+    columns: list
+    run: Callable
+
+
+class RepeatedImages(ImageData):
+    """The same `count` images again and again: a training set that a model can learn by heart.
+
+    data: ImageData of one source. The images are those from FIRST on, which no other training of
+    the studies gets to.
+    """
+    FIRST = 500_000
+
+    def __init__(self, data, count):
+        super().__init__(data.sources, {data.domains[0]: 1.0}, data.size, data.seed)
+        self.count = count
 
     def __getitem__(self, k):
-        return {**super().__getitem__(500_000 + k % self.count), "number": k}
+        item = super().__getitem__(self.FIRST + k % self.count)
+        item["number"] = k
+        return item
 
 
-def study(name, claim, arms, shown, options, run):
-    """Run each arm with each seed, print mean and range of what is shown, and draw the same to a .png.
+def command_line(flags):
+    """A dict of flags as the words of a command line.
 
-    arms: names. shown: keys of the dicts of numbers that run(folder, seed, arm) returns; others are nan.
-    options: flags, with out and seeds. A finished run's result.json in out/name is read instead of running it
-    again, unless it was made with other flags.
+    {"lr": 0.1, "data": ["a", "b"], "freeze_llm": True} gives --lr 0.1 --data a b --freeze_llm.
     """
-    folder, seeds = options.out / name, options.seeds
-    flags = {k: f"{v}" for k, v in vars(options).items() if k not in ("out", "seeds", "studies", "findings")}
-    kept, done = folder / "flags.json", [*folder.glob("*/*/result.json")]
-    was = json.loads(kept.read_text()) if kept.exists() else {} if done else flags
-    if was != flags:
-        raise SystemExit(f"error: {folder} has runs with {was}, not {flags}; give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(flags))
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def check_names(parser, names, known):
+    """End the script with a message unless all names are known."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: choose from {' '.join(known)}")
+
+
+def run_study(name, study, options):
+    """Run each arm with each seed, print mean and range of each number, and draw them to a .png.
+
+    options: flags of the script, with out and seeds. The result of a finished run is read from its
+    file instead of running it again.
+    """
+    folder = options.out / name
+    check_same_options(folder, options)
     results = {}
-    for seed in seeds:
-        for arm in arms:
-            place = folder / f"seed_{seed}" / arm.replace(" ", "_")
-            if not (place / "result.json").exists():
-                place.mkdir(parents=True, exist_ok=True)
-                result = json.dumps(run(place, seed, arm)).encode()
-                runtime.whole_file(place / "result.json", lambda f: f.write(result))
-            results[arm, seed] = json.loads((place / "result.json").read_text())
-    figure, panels = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.5), layout="constrained",
+    for seed in options.seeds:
+        for arm in study.arms:
+            results[arm, seed] = run_once(folder, seed, arm, study.run)
+
+    values = {}                # (arm, column) -> the number of each seed, nan where it is missing
+    for arm in study.arms:
+        for column in study.columns:
+            values[arm, column] = [results[arm, seed].get(column, np.nan) for seed in options.seeds]
+    print_table(name, study, values)
+    draw_bars(options.out / f"{name}.png", study, values)
+
+
+def check_same_options(folder, options):
+    """Keep the options beside the runs; end the script if finished runs were made with others."""
+    wanted = {}
+    for key, value in vars(options).items():
+        if key not in NOT_OF_A_RUN:
+            wanted[key] = str(value)
+    path = folder / "flags.json"
+    if any(folder.glob("*/*/result.json")):
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept != wanted:
+            raise SystemExit(f"error: {folder} has runs with {kept}, not {wanted}; give another "
+                             f"--out")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted))
+
+
+def run_once(folder, seed, arm, run):
+    """The numbers of one run, from its result.json if it is finished already."""
+    place = folder / f"seed_{seed}" / arm.replace(" ", "_")
+    result = place / "result.json"
+    if not result.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(run(place, seed, arm)).encode()
+        runtime.write_whole(result, lambda f: f.write(content))
+    return json.loads(result.read_text())
+
+
+def print_table(name, study, values):
+    """Print a line for each arm: of each column the mean and the range of the seeds."""
+    print(f"\n{name}: {study.claim}")
+    heads = [f"{column:>24}" for column in study.columns]
+    print(f"{'':22}", *heads, "  (mean and range of the seeds)")
+    for arm in study.arms:
+        cells = []
+        for column in study.columns:
+            numbers = values[arm, column]
+            cells.append(f"{np.mean(numbers):10.1f} {min(numbers):6.1f} to{max(numbers):6.1f}")
+        print(f"{arm:22}", *cells)
+
+
+def draw_bars(path, study, values):
+    """Draw a panel for each column: a bar for the mean of each arm, a dot for each seed."""
+    size = (4.5 * len(study.columns), 3.5)
+    figure, panels = plt.subplots(1, len(study.columns), figsize=size, layout="constrained",
                                   squeeze=False)
-    figure.suptitle(claim, fontsize=10)
-    print(f"\n{name}: {claim}")
-    print("".ljust(22), *(f"{what:>24}" for what in shown), "  (mean and range of the seeds)")
-    for arm in arms:
-        cells = [[results[arm, seed].get(what, np.nan) for seed in seeds] for what in shown]
-        print(arm.ljust(22), *(f"{np.mean(c):10.1f} {min(c):6.1f} to{max(c):6.1f}" for c in cells))
-        for panel, what, values in zip(panels[0], shown, cells):
-            panel.bar(arm.replace(" ", "\n", 1), np.mean(values), color="lightsteelblue")
-            panel.plot([arm.replace(" ", "\n", 1)] * len(values), values, "k.")
-            panel.set(title=what.replace("_", " "))
-    figure.savefig(folder.parent / f"{name}.png", dpi=100)
+    figure.suptitle(study.claim, fontsize=10)
+    for panel, column in zip(panels[0], study.columns, strict=True):
+        panel.set_title(column.replace("_", " "))
+        for arm in study.arms:
+            numbers = values[arm, column]
+            label = arm.replace(" ", "\n", 1)
+            panel.bar(label, np.mean(numbers), color="lightsteelblue")
+            panel.plot([label for _ in numbers], numbers, "k.")
+    figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,15 +1,18 @@
 """Teach a text-to-image model to tell which of its own images came out right, for --best_of.
 
     python walkthroughs/verifier.py --n 10000 --steps 1000 --out runs/verifier
-It draws n latents for prompts of the kind it was trained on, read_scene says which are right, and the
-language model learns to answer "Does this image align with the prompt: ...?" from the latents alone, beside
-what it is taught otherwise. Ends with a curve, and how well it tells right from wrong untaught ones.
+
+It draws n latents for prompts of the kind it was trained on, read_scene says which are right, and
+the language model learns to answer "Does this image align with the prompt: ...?" from the latents
+alone, beside what it is taught otherwise. Ends with a curve, and how well it tells right from wrong
+latents that it was not taught.
 """
 # %% Set-up
 import argparse
 import copy
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,117 +22,187 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval_fid
 import runtime
 import sample
-import train_t2i
 from data import batches, open_data
 from model import time_shift
-from shapes import Scene, listing, read_scene
+from release import SHIPPED_T2I
+from shapes import ALIGN_QUESTION, REQUESTS, Scene, converse, fulfils, listing, read_scene
+from t2i import UNDERSTAND, answer_score, tokenize
+
+NUMBERS_OF_OBJECTS = (1, 1, 2, 2, 3, 4)       # of a scene, as train_t2i.py draws them
+SCENE_SEED = 91                               # of the prompts, apart from every training's
+BATCH = 32                                    # latents of each kind, and conversations, of a step
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--ckpt", default=str(sample.ASSETS / "tiny_t2i.safetensors"), help="of train_t2i.py")
-parser.add_argument("--n", type=runtime.at_least(360), default=10_000, help="latents; a tenth is held out")
-parser.add_argument("--steps", type=runtime.at_least(1), default=1000, help="of training, 64 latents each")
-parser.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4, help="peak learning rate")
-parser.add_argument("--out", type=Path, default=Path("runs/verifier"), help="folder of it all")
+parser.add_argument("--ckpt", default=str(SHIPPED_T2I),
+                    help="Checkpoint of train_t2i.py (default: the shipped one).")
+parser.add_argument("--n", type=runtime.at_least(360), default=10_000,
+                    help="Latents to draw, a tenth of which is held out (default: 10000).")
+parser.add_argument("--steps", type=runtime.at_least(1), default=1000,
+                    help="Optimizer steps, of 64 latents each (default: 1000).")
+parser.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4,
+                    help="Peak learning rate (default: 5e-4).")
+parser.add_argument("--out", type=Path, default=Path("runs/verifier"),
+                    help="Folder of latents, checkpoint and curve (default: runs/verifier).")
 options = parser.parse_args()
 runtime.setup()
+# Few steps without guidance are quick, and more often wrong.
 args = sample.parse_args(["--prompt", "-", "--ckpt", options.ckpt, "--seed", "77",
-                          "--guidance", "1", "--sampling_steps", "24"])     # quick, and as often wrong
+                          "--guidance", "1", "--sampling_steps", "24"])
 try:
-    model, rae, state, _ = sample.load_models(args, "cpu", encoder=True)
-except (OSError, ValueError) as error:                      # no such file; one of classes
+    model, rae, state = sample.load_t2i_models(args, "cpu", with_encoder=True)
+except (OSError, ValueError) as error:                 # no such file; a model of classes
     parser.error(str(error))
 
 
-# %% Draw, and have the images read
-def ask(number):
-    """Prompt, names and relation that eval_fid.fulfilled() takes, for a scene that training may show."""
-    scenes = (Scene.random(91, 1000 * number + k, (1, 1, 2, 2, 3, 4)) for k in range(1000))
-    scene = next(scene for scene in scenes if not scene.held_out())
-    rng, names = np.random.default_rng((91, number)), [o.name for o in scene.objects]
-    relations = [r for r in scene.relations() if names[r[0]] != names[r[2]]] if len(names) == 2 else []
+# %% Draw latents, and have the images read
+def training_scene(number):
+    """A scene that training may show."""
+    for k in range(1000):
+        scene = Scene.random(SCENE_SEED, 1000 * number + k, NUMBERS_OF_OBJECTS)
+        if not scene.held_out():
+            return scene
+    raise AssertionError("a thousand scenes in a row are held out")
+
+
+def draw_prompt(number):
+    """A prompt, and the names and the relation that shapes.fulfils() looks for."""
+    scene = training_scene(number)
+    rng = np.random.default_rng((SCENE_SEED, number))
+    names = [thing.name for thing in scene.objects]
     text, relation = listing(names), None
+    relations = []
+    if len(names) == 2 and names[0] != names[1]:
+        relations = scene.relations()
     if relations and rng.random() < 0.5:
         i, word, j = relations[rng.integers(len(relations))]
-        relation = names[i], word, names[j]
+        relation = (names[i], word, names[j])
         text = f"a {names[i]} {word} a {names[j]}"
     elif rng.random() < 0.3:
-        names = [o.shape for o in scene.objects]
+        names = [thing.shape for thing in scene.objects]
         text = listing(names)
-    return ("{}", *train_t2i.ASK)[rng.integers(1 + len(train_t2i.ASK))].format(text), names, relation
+    requests = ("{}", *REQUESTS)
+    request = requests[rng.integers(len(requests))]
+    return request.format(text), names, relation
 
 
-def drawn(numbers, path):
+def draw_latents(numbers, path):
+    """Latents, prompts and whether they came out right, of these numbers; kept in a file."""
     if not path.exists():
-        prompts, *wanted = zip(*map(ask, numbers))
-        z = sample.draw_prompts(model, prompts, args, numbers)
-        read = [read_scene(image) for image in sample.to_images(rae, z).numpy()]
-        right = [eval_fid.fulfilled(objects, *want) for objects, *want in zip(read, *wanted)]
-        state = dict(z=z.half(), prompts=[*prompts], right=torch.tensor(right))
-        runtime.whole_file(path, lambda f: torch.save(state, f))
+        wanted = [draw_prompt(number) for number in numbers]
+        prompts = [prompt for prompt, _, _ in wanted]
+        latents = sample.draw_prompts(model, prompts, args, numbers)
+        is_right = []
+        images = sample.to_images(rae, latents).numpy()
+        for image, (_, names, relation) in zip(images, wanted, strict=True):
+            is_right.append(fulfils(read_scene(image), names, relation))
+        drawn = dict(z=latents.half(), prompts=prompts, right=torch.tensor(is_right))
+        runtime.write_whole(path, lambda f: torch.save(drawn, f))
     return torch.load(path, weights_only=True)
 
 
-folder = options.out / f"drawn_{hashlib.sha1(Path(options.ckpt).read_bytes()).hexdigest()[:8]}"
-folder.mkdir(parents=True, exist_ok=True)                   # of this checkpoint alone
-parts = [drawn(part, folder / f"{part[0]:06d}_{len(part)}.pt")
-         for part in tqdm(sample.share(options.n, 0, 1, 72), "draw")]
-z, right = torch.cat([part["z"] for part in parts]).float(), torch.cat([part["right"] for part in parts])
-prompts = [text for part in parts for text in part["prompts"]]
-taught = options.n * 9 // 10
-print(f"{options.n} latents drawn, {100 * right.float().mean():.1f}% right")
+# A folder for this checkpoint alone.
+sha1 = hashlib.sha1(Path(options.ckpt).read_bytes()).hexdigest()
+folder = options.out / f"drawn_{sha1[:8]}"
+folder.mkdir(parents=True, exist_ok=True)
+parts = []
+for numbers in tqdm(runtime.split_numbers(options.n, batch=72), "draw"):
+    parts.append(draw_latents(numbers, folder / f"{numbers[0]:06d}_{len(numbers)}.pt"))
+latents = torch.cat([part["z"] for part in parts]).float()              # n c h w
+is_right = torch.cat([part["right"] for part in parts])                 # n
+prompts = [prompt for part in parts for prompt in part["prompts"]]      # n
+num_taught = options.n * 9 // 10                                        # the rest is held out
+print(f"{options.n} latents drawn, {100 * is_right.float().mean():.1f}% right")
 
 
-# %% How well scores tell right ones from wrong ones: the share of pairs in the right order, of all held out
-def order():
-    with torch.no_grad():
-        scores = [s for part in torch.arange(taught, options.n).split(256)
-                  for s in model.scores(z[part], [prompts[i] for i in part], "answer")]
-    scores, good = torch.tensor(scores), right[taught:]
-    return float((scores[good][:, None] > scores[~good][None]).float().mean())
+# %% How well the scores tell right from wrong
+def ranking_accuracy():
+    """Fraction of pairs of a right and a wrong held-out latent in which the right one wins."""
+    scores = []
+    for part in torch.arange(num_taught, options.n).split(256):
+        scores += answer_score(model, latents[part], [prompts[i] for i in part])
+    scores = torch.tensor(scores)
+    held_out_is_right = is_right[num_taught:]
+    right, wrong = scores[held_out_is_right], scores[~held_out_is_right]
+    return float((right[:, None] > wrong[None]).float().mean())
 
 
-print(f"right before wrong, untaught: {100 * order():.1f}% of pairs")
+print(f"right before wrong, untaught: {100 * ranking_accuracy():.1f}% of pairs")
 
-# %% Train the language model: half of the latents are wrong ones, and ordinary conversations go on
-teacher, stream = copy.deepcopy(model).requires_grad_(True), open_data(
-    "shapes", 64, 5, objects=(1, 1, 2, 2, 3, 4),
-    chat=lambda scene, rng: train_t2i.converse(scene, rng, questions=0.7, plan=model.plan))
-teacher.dit.requires_grad_(False)                           # what it draws shall stay
+# %% Train the language model; the EMA of its weights is the model from above
+teacher = copy.deepcopy(model).requires_grad_(True)
+teacher.dit.requires_grad_(False)                      # what it draws shall stay
+conversation = partial(converse, questions=0.7, plan=model.plan > 0)
+stream = open_data("shapes", 64, seed=5, objects=NUMBERS_OF_OBJECTS, conversation=conversation)
 parameters = [p for p in teacher.parameters() if p.requires_grad]
-opt = torch.optim.AdamW(parameters, options.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
-rows = [(right[:taught] == good).nonzero()[:, 0] for good in (False, True)]
-curve, grid, n = [], z.shape[1:], teacher.n
-for step, _, images, _, talks in tqdm(batches(stream, 32, 32, 0, 0, 1, 1, stop=options.steps), "train",
-                                      total=options.steps):
-    torch.manual_seed(step)
-    some = torch.cat([part[torch.randint(len(part), (32,))] for part in rows])
-    told = [[("user", f"<image>\n{train_t2i.ALIGN.format(prompts[i])}"),
-             ("assistant", "yes" if right[i] else "no")] for i in some]
-    ids, labels, kind, _ = train_t2i.tokenise(teacher.tokenizer, told, n)
-    answers, _, _ = teacher(ids, labels, z[some], kind, torch.full((1,), 0.5), torch.zeros(1, *grid))
-    answers = answers / (labels >= 0).sum()
-    ids, labels, kind, _ = train_t2i.tokenise(teacher.tokenizer, talks, n, model.context)
-    k = max(1, int((kind > 0).sum()))
-    t = time_shift(torch.rand(k), z[0].numel(), teacher.dit.shift_base)
-    ce, _, flow = teacher(ids, labels, rae.encode(images.float() / 255), kind, t, torch.randn(k, *grid))
-    (answers + ce / (labels >= 0).sum() + (flow * t.square()).mean()).backward()
-    lr = options.lr * runtime.lr_factor(step, 50, 50, options.steps, 0.02, "cosine")
-    runtime.step_optimizers([opt], teacher, 1.0, answers, step, lr)
-    runtime.update_ema(model, teacher, 0.99, step)
-    curve.append(float(answers))
-    if (step + 1) % 100 == 0 or step + 1 == options.steps:
-        tqdm.write(f"step {step + 1}: answers {np.mean(curve[-100:]):.3f}, right before wrong "
-                   f"{100 * order():.1f}%, ordinary {float(ce / (labels >= 0).sum()):.3f}")
+optimizer = torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                              fused=True)
+taught_wrong = (~is_right[:num_taught]).nonzero()[:, 0]
+taught_right = is_right[:num_taught].nonzero()[:, 0]
+latent_shape = latents.shape[1:]                                        # c h w
 
-# %% Keep it, and the curve
-state = {k: v for k, v in state.items() if k not in ("model", "opt", "level")}
-runtime.save_checkpoint(options.out / "last.pt", **{**state, "ema": model.state_dict()})
+
+def draw_rows():
+    """Rows of BATCH wrong and BATCH right latents, as far more are right."""
+    rows = []
+    for kind in (taught_wrong, taught_right):
+        rows.append(kind[torch.randint(len(kind), (BATCH,))])
+    return torch.cat(rows)
+
+
+def alignment_loss(rows):
+    """Cross-entropy of "yes" or "no" to whether latents align with their prompts, a mean."""
+    conversations = []
+    for i in rows:
+        question = f"<image>\n{ALIGN_QUESTION.format(prompts[i])}"
+        answer = "yes" if is_right[i] else "no"
+        conversations.append([("user", question), ("assistant", answer)])
+    ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n)
+    # Nothing is drawn, so one time and one noise stand in for those of the DiT.
+    t, eps = torch.full((1,), 0.5), torch.zeros(1, *latent_shape)
+    loss, _, _ = teacher(ids, labels, latents[rows], tasks, t, eps)
+    return loss / (labels >= 0).sum()
+
+
+def ordinary_losses(conversations, images):
+    """Cross-entropy and flow matching loss of what train_t2i.py teaches, two means."""
+    ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n, model.context)
+    num_drawn = max(1, int((tasks != UNDERSTAND).sum()))
+    t = time_shift(torch.rand(num_drawn), latents[0].numel(), teacher.dit.shift_base)
+    x0 = rae.encode(images.float() / 255)                               # b c h w
+    eps = torch.randn(num_drawn, *latent_shape)
+    cross_entropy, _, flow_loss = teacher(ids, labels, x0, tasks, t, eps)
+    # times t^2: the error of x0, which the model predicts
+    return cross_entropy / (labels >= 0).sum(), (flow_loss * t.square()).mean()
+
+
+losses = []
+micro_batches = batches(stream, BATCH, BATCH, workers=1, stop=options.steps)
+for step, _, images, _, conversations in tqdm(micro_batches, "train", total=options.steps):
+    torch.manual_seed(step)
+    answer_loss = alignment_loss(draw_rows())
+    cross_entropy, flow_loss = ordinary_losses(conversations, images)
+    (answer_loss + cross_entropy + flow_loss).backward()
+    lr = options.lr * runtime.lr_factor(step, 50, 50, options.steps, 0.02, "cosine")
+    runtime.optimizer_step([optimizer], teacher, 1.0, answer_loss, step, lr)
+    runtime.update_ema(model, teacher, 0.99, step)
+    losses.append(answer_loss.item())
+    if (step + 1) % 100 == 0 or step + 1 == options.steps:
+        tqdm.write(f"step {step + 1}: answers {np.mean(losses[-100:]):.3f}, right before wrong "
+                   f"{100 * ranking_accuracy():.1f}%, ordinary {cross_entropy.item():.3f}")
+
+# %% Keep the weights, and draw the curve
+kept = {}
+for name, value in state.items():
+    if name not in ("model", "opt", "level"):          # what only training needs
+        kept[name] = value
+kept["ema"] = model.state_dict()
+runtime.save_checkpoint(options.out / "last.pt", **kept)
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-axes.plot(np.convolve(curve, np.ones(20) / 20, "valid"))
+axes.plot(np.convolve(losses, np.ones(20) / 20, "valid"))
 axes.set(xlabel="step", ylabel="cross-entropy of yes and no, mean of 20", title="right or wrong?")
 figure.savefig(options.out / "answers.png", dpi=120)
-print(f"right before wrong, taught: {100 * order():.1f}% of pairs; {options.out}/last.pt")
+print(f"right before wrong, taught: {100 * ranking_accuracy():.1f}% of pairs; "
+      f"{options.out}/last.pt")

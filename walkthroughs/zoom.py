@@ -1,7 +1,9 @@
 """Details of held-out images and of their reconstructions by some decoders, four times enlarged.
 
     python walkthroughs/zoom.py runs/decoder/last.pt assets/tiny_rae.safetensors --out zoom.png
-Rows: the original, then each decoder in turn; ends with their PSNR on what is shown.
+
+The upper row has the originals, the rows below are of each decoder in turn. Ends with the PSNR of
+each decoder on these images.
 """
 # %% Set-up
 import argparse
@@ -10,46 +12,80 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image
 
-import eval_fid
+import metrics
 import runtime
-from data import open_data
-from model import unpack_rae
+from data import load_images, open_data, resize_images
+from eval_decoder import reconstruct
+from release import load_rae
+
+ENLARGEMENT = 4
+FRAME = 2                          # white pixels around each detail
 
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("checkpoints", nargs="+", help="of train_decoder.py or train_dit.py")
-parser.add_argument("--data", nargs="+", default=["shapes"], help="images, as the scripts take them")
-parser.add_argument("--first", type=runtime.at_least(0), default=0, help="number of the first image")
-parser.add_argument("--n", type=runtime.at_least(1), default=8, help="images")
-parser.add_argument("--out", default="zoom.png")
+parser.add_argument("checkpoints", nargs="+",
+                    help="Checkpoints of train_decoder.py or train_dit.py.")
+parser.add_argument("--data", nargs="+", default=["shapes"],
+                    help="Images, as the training scripts take them (default: shapes).")
+parser.add_argument("--first", type=runtime.at_least(0), default=0,
+                    help="Number of the first image (default: 0).")
+parser.add_argument("--n", type=runtime.at_least(1), default=8,
+                    help="Number of images (default: 8).")
+parser.add_argument("--out", default="zoom.png", help="Picture to write (default: zoom.png).")
 options = parser.parse_args()
 
 # %% Originals and reconstructions, at the size of the first decoder's images
 try:
-    states = [runtime.load_checkpoint(path) for path in options.checkpoints]
-    models = [unpack_rae(state["rae"]) for state in states]
-except (OSError, ValueError, KeyError) as error:           # no such file; no autoencoder in it
+    raes = [load_rae(path) for path in options.checkpoints]
+except (OSError, ValueError) as error:                 # no such file; no autoencoder in it
     parser.error(str(error))
-side = models[0].decoder.grid * models[0].decoder.patch
-val = open_data(options.data, side, split="val", hold_out=states[0]["args"].get("hold_out", 0))
-images = eval_fid.real_images(val, range(options.first, options.first + options.n))     # n H W 3
-x = images.movedim(3, 1).float() / 255
-rows = [images]
-for rae, path in zip(models, options.checkpoints):
-    back = eval_fid.resize(eval_fid.reconstruct(rae, images)[1], side)
-    rows.append((back * 255).round().byte().movedim(1, 3))
-    print(f"{path}: {eval_fid.psnr(images, rows[-1]).mean():.2f} dB")
+side = raes[0].decoder.image_size
+hold_out = runtime.load_checkpoint(options.checkpoints[0])["args"].get("hold_out", 0)
+val = open_data(options.data, side, split="val", hold_out=hold_out)
+originals = load_images(val, range(options.first, options.first + options.n))     # n S S 3
 
-# %% The half of each image with the most edges, enlarged without smoothing
-half, tiles = side // 2, []
-steep = x.diff(dim=3).abs().sum(1)[:, 1:] + x.diff(dim=2).abs().sum(1)[:, :, 1:]        # n H-1 W-1
+rows = [originals]
+for rae, path in zip(raes, options.checkpoints, strict=True):
+    _, images = reconstruct(rae, originals)
+    images = (resize_images(images, side) * 255).round().byte()         # n 3 S S
+    images = rearrange(images, "n c h w -> n h w c")
+    print(f"{path}: {metrics.psnr(originals, images).mean():.2f} dB")
+    rows.append(images)
+
+
+# %% Of each image the quarter with the most edges
+def quarter_with_most_edges(image):
+    """Top and left of the square of half the side in which neighbouring pixels differ most.
+
+    image: uint8 S S 3.
+    """
+    image = image.float() / 255
+    between_rows = image.diff(dim=0).abs().sum(2)                       # S-1 S
+    between_columns = image.diff(dim=1).abs().sum(2)                    # S S-1
+    edges = between_rows[:, 1:] + between_columns[1:]                   # S-1 S-1
+    half = len(image) // 2
+    best, most = (0, 0), -1.0
+    for top in range(0, half, 4):
+        for left in range(0, half, 4):
+            amount = float(edges[top:top + half, left:left + half].sum())
+            if amount > most:
+                best, most = (top, left), amount
+    return best
+
+
+# %% Enlarged without smoothing, each image a column
+columns = []
+half = side // 2
 for k in range(options.n):
-    corners = [(i, j) for i in range(0, half, 4) for j in range(0, half, 4)]
-    i, j = max(corners, key=lambda at: float(steep[k, at[0]:at[0] + half, at[1]:at[1] + half].sum()))
-    tiles.append(np.concatenate([np.pad(row[k, i:i + half, j:j + half].numpy().repeat(4, 0).repeat(4, 1),
-                                        ((2, 2), (2, 2), (0, 0)), constant_values=255) for row in rows]))
-Image.fromarray(np.concatenate(tiles, 1)).save(options.out)
+    top, left = quarter_with_most_edges(originals[k])
+    details = torch.stack([row[k, top:top + half, left:left + half] for row in rows])     # r h w 3
+    details = repeat(details, "r h w c -> r (h p) (w q) c", p=ENLARGEMENT, q=ENLARGEMENT)
+    details = F.pad(details, (0, 0, FRAME, FRAME, FRAME, FRAME), value=255)
+    columns.append(rearrange(details, "r h w c -> (r h) w c"))
+Image.fromarray(torch.cat(columns, dim=1).numpy()).save(options.out)
 print(f"{options.n} images, each a column: {options.out}")
