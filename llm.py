@@ -69,8 +69,7 @@ def rotary_tables(positions, head_dim, theta):                      # b l
 
 def rotate(x, cos, sin):                                            # b k l dh
     """Turn each pair: (x1 cos - x2 sin, x2 cos + x1 sin). The table of sines holds the signs."""
-    halves_swapped = x.roll(x.shape[-1] // 2, dims=-1)              # b k l dh
-    return x * cos + halves_swapped * sin                           # b k l dh, fp32
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin        # b k l dh, fp32
 
 
 def attention_mask(valid, new_tokens):                              # b s

@@ -390,9 +390,7 @@ def flags_as_dict(args):
 
 
 def flags_of_run(out):
-    """The flags in OUT/last.pt, for --resume, as a dict. Raises ValueError if there is no such
-    file.
-    """
+    """The flags in OUT/last.pt, for --resume, as a dict. Raises ValueError without such a file."""
     path = Path(out) / "last.pt"
     if not path.exists():
         raise ValueError(f"--resume needs {path}, which does not exist; leave the flag out to "
@@ -400,6 +398,8 @@ def flags_of_run(out):
     flags = dict(load_checkpoint(path)["args"])
     for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
         flags.pop(name, None)
+    if flags.get("decay_end") == flags["steps"]:       # a schedule follows --steps if it is raised
+        del flags["decay_end"]
     return flags
 
 

@@ -41,8 +41,8 @@ from release import load_encoder, load_release, load_strict, load_vit, pixel_sta
 from runtime import at_least
 
 # ---------------------------------------------------------------------------- flags
-# Laptop size, for the built-in world. Every flag defaults to None; resolve() fills in these values,
-# and those of None here from other flags.
+# Laptop size, for the built-in world. Every flag defaults to None; resolve() fills in these values.
+# What is None here depends on other flags.
 DEFAULTS = dict(
     runtime.RUN_DEFAULTS, out="runs/decoder",
     data=["shapes"], size=None, hold_out=None, stats_n=5000,
@@ -55,6 +55,7 @@ DEFAULTS = dict(
     clip=1.0, ema=0.99,
     log_every=100, save_every=1000, preview_every=1000,
     eval_every=1000, eval_n=200, eval_features=None)
+# What both papers have in common.
 PAPER = dict(decoder="XL", size=256, batch=512, optimizer="adamw", lr_end=0.1, clip=0.0, lpips=1.0,
              ema=0.9978)
 RECIPES = {
@@ -68,13 +69,14 @@ RECIPES = {
                       gan=10.0, gan_start=8 * 2500, disc="dino-s16", disc_start=7 * 2500,
                       disc_lr=5e-5, disc_warmup=2500),
 }
-# Encoders of the built-in world. Their images are small, and VGG was never trained on such images.
+# Encoders of the built-in world. LPIPS is off by default: VGG was trained on photographs at 224 px,
+# and its weights are a download.
 SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
 # Flags that a resumed run must not change.
-FIXED = ("data", "encoder", "size", "seed", "batch", "micro_batch", "decoder_width",
-         "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau", "noise_law",
-         "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature", "kl", "gan",
-         "gan_start", "disc", "disc_start", "diffaug", "cutout")
+FIXED = ("data", "recipe", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
+         "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau",
+         "noise_law", "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature",
+         "kl", "gan", "gan_start", "disc", "disc_start", "diffaug", "cutout")
 
 
 def parse_args(argv=None):
@@ -343,7 +345,7 @@ class ReconstructionLoss(nn.Module):
             self.vgg = metrics.load_lpips()
 
     def forward(self, images, target):                                  # b 3 H W each
-        terms = {"l1": F.l1_loss(images, target)}
+        terms = {"l1": F.l1_loss(images, target)}                       # the pixel loss
         if self.vgg is not None:
             maps = vgg_maps(self.vgg, images)                           # five of b c h w
             target_maps = vgg_maps(self.vgg, target)                    # five of b c h w
@@ -426,6 +428,7 @@ class DiscriminatorHead(nn.Module):
     """Convolutions over the tokens of one block: features b d n -> logits b n.
 
     The norms are per sample and channel, so that a sample's logits do not depend on its batch.
+    Source: StyleGAN-T, arXiv 2301.09515, as in RAE's release.
     """
     def __init__(self, d):
         super().__init__()
@@ -447,8 +450,8 @@ class Discriminator(nn.Module):
 
     name: "tiny" (the shipped encoder), "dino-s8" or "dino-s16" (DINO's ViT-S).
     forward: images b 3 H W in [0,1] -> logits b 5*n; higher is more real.
-    Source: RAE and its release; StyleGAN-T, arXiv 2301.09515. The release zeroes the bias of the
-        keys, which attention does not feel, and takes tanh-GELUs; ours are DINO's own.
+    Source: RAE's release. Other than here, it zeroes the bias of the keys, to which attention is
+        blind, and computes DINO's GELUs by the tanh approximation.
     """
     def __init__(self, name):
         super().__init__()
@@ -460,7 +463,8 @@ class Discriminator(nn.Module):
             timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
         self.mean, self.std = pixels
         self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
-        # The last block, and the ends of four quarters of the depth: of 12 blocks 11, 2, 5, 8, 11.
+        # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
+        # 11. The release has the last one twice.
         depth = len(self.vit.blocks)
         self.blocks = [depth - 1]
         for quarter in (1, 2, 3, 4):
@@ -494,7 +498,7 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(fake_logits, real_logits):
-    """Loss of the discriminator, a scalar. The factor 1/2 is that of the release."""
+    """Loss of the discriminator, a scalar. Source: arXiv 1705.02894; the release halves it."""
     return (F.relu(1 + fake_logits) + F.relu(1 - real_logits)).mean() / 2
 
 
@@ -585,9 +589,9 @@ class Muon(torch.optim.Muon):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        mean = state["momentum_buffer"]
-        mean.lerp_(weight.grad, 1 - momentum)                           # m n
-        update = weight.grad.lerp(mean, momentum)                       # m n, Nesterov momentum
+        running_mean = state["momentum_buffer"]
+        running_mean.lerp_(weight.grad, 1 - momentum)                   # m n
+        update = weight.grad.lerp(running_mean, momentum)               # m n, Nesterov momentum
         update = orthogonalise(update)                                  # m n
         # An orthogonal m n matrix has a root mean square of 1 / sqrt(max(m, n)), AdamW's updates of
         # about 0.2.
@@ -628,6 +632,13 @@ def make_optimizers(model, name, lr, weight_decay):
     if matrices:
         optimizers.append(Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def disc_lr(args, step):
+    """Learning rate of the discriminator, whose schedule begins at its own first step."""
+    return args.disc_lr * runtime.lr_factor(
+        step - args.disc_start, args.disc_warmup, args.disc_warmup, args.steps - args.disc_start,
+        args.lr_end, shape="cosine")
 
 
 def average_gradients(module):
@@ -749,10 +760,10 @@ class Trainer:
                              resize_images(images, self.decoder.image_size), is_last)
 
     def noisy_latents(self, batch):
-        """What the decoder learns to decode: latents b c h w with noise; and the KL of a VAE.
+        """What the decoder learns to decode, latents b c h w with noise; and a VAE's KL, or 0.
 
-        They are not normalised. The noise depends on the micro-batch alone: each call gives the
-        same.
+        The latents are not normalised by their statistics. The same micro-batch always gives the
+        same latents, since the random numbers are seeded by its number.
         """
         runtime.seed_step(self.args.seed, batch.step, batch.micro)
         if self.encoder.trainable:
@@ -784,18 +795,18 @@ class Trainer:
             self.record(batch, images, loss, kl, terms)
 
     def adversarial_step(self, micro_batches):
-        """Gradients of L_rec + gan * lambda * L_gan, and of the discriminator.
+        """Gradients of L_rec + gan * lambda * L_gan (+ kl * KL of a VAE), and of the discriminator.
 
             lambda = |dL_rec/dW| / |dL_gan/dW|      W: weight of the decoder's last layer
 
-        Each of these gradients is a sum over all images of the batch, whose norm is taken only when
-        it is complete. So lambda is the same however the batch is split into micro-batches and
-        processes, and it is known only when every image was decoded once:
-        Pass 1 decodes without a graph, but for the last layer. It keeps the latents and both
-        losses' gradients at the pixels, which are as small as images.
-        Pass 2 decodes again and sends grad_rec + gan * lambda * grad_gan through the decoder. By
-        then no graph of VGG or of the discriminator takes memory.
-        Source: arXiv 2012.09841, eq. 7, and RAE's release, which takes the lambda of each process.
+        Both gradients are means over the whole batch: sums over micro-batches, then means over
+        processes, of which the norms are taken at the very end. So lambda does not depend on how
+        the batch is split, and it is known only when every image was decoded once.
+        Pass 1 decodes without a graph, but for the last layer, and keeps the gradients of both
+        losses at the pixels, which are as small as images.
+        Pass 2 decodes again and sends rec_grad + gan * lambda * gan_grad through the decoder. No
+        graph of VGG or of the discriminator takes memory by then.
+        Source: arXiv 2012.09841, eq. 7; RAE's release, where each process has its own lambda.
         """
         last_layer = self.decoder.decoder_pred.weight
         rec_at_last = torch.zeros_like(last_layer)
@@ -868,8 +879,8 @@ class Trainer:
 
 
 def adaptive_weight(rec_gradient, gan_gradient):
-    """lambda: how much the GAN's gradient at the last layer is to be scaled to be as long as that
-    of the reconstruction loss. The constants are those of the release.
+    """lambda: what the GAN's gradient at the last layer is to be multiplied by to be as long as the
+    reconstruction loss's. The constants are those of RAE's release.
     """
     return (rec_gradient.norm() / (gan_gradient.norm() + 1e-6)).clamp(max=1e4)
 
@@ -1051,11 +1062,8 @@ def main(args, data=None):
         runtime.update_ema(networks.ema, networks.trained, args.ema, step)
         if train_discriminator:
             average_gradients(heads)
-            disc_lr = args.disc_lr * runtime.lr_factor(     # a schedule from its own first step on
-                step - args.disc_start, args.disc_warmup, args.disc_warmup,
-                args.steps - args.disc_start, args.lr_end, shape="cosine")
             runtime.optimizer_step(disc_optimizers, heads, args.clip, meter.last("disc"), step,
-                                   disc_lr)
+                                   disc_lr(args, step))
 
         done = step + 1
         is_end = done == args.steps

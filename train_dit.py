@@ -58,16 +58,16 @@ RECIPES = {
                 dtype="fp32", shift_base=4096, prediction="v", balance="off"),
 }
 # Flags that a resumed run must not change.
-FIXED = ("rae", "data", "seed", "batch", "micro_batch", "width", "depth", "heads", "head_width",
-         "head_depth", "head_heads", "class_dropout", "shift_base", "prediction", "balance", "flip",
-         "cache", "hold_out", "weight_decay", "dtype")
+FIXED = ("rae", "data", "seed", "batch", "micro_batch", "recipe", "model", "width", "depth",
+         "heads", "head_width", "head_depth", "head_heads", "class_dropout", "shift_base",
+         "prediction", "balance", "flip", "cache", "hold_out", "weight_decay", "dtype")
 
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
-                   help="Images: shapes, a folder, tars, or a mixture NAME=PATH:WEIGHT ...")
+                   help="Images: shapes, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
     p.add_argument("--hold_out", type=at_least(0), help="Images kept for evaluation.")
     p.add_argument("--flip", choices=("on", "off"), help="Mirror half of the images.")
     p.add_argument("--cache", type=at_least(0),
@@ -147,8 +147,24 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        runtime.check_unchanged(args, stored, FIXED)
         values |= stored
-    elif args.init in release.PUBLISHED_DITS:
+    else:
+        values |= presets(args)
+    values |= given
+    if values["micro_batch"] is None:
+        values["micro_batch"] = runtime.default_micro_batch(values["batch"])
+    if values["decay_start"] is None:
+        values["decay_start"] = max(values["warmup"], values["steps"] // 2)
+    if values["decay_end"] is None:
+        values["decay_end"] = max(values["decay_start"], values["steps"])
+    return argparse.Namespace(**values)
+
+
+def presets(args):
+    """Defaults of a new run that depend on the latents, the recipe and the size."""
+    values = {}
+    if args.init in release.PUBLISHED_DITS:
         values |= PUBLISHED_TRAINING | DIT_SIZES["DiTDH-XL"]
     elif args.init:
         trained = runtime.load_checkpoint(args.init).get("args", {})
@@ -157,17 +173,7 @@ def resolve(args):
         values |= TINY_LATENTS
     values |= RECIPES.get(args.recipe, {})
     values |= DIT_SIZES.get(args.model, {})
-    values |= given
-    if values["micro_batch"] is None:
-        values["micro_batch"] = runtime.default_micro_batch(values["batch"])
-    if values["decay_start"] is None:
-        values["decay_start"] = max(values["warmup"], values["steps"] // 2)
-    if values["decay_end"] is None:
-        values["decay_end"] = max(values["decay_start"], values["steps"])
-    resolved = argparse.Namespace(**values)
-    if args.resume:
-        runtime.check_unchanged(resolved, stored, FIXED)
-    return resolved
+    return values
 
 
 def check_flags(args):

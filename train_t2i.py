@@ -80,10 +80,11 @@ PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
 OF_INIT = ("plan", "regression", "context", "shift_base", "prediction", "balance")
 # Flags that a resumed run must not change.
-FIXED = ("rae", "data", "llm", "llm_width", "llm_depth", "llm_heads", "connector", "seed", "batch",
-         "micro_batch", "width", "depth", "heads", "head_width", "head_depth", "head_heads",
-         "class_dropout", "shift_base", "prediction", "balance", "draws", "questions", "plan",
-         "dtype", "flow_weight", "regression", "llm_start", "freeze_llm", "weight_decay")
+FIXED = ("rae", "data", "recipe", "model", "wide_head", "llm", "llm_width", "llm_depth",
+         "llm_heads", "connector", "seed", "batch", "micro_batch", "width", "depth", "heads",
+         "head_width", "head_depth", "head_heads", "class_dropout", "shift_base", "prediction",
+         "balance", "draws", "questions", "plan", "dtype", "flow_weight", "regression", "llm_start",
+         "freeze_llm", "weight_decay")
 
 
 def parse_args(argv=None):

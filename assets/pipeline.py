@@ -136,7 +136,8 @@ def draw_legend(figure, y):
 
 
 def draw_stage_1(figure, y, image, latents, reconstruction):
-    figure.heading(y + 9.5, "Stage 1", "train_decoder.py learns to decode a frozen encoder's latents")
+    figure.heading(y + 9.5, "Stage 1",
+                   "train_decoder.py learns to decode a frozen encoder's latents")
     figure.picture(8.5, y, 11, image, below="image")
     figure.arrow((14.5, y), (19.5, y))
     figure.box(27, y, 14, 8, "encoder", FROZEN)

@@ -1,12 +1,13 @@
 """Memory of a training step of train_decoder.py, counted without running it.
 
-    python tests/memory.py             decoders B and XL at 256 px, micro-batches of 1 to 32, in bf16
+    python tests/memory.py         decoders B and XL at 256 px, micro-batches of 1 to 32, in bf16
 
-Tensors have shapes but no data. What is counted: weights, gradients, AdamW and EMA; the frozen networks;
-and what autograd keeps for the backward pass. Without the GAN that is one graph, of the decoder and of
-LPIPS. With it there are two passes, of which the larger one counts: the graphs of LPIPS and of the
-discriminator at the pixels, then that of the decoder. What comes on top: the work space of CUDA's
-kernels, DDP's buckets (as large as the gradients), fragmentation, and the images of the augmentation.
+Tensors have shapes but no data. What is counted: weights, gradients, AdamW and EMA; the frozen
+networks; and what autograd keeps for the backward pass. Without the GAN that is one graph, of the
+decoder and of LPIPS. With it there are two passes, of which the larger one counts: the graphs of
+LPIPS and of the discriminator at the pixels, then that of the decoder. What comes on top: the work
+space of CUDA's kernels, DDP's buckets (as large as the gradients), fragmentation, and the images of
+the augmentation.
 """
 import argparse
 import sys
@@ -68,15 +69,18 @@ def count_elements(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 
-class GraphMemory:
-    """Context that counts the bytes which autograd keeps for a backward pass, each storage once.
+class Graph:
+    """What autograd keeps for a backward pass, as a hook for saved tensors.
 
     known: tensors that are counted elsewhere, such as weights.
     """
     def __init__(self, known):
         self.known = {id(tensor.untyped_storage()) for tensor in known}
         self.storages = {}                             # held, so that no id comes twice
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def record(self):
+        """Context of a forward pass."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
@@ -84,14 +88,8 @@ class GraphMemory:
             self.storages[id(storage)] = storage
         return tensor
 
-    def __enter__(self):
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.hooks.__exit__(*error)
-
     def bytes(self):
+        """Bytes of all storages, each counted once."""
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
@@ -124,12 +122,13 @@ def measure(decoder, loss, encoder, discriminator, micro_batch):
         known += discriminator.buffers()
     known += frozen + heads
 
+    graph_of_decoder, graph_at_pixels = Graph(known), Graph(known)
     with torch.autocast("cpu", torch.bfloat16):
-        with GraphMemory(known) as graph_of_decoder:
+        with graph_of_decoder.record():
             pixels = decoder(torch.randn(micro_batch, CHANNELS, GRID, GRID))
         target = torch.rand(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE)
         images = pixels.detach().float().requires_grad_()
-        with GraphMemory(known) as graph_at_pixels:
+        with graph_at_pixels.record():
             total, _ = loss(images, target)
             if discriminator is not None:
                 total = total - discriminator(images).mean()

@@ -9,6 +9,7 @@ what is seen here may differ.
 # %% Set-up
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class Arm(NamedTuple):
     weights to start from.
     """
     flags: dict
-    conversation: object = None
+    conversation: Callable | None = None
     init: str | None = None
 
 
@@ -184,20 +185,23 @@ def judge_images(t2i, rae, prompts, scenes, labels, args):
     """Colours and classes that are right in images of the prompts; distance to the scenes."""
     parts = []
     for numbers in runtime.split_numbers(len(prompts), batch=72):
-        some_prompts = [prompts[i] for i in numbers]
-        parts.append(sample.generate_prompts(t2i, rae, some_prompts, args, numbers))
+        part = [prompts[i] for i in numbers]
+        parts.append(sample.generate_prompts(t2i, rae, part, args, numbers))
     drawn = torch.cat(parts)                                            # n H W 3
     real = torch.from_numpy(np.stack([scene.render() for scene in scenes]))
     right_colour, right_class, _ = (100 * metrics.verify(drawn, labels) / len(labels)).tolist()
 
     network = metrics.EncoderFeatures(rae.encoder)
-    moments = []
-    for images in (real, drawn):
-        moments.append(metrics.Moments())
-        moments[-1].add(network(images)[0])
-    distance = metrics.frechet_distance(moments[0].mean, moments[0].cov,
-                                        moments[1].mean, moments[1].cov)
+    distance = metrics.frechet_distance(*mean_and_cov(network, real), *mean_and_cov(network, drawn))
     return dict(colour=right_colour, colour_and_shape=right_class, distance=distance)
+
+
+def mean_and_cov(network, images):
+    """Mean and covariance of the features of uint8 images n H W 3."""
+    features, _ = network(images)
+    moments = metrics.Moments()
+    moments.add(features)
+    return moments.mean, moments.cov
 
 
 def judge_answers(t2i, rae):
