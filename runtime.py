@@ -224,30 +224,6 @@ class LossByTime(MeanByGroup):
         super().add(interval, loss, weight)
 
 
-class LossBalance:
-    """Running mean of the loss in 20 intervals of t; dividing by it gives each t the same say."""
-    BINS = 20
-
-    def __init__(self, device):
-        self.level = torch.ones(self.BINS, device=device)
-        self.sums = torch.zeros(2, self.BINS, device=device)
-
-    def weight(self, t):                               # b -> b
-        return 1 / self.level[(t * self.BINS).long().clamp(max=self.BINS - 1)]
-
-    def add(self, t, loss, weight=None):
-        bins = (t * self.BINS).long().clamp(max=self.BINS - 1)
-        weight = torch.ones_like(loss) if weight is None else weight
-        self.sums = self.sums.index_add(1, bins, torch.stack([loss.detach() * weight, weight]))
-
-    def update(self):
-        sums = all_mean(self.sums)
-        mean = sums[0] / sums[1]                       # nan where no t fell into the interval
-        # In logarithms: one wild loss does not silence its t for long.
-        self.level = torch.where(mean.isfinite(), self.level ** 0.95 * mean ** 0.05, self.level)
-        self.sums = torch.zeros_like(sums)
-
-
 # ---------------------------------------------------------------------------- files
 @contextlib.contextmanager
 def fetching(what, advice):
@@ -398,6 +374,9 @@ def flags_of_run(out):
     flags = dict(load_checkpoint(path)["args"])
     for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
         flags.pop(name, None)
+    if flags.pop("balance", "off") == "on":            # of older checkpoints
+        raise ValueError(f"{path} was trained with --balance on, which no longer exists; start "
+                         f"from its weights with --init {path}")
     if flags.get("decay_end") == flags["steps"]:       # a schedule follows --steps if it is raised
         del flags["decay_end"]
     return flags

@@ -31,6 +31,7 @@ from model import (
     check_heads,
     flow_matching_loss,
     sample_times,
+    time_weight,
 )
 from runtime import at_least
 
@@ -42,25 +43,25 @@ DEFAULTS = dict(
     model=None, width=128, depth=4, heads=4, head_width=192, head_depth=1, head_heads=4,
     class_dropout=0.1, label_std=1.0, compile=False,
     steps=2400, lr=3e-3, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
-    weight_decay=0.0, clip=1.0, ema=0.998, time_law="uniform",
-    shift_base=4096, prediction="v", balance="off",
+    weight_decay=0.0, clip=1.0, ema=0.998, time_law="logit_normal",
+    shift_base=4096, prediction="v",
     log_every=50, save_every=500, preview_every=500,
     eval_every=0, eval_n=360, eval_features=None)
 # The tiny encoder's tokens repeat each other, so it takes more noise to hide an image, and few
 # dimensions of the latents vary, so x0 is easier to predict than v.
-TINY_LATENTS = dict(shift_base=340, prediction="x0", balance="on")
+TINY_LATENTS = dict(shift_base=340, prediction="x0")
 # How the published models were trained, for those who train on from them.
 PUBLISHED_TRAINING = dict(lr=2e-4, ema=0.9995, time_law="logit_normal", label_std=0.02)
 RECIPES = {
     # arXiv 2510.11690 and its release: 1251 steps an epoch, constant for 40 epochs, linear to 800.
     "rae": dict(PUBLISHED_TRAINING, **sample.PAPER_SAMPLING, steps=800 * 1251, batch=1024,
                 lr_end=0.1, warmup=0, decay_start=40 * 1251, decay_end=800 * 1251, clip=1.0,
-                dtype="fp32", shift_base=4096, prediction="v", balance="off"),
+                dtype="fp32", shift_base=4096, prediction="v"),
 }
 # Flags that a resumed run must not change.
 FIXED = ("rae", "data", "seed", "batch", "micro_batch", "recipe", "model", "width", "depth",
          "heads", "head_width", "head_depth", "head_heads", "class_dropout", "shift_base",
-         "prediction", "balance", "flip", "cache", "hold_out", "weight_decay", "dtype")
+         "prediction", "flip", "cache", "hold_out", "weight_decay", "dtype")
 
 
 def parse_args(argv=None):
@@ -102,8 +103,6 @@ def parse_args(argv=None):
                         "encoder 340.")
     p.add_argument("--prediction", choices=("v", "x0"),
                    help="What the last layer predicts; for the tiny encoder x0.")
-    p.add_argument("--balance", choices=("on", "off"),
-                   help="Divide the loss by its running mean at t; for the tiny encoder on.")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rate, EMA, law of t, and sampling.")
@@ -295,11 +294,9 @@ def main(args, data=None):
     # ---------------------------------------------------------------- optimiser
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=args.weight_decay, fused=True)
-    balance = runtime.LossBalance(device)
     start = 0
     if resumed:
         optimizer.load_state_dict(resumed["opt"])
-        balance.level = resumed["level"].to(device)
         start = resumed["step"]
     elif rank == 0:
         runtime.clear_run(args.out)
@@ -312,7 +309,7 @@ def main(args, data=None):
             return
         runtime.save_checkpoint(
             f"{args.out}/last.pt", model=model.state_dict(), ema=ema.state_dict(),
-            opt=optimizer.state_dict(), step=step, level=balance.level, rae=packed_rae,
+            opt=optimizer.state_dict(), step=step, rae=packed_rae,
             args=runtime.flags_as_dict(args), num_classes=data.num_classes,
             class_names=data.class_names, latent_shape=[channels, grid])
 
@@ -349,11 +346,8 @@ def main(args, data=None):
             with runtime.sync_gradients(step_model, is_last):
                 with runtime.autocast(device, args.dtype):
                     loss = flow_matching_loss(step_model, x0, labels, t, eps)                  # b
-                if args.prediction == "x0":
-                    loss = loss * t.square()                            # the error of x0
-                weighted = loss * balance.weight(t) if args.balance == "on" else loss
-                (weighted.mean() / accumulation).backward()
-            balance.add(t, loss)
+                weight = time_weight(t) if args.prediction == "x0" else 1                      # b
+                ((weight * loss).mean() / accumulation).backward()
             loss_by_time.add(t, loss)
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
@@ -361,7 +355,6 @@ def main(args, data=None):
         grad_norm = runtime.optimizer_step([optimizer], model, args.clip, loss.detach().mean(),
                                            step, lr)
         runtime.update_ema(ema, model, args.ema, step)
-        balance.update()
 
         done = step + 1
         is_end = done == args.steps

@@ -39,7 +39,7 @@ import sample
 from data import batches, check_batch, open_data
 from eval_t2i import evaluate_prompts
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
-from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times
+from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
 from runtime import at_least
 from shapes import converse
 from t2i import DRAW_UNCONDITIONED, UNDERSTAND, build_t2i, read_t2i, tokenize
@@ -56,7 +56,7 @@ DEFAULTS = dict(
     model=None, wide_head=False, width=128, depth=4, heads=4,
     head_width=192, head_depth=1, head_heads=4, class_dropout=0.1,
     plan=0, regression=0.0, llm_start=0, flow_weight=2.0, draws=2,
-    time_law="uniform", shift_base=4096, prediction="v", balance="off",
+    time_law="uniform", shift_base=4096, prediction="v",
     steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
     weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
@@ -65,10 +65,10 @@ DEFAULTS = dict(
 FROM_SCRATCH = dict(plan=40, regression=1.0, llm_start=500)
 # The tiny encoder's tokens repeat each other, so it takes more noise to hide an image, and few
 # dimensions of the latents vary, so x0 is easier to predict than v.
-TINY_LATENTS = dict(shift_base=340, prediction="x0", balance="on")
+TINY_LATENTS = dict(shift_base=340, prediction="x0")
 # Tables 8 and 9 of arXiv 2601.16208. The warm-up is 1.34% and 3% of the steps.
 PAPER = dict(sample.PAPER_SAMPLING, lr_end=0.0, ema=0.0, time_law="logit_normal", draws=1,
-             shift_base=4096, prediction="v", balance="off")
+             shift_base=4096, prediction="v")
 RECIPES = {
     "pretrain": dict(PAPER, batch=2048, steps=30_000, lr=5e-4, llm_lr=5e-5, warmup=402,
                      context=512),
@@ -78,12 +78,12 @@ RECIPES = {
 # DiT of each published model, a key of T2I_SIZES.
 PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
-OF_INIT = ("plan", "regression", "context", "shift_base", "prediction", "balance")
+OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
 # Flags that a resumed run must not change.
 FIXED = ("rae", "data", "recipe", "model", "wide_head", "llm", "llm_width", "llm_depth",
          "llm_heads", "connector", "seed", "batch", "micro_batch", "width", "depth", "heads",
          "head_width", "head_depth", "head_heads", "class_dropout", "shift_base", "prediction",
-         "balance", "draws", "questions", "plan", "dtype", "flow_weight", "regression", "llm_start",
+         "draws", "questions", "plan", "dtype", "flow_weight", "regression", "llm_start",
          "freeze_llm", "weight_decay")
 
 
@@ -180,9 +180,6 @@ def add_training_flags(p):
                         f"the tiny encoder {TINY_LATENTS['shift_base']}).")
     p.add_argument("--prediction", choices=("v", "x0"),
                    help="What the DiT's last layer predicts (default: v; for the tiny encoder x0).")
-    p.add_argument("--balance", choices=("on", "off"),
-                   help="Divide the flow matching loss by its running mean at t (default: off; for "
-                        "the tiny encoder on).")
     p.add_argument("--draws", type=at_least(1),
                    help="Times t at which each image is drawn in a step (default: "
                         f"{DEFAULTS['draws']}; paper: 1).")
@@ -593,12 +590,10 @@ def main(args, data=None, conversation=None):
 
     # ---------------------------------------------------------------- optimiser
     optimizer = make_optimizer(t2i, args)
-    balance = runtime.LossBalance(device)
     start = 0
     asked = init.get("asked", 0) if init else 0             # images it was asked about so far
     if resumed:
         load_moments(t2i, optimizer, resumed["opt"])
-        balance.level = resumed["level"].to(device)
         start = resumed["step"]
     elif rank == 0:
         runtime.clear_run(args.out)
@@ -610,7 +605,7 @@ def main(args, data=None, conversation=None):
         state = whole_state(t2i, ema, optimizer)            # all processes take part
         if rank == 0:
             runtime.save_checkpoint(
-                f"{args.out}/last.pt", **state, step=step, level=balance.level, asked=asked,
+                f"{args.out}/last.pt", **state, step=step, asked=asked,
                 rae=packed_rae, args=flags, llm=t2i.llm.config, tokenizer=t2i.tokenizer.json,
                 latent_shape=latent_shape)
 
@@ -652,18 +647,14 @@ def main(args, data=None, conversation=None):
                 with runtime.autocast(device, args.dtype):
                     cross_entropy, error, flow = step_model(                # -, r, k
                         micro.ids, micro.labels, latents, micro.tasks, t, eps)
-                if args.prediction == "x0":
-                    flow = flow * t.square()                                # k: the error of x0
-                weighted = flow * balance.weight(t) if args.balance == "on" else flow       # k
+                weight = time_weight(t) if args.prediction == "x0" else 1   # k
                 # Cross-entropy + regression |W s - x0|^2 + flow_weight |v - (eps - x0)|^2: means
                 # over tokens, or over images, of the whole batch, however it is split.
-                mean_flow = weighted.sum() / max(1, counts.drawn * args.draws)
+                mean_flow = (weight * flow).sum() / max(1, counts.drawn * args.draws)
                 loss = (cross_entropy / max(1, counts.tokens)
                         + args.regression * error.sum() / max(1, counts.drawn)
                         + args.flow_weight * mean_flow)
                 (world * loss).backward()                   # processes' gradients are averaged
-            if micro.num_drawn > 0:
-                balance.add(t, flow)
             losses.add(micro, t, cross_entropy, error, flow)
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
@@ -671,7 +662,6 @@ def main(args, data=None, conversation=None):
         grad_norm = runtime.optimizer_step([optimizer], t2i, args.clip, loss.detach(), step, lr)
         if args.ema:
             runtime.update_ema(ema, t2i, args.ema, step)
-        balance.update()
 
         done = step + 1
         is_end = done == args.steps

@@ -36,7 +36,7 @@ def flatten(node, prefix=""):
 
 def needed_to_sample(checkpoint):
     """Return a checkpoint without the state of training."""
-    left_out = ["model", "opt", "level"]
+    left_out = ["model", "opt"]
     # In stage 1, which has no latent_shape, the EMA is the decoder that is already under "rae".
     if "latent_shape" not in checkpoint:
         left_out.append("ema")

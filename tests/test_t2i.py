@@ -430,7 +430,7 @@ def recorded_passes(monkeypatch):
 
 def test_logged_losses_are_means_over_the_whole_batch(tmp_path, recorded_passes):
     """The loss is the mean over all tokens plus flow_weight times the mean over all images."""
-    record = last_record(tmp_path, "--steps", 1, "--balance", "off", "--prediction", "v",
+    record = last_record(tmp_path, "--steps", 1, "--prediction", "v",
                          "--flow_weight", 3)
 
     assert len(recorded_passes) == 2
@@ -801,7 +801,6 @@ def test_resume_is_exact_to_the_bit(more, tmp_path):
     assert largest_difference(one, two) == 0
     assert ("ema" in one) == (not more)
     assert one["asked"] > 8
-    assert not torch.equal(one["level"], torch.ones_like(one["level"]))
     assert read_log(straight)[-1]["loss"] == read_log(twice)[-1]["loss"]
 
 
@@ -862,7 +861,7 @@ def test_two_processes_and_shards_equal_one_process(tmp_path):
     record_of_one = read_log(tmp_path / "one")[-1]
     for name in ("two", "shard"):
         other = load_last(tmp_path / name)
-        for key in ("model", "ema", "level", "rae"):
+        for key in ("model", "ema", "rae"):
             assert largest_difference(one[key], other[key]) < 2e-5, (name, key)
         assert other["asked"] == one["asked"]
         assert list(other["opt"]["state"]) == list(one["opt"]["state"])
@@ -1067,7 +1066,7 @@ def test_the_recipe_of_pretraining_is_the_papers(tmp_path):
     assert (args.lr_end, args.ema, args.clip, args.weight_decay) == (0, 0, 1, 0)
     assert (args.class_dropout, args.flow_weight, args.draws) == (0.1, 2, 1)
     assert (args.time_law, args.shift_base) == ("logit_normal", 4096)
-    assert (args.prediction, args.balance) == ("v", "off")
+    assert args.prediction == "v"
     assert (args.width, args.depth, args.heads, args.head_width) == (2048, 32, 32, 0)
     assert (args.context, args.connector) == (512, "linear")
     assert (args.solver, args.sampling_steps) == ("euler", 50)

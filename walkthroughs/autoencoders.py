@@ -170,7 +170,7 @@ SPACES = {
     "pixels": dict(encoder="pixel:16", tau=0),
 }
 # The other spaces get what is the default for the tiny encoder.
-SAME_FOR_ALL = dict(shift_base=340, prediction="x0", balance="on", ema=0.99)
+SAME_FOR_ALL = dict(shift_base=340, prediction="x0", ema=0.99)
 HEADS = {"": 0, ", wide head": 256}                    # ending of the arm's name -> width
 
 
