@@ -80,29 +80,27 @@ FIXED = ("data", "recipe", "decoder", "encoder", "size", "seed", "batch", "micro
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    small = ", ".join(SMALL_ENCODERS)
+    p = runtime.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
-                   help="Images: shapes, text, a folder, tars, or a mixture NAME=PATH:WEIGHT ... "
-                        "(default: shapes).")
+                   help="Images: shapes, text, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
     p.add_argument("--size", type=at_least(1),
                    help="Side of the images that the encoder sees, in pixels (default: 256; for "
-                        f"{', '.join(SMALL_ENCODERS)} 64).")
+                        f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
                    help="Images of each source kept for evaluation (default: eval_n).")
     p.add_argument("--stats_n", type=at_least(0),
-                   help="Images whose latents are measured; 0: all (default: "
-                        f"{DEFAULTS['stats_n']}).")
+                   help="Images whose latents are measured; 0: all.")
     # model
     p.add_argument("--encoder",
                    help="Encoder: tiny (the shipped one), dinov2-s, dinov2-b, dinov2-l, siglip2-b, "
                         "siglip2-so400m, mae-b, webssl-l, or any ViT of timm; or a baseline: "
                         "random, pixel:PATCH, vae:CHANNELS:PATCH (trained with the decoder), "
-                        "diffusers:SOURCE (default: tiny).")
+                        "diffusers:SOURCE.")
     p.add_argument("--decoder", choices=DECODER_SIZES,
-                   help="Size of the decoder: sets decoder_width, _depth, _heads and _mlp "
-                        f"(default: {DEFAULTS['decoder']}; paper: XL).")
+                   help="Size of the decoder, which sets decoder_width, _depth, _heads and _mlp; "
+                        "paper: XL.")
     p.add_argument("--decoder_width", type=at_least(1),
                    help="Width of the decoder, a multiple of 4 and of decoder_heads.")
     p.add_argument("--decoder_depth", type=at_least(1), help="Layers of the decoder.")
@@ -120,29 +118,24 @@ def parse_args(argv=None):
                    help="Compile the decoder by torch.compile.")
     # objective
     p.add_argument("--tau", type=at_least(0.0),
-                   help="Strength of the noise on the latents (default: "
-                        f"{DEFAULTS['tau']}; paper: 0.8).")
+                   help="Strength of the noise on the latents; paper: 0.8.")
     p.add_argument("--noise_law", choices=("half_normal", "uniform"),
                    help="Distribution of a sample's noise level: |N(0, tau^2)| as in the paper, or "
-                        "tau * U(0, 1) as in the release (default: half_normal).")
+                        "tau * U(0, 1) as in the release.")
     p.add_argument("--lpips", type=at_least(0.0),
-                   help="Weight of LPIPS (default: 1; for "
-                        f"{', '.join(SMALL_ENCODERS)} 0).")
-    p.add_argument("--gram", type=at_least(0.0),
-                   help="Weight of the Gram loss (default: 0; Scale-RAE: 100).")
+                   help=f"Weight of LPIPS (default: 1; for {small} 0).")
+    p.add_argument("--gram", type=at_least(0.0), help="Weight of the Gram loss; Scale-RAE: 100.")
     p.add_argument("--feature", type=at_least(0.0),
-                   help="Weight of the distance between features of the shipped encoder "
-                        "(default: 0).")
+                   help="Weight of the distance between features of the shipped encoder.")
     p.add_argument("--kl", type=at_least(0.0),
-                   help="Weight of a VAE's KL divergence, in nats per latent element (default: "
-                        f"{DEFAULTS['kl']:g}).")
+                   help="Weight of a VAE's KL divergence, in nats per latent element.")
     p.add_argument("--gan", type=at_least(0.0),
-                   help="Weight of lambda x GAN (default: 0; RAE: 0.75; Scale-RAE: 10).")
+                   help="Weight of lambda x GAN; RAE: 0.75, Scale-RAE: 10.")
     p.add_argument("--gan_start", type=at_least(0),
                    help="Step at which the GAN joins the objective (default: steps / 2).")
     p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"),
                    help="Frozen network under the discriminator's heads (default: dino-s8; for "
-                        f"{', '.join(SMALL_ENCODERS)} tiny).")
+                        f"{small} tiny).")
     p.add_argument("--disc_start", type=at_least(0),
                    help="Step at which the discriminator starts to train (default: 3/4 of "
                         "gan_start).")
@@ -150,42 +143,32 @@ def parse_args(argv=None):
                    help="Peak learning rate of the discriminator (default: 2e-4; for the tiny one "
                         "3e-3).")
     p.add_argument("--disc_warmup", type=at_least(0),
-                   help="Steps of the discriminator's linear warm-up (default: "
-                        f"{DEFAULTS['disc_warmup']}).")
+                   help="Steps of the discriminator's linear warm-up.")
     p.add_argument("--diffaug", choices=("on", "off"),
-                   help="Augment the images that the discriminator sees (default: on).")
+                   help="Augment the images that the discriminator sees.")
     p.add_argument("--cutout", type=at_least(0.0, 1),
-                   help="Side of the square that diffaug greys, as a fraction of the image's "
-                        "(default: 0, as in the papers).")
+                   help="Side of the square that diffaug greys, as a fraction of the image's; "
+                        "papers: 0.")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="Paper whose encoder, decoder, losses and schedule to use.")
-    p.add_argument("--steps", type=at_least(1),
-                   help=f"Optimizer steps in all (default: {DEFAULTS['steps']}).")
+    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
     p.add_argument("--optimizer", choices=("adamw", "muon"),
                    help="Optimizer: adamw, as in the papers, or muon for the matrices of the "
-                        "layers and AdamW for the rest (default: muon, which takes half the "
-                        "steps).")
-    p.add_argument("--lr", type=at_least(1e-9),
-                   help=f"Peak learning rate (default: {DEFAULTS['lr']:g}; paper: 2e-4).")
+                        "layers and AdamW for the rest, which takes half the steps.")
+    p.add_argument("--lr", type=at_least(1e-9), help="Peak learning rate; paper: 2e-4.")
     p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
-                   help="Final learning rate as a fraction of its peak (default: "
-                        f"{DEFAULTS['lr_end']}; paper: 0.1).")
-    p.add_argument("--warmup", type=at_least(0),
-                   help=f"Steps of linear warm-up (default: {DEFAULTS['warmup']}).")
-    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay (default: 0).")
+                   help="Final learning rate as a fraction of its peak; paper: 0.1.")
+    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
+    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay.")
     p.add_argument("--clip", type=at_least(0.0),
-                   help="Largest norm of the gradients; 0: any, as in the release (default: "
-                        f"{DEFAULTS['clip']:g}).")
+                   help="Largest norm of the gradients; 0: any, as in the release.")
     p.add_argument("--ema", type=at_least(0.0, 1),
-                   help="Decay per step of the average of the weights, below 1 (default: "
-                        f"{DEFAULTS['ema']}; release: 0.9978).")
+                   help="Decay per step of the average of the weights, below 1; release: 0.9978.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
-                   help="Steps between evaluations of the EMA weights; 0: none (default: "
-                        f"{DEFAULTS['eval_every']}).")
-    p.add_argument("--eval_n", type=at_least(2),
-                   help=f"Images in each evaluation (default: {DEFAULTS['eval_n']}).")
+                   help="Steps between evaluations of the EMA weights; 0: none.")
+    p.add_argument("--eval_n", type=at_least(2), help="Images in each evaluation.")
     p.add_argument("--eval_features",
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: --encoder).")

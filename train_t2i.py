@@ -88,8 +88,7 @@ FIXED = ("rae", "data", "recipe", "model", "wide_head", "llm", "llm_width", "llm
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runtime.Parser(__doc__, DEFAULTS)
     add_data_flags(p)
     add_model_flags(p)
     add_training_flags(p)
@@ -107,15 +106,14 @@ def parse_args(argv=None):
 def add_data_flags(p):
     """Flags of the images and conversations."""
     p.add_argument("--data", nargs="+",
-                   help="Images with text: shapes, a folder, tars, a .jsonl of conversations, or a "
-                        "mixture NAME=PATH:WEIGHT ... (default: shapes).")
+                   help="Images with text: shapes, a folder, tars, a .jsonl of conversations, or "
+                        "several NAME=PATH:WEIGHT to mix.")
     p.add_argument("--questions", type=at_least(0.0, 1),
                    help="Fraction of the scenes of shapes that are to be understood instead of "
-                        f"drawn, below 1 (default: {DEFAULTS['questions']}).")
+                        "drawn, below 1.")
     p.add_argument("--plan", type=at_least(0),
-                   help="Most tokens that the model says before it draws; 0: none, also in the "
-                        "conversations about shapes (default: that of --init; for a language model "
-                        f"from scratch {FROM_SCRATCH['plan']}, else 0).")
+                   help="Most tokens that the model says before it draws; 0: none. As in --init; "
+                        f"for a language model from scratch {FROM_SCRATCH['plan']}.")
     p.add_argument("--context", type=at_least(1),
                    help="Most tokens of a conversation, beyond which its prompt is cut (default: "
                         "that of --init, else 176 more than an image has).")
@@ -130,19 +128,16 @@ def add_model_flags(p):
     p.add_argument("--llm", help="Qwen2 to start from: a name on the hub, or a folder (default: a "
                                  "small one from scratch).")
     p.add_argument("--llm_width", type=at_least(1),
-                   help="Width of a language model from scratch, a multiple of 2 x llm_heads "
-                        f"(default: {DEFAULTS['llm_width']}).")
+                   help="Width of a language model from scratch, a multiple of 2 x llm_heads.")
     p.add_argument("--llm_depth", type=at_least(1),
-                   help="Layers of a language model from scratch (default: "
-                        f"{DEFAULTS['llm_depth']}).")
+                   help="Layers of a language model from scratch.")
     p.add_argument("--llm_heads", type=at_least(1),
-                   help="Attention heads of a language model from scratch (default: "
-                        f"{DEFAULTS['llm_heads']}).")
+                   help="Attention heads of a language model from scratch.")
     p.add_argument("--freeze_llm", action="store_true", default=None,
                    help="Train all but the language model.")
     p.add_argument("--connector", choices=("linear", "mlp2"),
                    help="Layers between the language model and the DiT: one, as in the paper's "
-                        "code, or two, as in its text (default: linear).")
+                        "code, or two, as in its text.")
     p.add_argument("--model", choices=T2I_SIZES,
                    help="Size of the DiT in the paper: sets width, depth and heads, and head_width "
                         "to 0.")
@@ -150,22 +145,14 @@ def add_model_flags(p):
                    help="Set head_width, head_depth and head_heads to the paper's 2 blocks of "
                         "2688.")
     p.add_argument("--width", type=at_least(1),
-                   help="Width of the DiT's backbone, a multiple of 4 x heads (default: "
-                        f"{DEFAULTS['width']}).")
-    p.add_argument("--depth", type=at_least(1),
-                   help=f"Blocks of the backbone (default: {DEFAULTS['depth']}).")
-    p.add_argument("--heads", type=at_least(1),
-                   help=f"Attention heads of the backbone (default: {DEFAULTS['heads']}).")
-    p.add_argument("--head_width", type=at_least(0),
-                   help="Width of the wide head; 0: none, a plain DiT (default: "
-                        f"{DEFAULTS['head_width']}).")
-    p.add_argument("--head_depth", type=at_least(1),
-                   help=f"Blocks of the wide head (default: {DEFAULTS['head_depth']}).")
-    p.add_argument("--head_heads", type=at_least(1),
-                   help=f"Attention heads of the wide head (default: {DEFAULTS['head_heads']}).")
+                   help="Width of the DiT's backbone, a multiple of 4 x heads.")
+    p.add_argument("--depth", type=at_least(1), help="Blocks of the backbone.")
+    p.add_argument("--heads", type=at_least(1), help="Attention heads of the backbone.")
+    p.add_argument("--head_width", type=at_least(0), help="Width of the wide head; 0: a plain DiT.")
+    p.add_argument("--head_depth", type=at_least(1), help="Blocks of the wide head.")
+    p.add_argument("--head_heads", type=at_least(1), help="Attention heads of the wide head.")
     p.add_argument("--class_dropout", type=at_least(0.0, 1),
-                   help="Probability that the null condition replaces a prompt, for guidance "
-                        f"(default: {DEFAULTS['class_dropout']}).")
+                   help="Probability that the null condition replaces a prompt, for guidance.")
     p.add_argument("--init", help="Checkpoint whose EMA weights to start from, or a published "
                                   f"model: {', '.join(release.PUBLISHED_T2I)}.")
 
@@ -173,63 +160,53 @@ def add_model_flags(p):
 def add_training_flags(p):
     """Flags of the objective, the optimizer and the evaluation."""
     # objective
-    p.add_argument("--time_law", choices=TIME_LAWS,
-                   help=f"Distribution of t before its shift (default: {DEFAULTS['time_law']}).")
+    p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
-                   help="n of the time shift sqrt(m/n), m = tokens x channels (default: 4096; for "
-                        f"the tiny encoder {TINY_LATENTS['shift_base']}).")
+                   help="n of the time shift sqrt(m/n), m = tokens x channels; for the tiny "
+                        f"encoder {TINY_LATENTS['shift_base']}.")
     p.add_argument("--prediction", choices=("v", "x0"),
-                   help="What the DiT's last layer predicts (default: v; for the tiny encoder x0).")
+                   help="What the DiT's last layer predicts; for the tiny encoder x0.")
     p.add_argument("--draws", type=at_least(1),
-                   help="Times t at which each image is drawn in a step (default: "
-                        f"{DEFAULTS['draws']}; paper: 1).")
+                   help="Times t at which each image is drawn in a step; paper: 1.")
     p.add_argument("--flow_weight", type=at_least(0.0),
-                   help="Weight of the flow matching loss; that of the cross-entropy is 1 "
-                        f"(default: {DEFAULTS['flow_weight']:g}).")
+                   help="Weight of the flow matching loss; that of the cross-entropy is 1.")
     p.add_argument("--regression", type=at_least(0.0),
                    help="Weight of the error with which the states of the queries predict the "
-                        "latents (default: that of --init; for a language model from scratch "
-                        f"{FROM_SCRATCH['regression']:g}, else 0).")
+                        "latents. As in --init; for a language model from scratch "
+                        f"{FROM_SCRATCH['regression']:g}.")
     p.add_argument("--llm_start", type=at_least(0),
-                   help="Step from which prompts condition the DiT (default: "
-                        f"{FROM_SCRATCH['llm_start']} for a language model from scratch, else 0).")
+                   help="Step from which prompts condition the DiT; for a language model from "
+                        f"scratch {FROM_SCRATCH['llm_start']}.")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rates, law of t, and sampling.")
-    p.add_argument("--steps", type=at_least(1),
-                   help=f"Optimizer steps in all (default: {DEFAULTS['steps']}).")
+    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
     p.add_argument("--lr", type=at_least(1e-9),
-                   help="Peak learning rate of the DiT and the connector (default: "
-                        f"{DEFAULTS['lr']:g}; paper: 5e-4).")
+                   help="Peak learning rate of the DiT and the connector; paper: 5e-4.")
     p.add_argument("--llm_lr", type=at_least(0.0),
                    help="Peak learning rate of all else (default: lr / 3 for a language model from "
                         "scratch, else lr / 10).")
     p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
-                   help="Final learning rate as a fraction of its peak (default: "
-                        f"{DEFAULTS['lr_end']}; paper: 0).")
-    p.add_argument("--warmup", type=at_least(0),
-                   help=f"Steps of linear warm-up (default: {DEFAULTS['warmup']}).")
+                   help="Final learning rate as a fraction of its peak; paper: 0.")
+    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
     p.add_argument("--decay_start", type=at_least(0),
                    help="Step at which the learning rate begins to decay (default: steps / 2; with "
                         "--recipe: after the warm-up).")
     p.add_argument("--decay_end", type=at_least(0),
                    help="Step at which the decay ends (default: steps).")
-    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay of AdamW (default: 0).")
-    p.add_argument("--clip", type=at_least(0.0),
-                   help=f"Largest norm of the gradients; 0: any (default: {DEFAULTS['clip']:g}).")
+    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay of AdamW.")
+    p.add_argument("--clip", type=at_least(0.0), help="Largest norm of the gradients; 0: any.")
     p.add_argument("--ema", type=at_least(0.0, 1),
-                   help="Decay per step of the average of the weights, below 1; 0: none (default: "
-                        f"{DEFAULTS['ema']}; paper: 0).")
+                   help="Decay per step of the average of the weights, below 1; 0: none, as in the "
+                        "paper.")
     p.add_argument("--shard", action="store_true", default=None,
                    help="Spread weights and optimizer over the processes (FSDP2).")
     p.add_argument("--recompute", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, slower.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
-                   help="Steps between runs of ShapesEval on the EMA weights; 0: none (default: "
-                        "0).")
-    p.add_argument("--eval_n", type=at_least(6),
-                   help=f"Images in each run of ShapesEval (default: {DEFAULTS['eval_n']}).")
+                   help="Steps between runs of ShapesEval on the EMA weights; 0: none.")
+    p.add_argument("--eval_n", type=at_least(6), help="Images in each run of ShapesEval.")
 
 
 def resolve(args):
