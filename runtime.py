@@ -326,13 +326,27 @@ class Parser(argparse.ArgumentParser):
             options["help"] = options["help"].removesuffix(".") + f" (default: {default})."
         return super().add_argument(*names, **options)
 
+    def parse(self, argv, resolve, check):
+        """Parse argv (None: the command line), fill in the flags, and check them.
+
+        resolve: args -> a copy in which every flag has its value. check: args -> None.
+        What they raise for the user's mistakes ends the script with a line.
+        """
+        args = self.parse_args(argv)
+        try:
+            args = resolve(args)
+            check(args)
+        except (ValueError, FileNotFoundError) as error:
+            self.error(str(error))
+        return args
+
 
 RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DEFAULT_DTYPE,
                     resume=False, overwrite=False, wandb=None)
 
 
 def add_run_flags(p):
-    """The flags that all training scripts share."""
+    """The flags of a run and its optimizer, which all training scripts share."""
     p.add_argument("--out", help="Folder that the run writes to.")
     p.add_argument("--seed", type=at_least(0), help="Seed of weights, data order and noise.")
     p.add_argument("--workers", type=at_least(0), help="Data loader processes for each process.")
@@ -341,6 +355,15 @@ def add_run_flags(p):
     p.add_argument("--micro_batch", type=at_least(1),
                    help="Images per process and forward pass, to be lowered if memory runs out "
                         "(default: batch / processes).")
+    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
+    p.add_argument("--lr", type=at_least(1e-9), help="Peak learning rate.")
+    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
+                   help="Final learning rate as a fraction of its peak.")
+    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
+    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay.")
+    p.add_argument("--clip", type=at_least(0.0), help="Largest norm of the gradients; 0: any.")
+    p.add_argument("--ema", type=at_least(0.0, 1),
+                   help="Decay per step of the average of the weights, below 1.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
                    help="Precision of matmuls: bf16 where the machine is fast at it.")
     p.add_argument("--log_every", type=at_least(1), help="Steps between lines of the log.")

@@ -366,13 +366,12 @@ def parse_args(argv=None):
                         "(default: samples.png).")
     add_model_flags(p)
     add_verifier_flags(p)
-    args = p.parse_args(argv)
-    try:
-        args = resolve_model_flags(args, text=args.prompt is not None)
-        check_flags(args)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, check_flags)
+
+
+def resolve(args):
+    """A copy of args in which every flag has its value."""
+    return resolve_model_flags(args, text=args.prompt is not None)
 
 
 def check_flags(args):

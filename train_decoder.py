@@ -152,19 +152,9 @@ def parse_args(argv=None):
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="Paper whose encoder, decoder, losses and schedule to use.")
-    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
     p.add_argument("--optimizer", choices=("adamw", "muon"),
                    help="Optimizer: adamw, as in the papers, or muon for the matrices of the "
                         "layers and AdamW for the rest, which takes half the steps.")
-    p.add_argument("--lr", type=at_least(1e-9), help="Peak learning rate; paper: 2e-4.")
-    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
-                   help="Final learning rate as a fraction of its peak; paper: 0.1.")
-    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
-    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay.")
-    p.add_argument("--clip", type=at_least(0.0),
-                   help="Largest norm of the gradients; 0: any, as in the release.")
-    p.add_argument("--ema", type=at_least(0.0, 1),
-                   help="Decay per step of the average of the weights, below 1; release: 0.9978.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
                    help="Steps between evaluations of the EMA weights; 0: none.")
@@ -173,13 +163,7 @@ def parse_args(argv=None):
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: --encoder).")
     runtime.add_run_flags(p)
-    args = p.parse_args(argv)
-    try:
-        args = resolve(args)
-        check_flags(args)
-    except (ValueError, FileNotFoundError) as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, check_flags)
 
 
 def resolve(args):

@@ -106,19 +106,10 @@ def parse_args(argv=None):
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rate, EMA, law of t, and sampling.")
-    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
-    p.add_argument("--lr", type=at_least(1e-9), help="Peak learning rate; paper: 2e-4.")
-    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
-                   help="Final learning rate as a fraction of its peak; paper: 0.1.")
-    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
     p.add_argument("--decay_start", type=at_least(0),
                    help="Step at which the learning rate begins to decay (default: steps / 2).")
     p.add_argument("--decay_end", type=at_least(0),
                    help="Step at which the decay ends (default: steps).")
-    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay of AdamW.")
-    p.add_argument("--clip", type=at_least(0.0), help="Largest norm of the gradients; 0: any.")
-    p.add_argument("--ema", type=at_least(0.0, 1),
-                   help="Decay per step of the average of the weights, below 1; paper: 0.9995.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
                    help="Steps between evaluations of the EMA weights; 0: none.")
@@ -128,13 +119,7 @@ def parse_args(argv=None):
                         "encoder (default: the RAE's encoder).")
     runtime.add_run_flags(p)
     sample.add_sampling_flags(p)
-    args = p.parse_args(argv)
-    try:
-        args = resolve(args)
-        check_flags(args)
-    except (ValueError, FileNotFoundError) as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, check_flags)
 
 
 def resolve(args):

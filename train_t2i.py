@@ -94,13 +94,7 @@ def parse_args(argv=None):
     add_training_flags(p)
     runtime.add_run_flags(p)
     sample.add_sampling_flags(p)
-    args = p.parse_args(argv)
-    try:
-        args = resolve(args)
-        check_flags(args)
-    except (ValueError, FileNotFoundError) as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, check_flags)
 
 
 def add_data_flags(p):
@@ -180,25 +174,14 @@ def add_training_flags(p):
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rates, law of t, and sampling.")
-    p.add_argument("--steps", type=at_least(1), help="Optimizer steps in all.")
-    p.add_argument("--lr", type=at_least(1e-9),
-                   help="Peak learning rate of the DiT and the connector; paper: 5e-4.")
     p.add_argument("--llm_lr", type=at_least(0.0),
-                   help="Peak learning rate of all else (default: lr / 3 for a language model from "
-                        "scratch, else lr / 10).")
-    p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
-                   help="Final learning rate as a fraction of its peak; paper: 0.")
-    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
+                   help="Peak learning rate of all but the DiT and its connector (default: lr / 3 "
+                        "for a language model from scratch, else lr / 10).")
     p.add_argument("--decay_start", type=at_least(0),
                    help="Step at which the learning rate begins to decay (default: steps / 2; with "
                         "--recipe: after the warm-up).")
     p.add_argument("--decay_end", type=at_least(0),
                    help="Step at which the decay ends (default: steps).")
-    p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay of AdamW.")
-    p.add_argument("--clip", type=at_least(0.0), help="Largest norm of the gradients; 0: any.")
-    p.add_argument("--ema", type=at_least(0.0, 1),
-                   help="Decay per step of the average of the weights, below 1; 0: none, as in the "
-                        "paper.")
     p.add_argument("--shard", action="store_true", default=None,
                    help="Spread weights and optimizer over the processes (FSDP2).")
     p.add_argument("--recompute", action="store_true", default=None,
