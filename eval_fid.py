@@ -49,7 +49,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     the matmuls that draw.
     features: FeatureNetwork of the distances; default: the RAE's own encoder. For another one,
     metrics.feature_network("dinov2-s").to(device).
-    reference: a merged FeatureSet in place of val, which may be None then.
+    reference: a merged FeatureSet; then val may be None.
     Labels are balanced: image i has class i % num_classes. Returns a dict, the same on all
     processes.
     """

@@ -610,7 +610,8 @@ def time_weight(t):                                                     # [L10]
 
     The error of its velocity grows like 1 / (t (1-t))^2 towards both ends: near data it is that of
     x0 divided by t, near noise x0 can only be guessed. This weight makes all times count alike,
-    where the ends would drown the rest. The 10 brings the loss of the shipped model to about 0.1.
+    where the ends would drown the rest. With the 10, the weighted loss of the shipped model is
+    about 0.1 at all times.
     """
     return (10 * t * (1 - t)).square()
 

@@ -73,7 +73,7 @@ RECIPES = {
 # and its weights are a download.
 SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
 # Flags that a resumed run must not change.
-FIXED = ("data", "recipe", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
+FIXED = ("data", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
          "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau",
          "noise_law", "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature",
          "kl", "gan", "gan_start", "disc", "disc_start", "diffaug", "cutout")
@@ -841,8 +841,8 @@ class Trainer:
         if self.encoder.trainable:
             self.meter.add(kl=kl)
         first = batch.step * self.args.batch + batch.micro * self.args.micro_batch
-        error = (images.detach() - batch.target).abs().mean((1, 2, 3))  # b
-        self.meter.add_by_source(first, error)
+        l1 = (images.detach() - batch.target).abs().mean((1, 2, 3))     # b
+        self.meter.add_l1_by_source(first, l1)
 
 
 def adaptive_weight(rec_gradient, gan_gradient):
@@ -868,10 +868,10 @@ class LossMeter:
         for name, value in losses.items():
             self.values[name].append(value.detach())
 
-    def add_by_source(self, first, error):
+    def add_l1_by_source(self, first, l1):
         """Add the L1 distances b of images first, first + 1, ... of the data."""
-        sources = [self.data.source_of(first + i) for i in range(len(error))]
-        self.l1_by_source.add(torch.tensor(sources, device=self.device), error)
+        sources = [self.data.source_of(first + i) for i in range(len(l1))]
+        self.l1_by_source.add(torch.tensor(sources, device=self.device), l1)
 
     def last(self, name):
         """The last value of a loss, of this process."""

@@ -59,7 +59,7 @@ RECIPES = {
                 dtype="fp32", shift_base=4096, prediction="v"),
 }
 # Flags that a resumed run must not change.
-FIXED = ("rae", "data", "seed", "batch", "micro_batch", "recipe", "model", "width", "depth",
+FIXED = ("rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
          "heads", "head_width", "head_depth", "head_heads", "class_dropout", "shift_base",
          "prediction", "flip", "cache", "hold_out", "weight_decay", "dtype")
 
@@ -322,7 +322,7 @@ def main(args, data=None):
         for _, micro, x0, labels, _ in micro_batches:
             is_last = micro // world == accumulation - 1
             x0, labels = x0.to(device).float(), labels.to(device)
-            if not args.cache:                                          # they are images yet
+            if not args.cache:                                          # still images, b 3 H W
                 with runtime.autocast(device, args.dtype):
                     x0 = rae.encode(x0 / 255).float()                   # b c h w, unit variance
             runtime.seed_step(args.seed, step, micro)
@@ -331,8 +331,9 @@ def main(args, data=None):
             with runtime.sync_gradients(step_model, is_last):
                 with runtime.autocast(device, args.dtype):
                     loss = flow_matching_loss(step_model, x0, labels, t, eps)                  # b
-                weight = time_weight(t) if args.prediction == "x0" else 1                      # b
-                ((weight * loss).mean() / accumulation).backward()
+                if args.prediction == "x0":
+                    loss = time_weight(t) * loss                        # b
+                (loss.mean() / accumulation).backward()
             loss_by_time.add(t, loss)
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,

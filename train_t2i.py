@@ -80,7 +80,7 @@ PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
 OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
 # Flags that a resumed run must not change.
-FIXED = ("rae", "data", "recipe", "model", "wide_head", "llm", "llm_width", "llm_depth",
+FIXED = ("rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
          "llm_heads", "connector", "seed", "batch", "micro_batch", "width", "depth", "heads",
          "head_width", "head_depth", "head_heads", "class_dropout", "shift_base", "prediction",
          "draws", "questions", "plan", "dtype", "flow_weight", "regression", "llm_start",
@@ -607,10 +607,11 @@ def main(args, data=None, conversation=None):
                 with runtime.autocast(device, args.dtype):
                     cross_entropy, error, flow = step_model(                # -, r, k
                         micro.ids, micro.labels, latents, micro.tasks, t, eps)
-                weight = time_weight(t) if args.prediction == "x0" else 1   # k
+                if args.prediction == "x0":
+                    flow = time_weight(t) * flow                            # k
                 # Cross-entropy + regression |W s - x0|^2 + flow_weight |v - (eps - x0)|^2: means
                 # over tokens, or over images, of the whole batch, however it is split.
-                mean_flow = (weight * flow).sum() / max(1, counts.drawn * args.draws)
+                mean_flow = flow.sum() / max(1, counts.drawn * args.draws)
                 loss = (cross_entropy / max(1, counts.tokens)
                         + args.regression * error.sum() / max(1, counts.drawn)
                         + args.flow_weight * mean_flow)

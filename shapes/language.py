@@ -118,8 +118,9 @@ def relation_caption(names, i, word, j):
 # Each function takes a scene and returns its questions of one kind: a list of pairs
 # (question, answer). To ask something new, write such a function and add it to QUESTION_KINDS,
 # below: training and evaluation ask whatever is there. Leave out a question that has no answer in
-# this scene, or several, and keep answers to a few words. tests/test_shapes.py answers all
-# questions in a second way: its function answer() must learn the new kind, too.
+# this scene, or several, and keep answers to a few words. In training, questions that begin with
+# the same two words are asked as often as those that begin with two others. tests/test_shapes.py
+# answers all questions in a second way: its answer() and its set of kinds must learn the new kind.
 def counting_questions(scene):
     """How many objects are there: in all, of each class, of each shape, of each colour?"""
     things = ["object" for _ in scene.objects]
@@ -386,7 +387,7 @@ def question_conversation(scene, rng):
 
     objects = sorted(scene.objects, key=lambda obj: obj.centre[::-1])        # topmost first
     where = where_question(objects, rng)
-    # First the kind, then the question: there are many more of some kinds than of others.
+    # First the group (questions that begin alike), then the question: groups differ in size.
     groups = group_questions(scene.questions())
     first_group, second_group = rng.integers(len(groups), size=2)
     first = choose(groups[first_group], rng)

@@ -11,6 +11,7 @@ import torch
 
 import eval_decoder
 import eval_fid
+import release
 from conftest import SHIPPED, run_script
 from data import open_data
 from eval_decoder import evaluate_reconstruction
@@ -19,7 +20,7 @@ from metrics import Moments, frechet_distance, psnr, ssim, verify
 from release import load_dit
 from shapes import Scene
 
-SHIPPED_T2I = SHIPPED.replace("dit", "t2i")
+SHIPPED_T2I = str(release.SHIPPED_T2I)
 
 
 # ---------------------------------------------------------------------------- Fréchet distance

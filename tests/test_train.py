@@ -480,10 +480,11 @@ def test_the_prediction_of_a_run_is_kept_and_its_loss_is_that_of_v(tmp_path, mon
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--log_every", 1, "--out", tmp_path / "x0")
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--prediction", "v", "--out", tmp_path / "v")
 
-    # The output is 0 at first: the error of x0 is x0 itself, that of v = (x_t - x0) / t is x0 / t.
+    # The output is 0 at first: the error of x0 is x0 itself, that of v = (x_t - x0) / t is x0 / t,
+    # and at t = 0.5 the loss is weighted by (10 * 0.25)^2.
     first_x0, _ = calls[0]
     first_loss = [record["loss"] for record in read_log(tmp_path / "x0") if "loss" in record][0]
-    assert abs(first_loss / (first_x0 / 0.5).square().mean() - 1) < 1e-3
+    assert abs(first_loss / (2.5 * first_x0 / 0.5).square().mean() - 1) < 1e-3
     for prediction in ("x0", "v"):
         assert load_last(tmp_path / prediction)["args"]["prediction"] == prediction
         model, _, _ = release.load_dit(tmp_path / prediction / "last.pt")
@@ -542,8 +543,7 @@ def test_x0_prediction_weighs_the_loss_by_time(tmp_path, monkeypatch, prediction
     run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--prediction", prediction, "--out", tmp_path)
 
     assert abs(gradients[0] - expected_gradient) < 1e-3
-    loss = read_log(tmp_path)[-1]["loss"]
-    assert abs(loss - (0.5 * 7 + 0.5 * 0.01)) < 1e-3                   # the log's is not weighted
+    assert abs(read_log(tmp_path)[-1]["loss"] - expected_gradient) < 1e-3
 
 
 def test_a_run_with_the_former_balance_of_the_loss_is_not_resumed(tmp_path, capsys):

@@ -128,7 +128,7 @@ picture.resize((1584, 264)).save(out / "reconstructions.png")               # tw
 
 sheet = Image.new("RGB", (1100, 380), "white")
 draw_curve(sheet, 80, logged_losses(out / "decoder"), "decoder: L1 loss")
-draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: squared error of x0")
+draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: squared error of v, weighted by t")
 sheet.save(out / "losses.png")
 
 # %% Numbers
