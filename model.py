@@ -319,9 +319,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """MLP with a gated SiLU. The hidden width is not rounded to a multiple, as in the released
-    weights.
-    """
+    """MLP with a gated SiLU. As in the released weights, the hidden width is not rounded."""
     def __init__(self, d):
         super().__init__()
         hidden = int(2 / 3 * int(4 * d))        # as many weights as a plain MLP of width 4 d
@@ -339,9 +337,10 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with adaLN: the condition c gives its shift, scale and gate. # [L4]
+    """Attention and MLP, each with adaLN: the condition gives its shift, scale and gate. # [L4]
 
-    forward: x b n d, c b 1 d (one condition for the image) or b n d (one for each token) -> b n d.
+    forward: x b n d, cond b 1 d (one condition for the image) or b n d (one for each token)
+        -> b n d.
     """
     def __init__(self, d, heads):
         super().__init__()
@@ -351,8 +350,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(d)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
-    def forward(self, x, c, rope):                                      # x: b n d, c: b 1|n d
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+    def forward(self, x, cond, rope):                                   # x: b n d, cond: b 1|n d
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)        # b n d
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))            # b n d
 
@@ -373,8 +372,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(d, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
-    def forward(self, x, c):                                            # x: b n d, c: b 1|n d
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(self, x, cond):                                         # x: b n d, cond: b 1|n d
+        shift, scale = self.adaLN_modulation(cond).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))  # b n c
 
 
@@ -513,13 +512,13 @@ class DiT(DiTBase):
         self.initialise([nn.Linear, nn.Conv2d])
 
     def forward(self, x_t, t, y):                                       # b c h w, b, b or b n d
-        c = self.t_embedder(t)[:, None] + self.y_embedder(y)            # b 1|n d
+        cond = self.t_embedder(t)[:, None] + self.y_embedder(y)         # b 1|n d
         if self.reads_text:
-            c = F.silu(c)                                               # b n d
+            cond = F.silu(cond)                                         # b n d
         x = self.x_embedder(x_t) + self.pos_embed                       # b n d
         for block in self.blocks:
-            x = run_block(self, block, x, c, self.feat_rope)            # b n d
-        return self.velocity(self.final_layer(x, c), x_t, t)            # b c h w
+            x = run_block(self, block, x, cond, self.feat_rope)         # b n d
+        return self.velocity(self.final_layer(x, cond), x_t, t)         # b c h w
 
 
 class DiTDH(DiTBase):
@@ -548,17 +547,17 @@ class DiTDH(DiTBase):
         head = [Block(head_width, head_heads) for _ in range(head_depth)]
         self.blocks = nn.ModuleList(backbone + head)            # one list, as in the release
         self.final_layer = FinalLayer(head_width, in_channels, "--head_width")
-        if self.reads_text:                                     # both as released
+        if self.reads_text:
             self.initialise([nn.Linear, nn.Conv2d])
         else:
-            self.initialise([nn.Conv2d])
+            self.initialise([nn.Conv2d])        # as released: linear layers keep PyTorch's default
 
     def forward(self, x_t, t, y):                                       # b c h w, b, b or b n d
         time = self.t_embedder(t)[:, None]                              # b 1 d
-        c = F.silu(time + self.y_embedder(y))                           # b 1|n d
+        cond = F.silu(time + self.y_embedder(y))                        # b 1|n d
         s = self.s_embedder(x_t) + self.pos_embed                       # b n d
         for block in self.blocks[:self.depth]:
-            s = run_block(self, block, s, c, self.enc_feat_rope)        # b n d
+            s = run_block(self, block, s, cond, self.enc_feat_rope)     # b n d
         if not self.reads_text:
             s = time + s                                                # b n d
         s = self.s_projector(F.silu(s))                                 # b n e
@@ -588,8 +587,10 @@ def sample_times(n, law, dim, base, device=None):                       # [L8]
     """n training times in [0,1], drawn by a law of TIME_LAWS and shifted for `dim` dimensions."""
     if law == "logit_normal":
         t = torch.randn(n, device=device).sigmoid()
-    else:
+    elif law == "uniform":
         t = torch.rand(n, device=device)
+    else:
+        raise ValueError(f"unknown law of t {law!r}; give one of {', '.join(TIME_LAWS)}")
     return time_shift(t, dim, base)
 
 

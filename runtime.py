@@ -200,7 +200,10 @@ class MeanByGroup:
         self.counts.index_add_(0, group, weight)
 
     def means(self):
-        """Mean of all and of each group (None without a value) over processes; starts again."""
+        """Mean of all, and of each group (None without a value), then reset to zero.
+
+        They are means over processes, all of which must call this.
+        """
         sums, counts = all_mean(self.sums), all_mean(self.counts)
         mean = float(sums.sum() / counts.sum().clamp(min=1e-9))
         group_means = []
@@ -520,9 +523,7 @@ class Log:
             self.wandb.log(record, step=record["step"])
 
     def step(self, step, loss, grad_norm, lr, **more):
-        """Report the state after `step` steps. loss: a mean over processes. more: to the file
-        alone.
-        """
+        """Report the state after `step` steps. loss: a mean over processes. more: not printed."""
         seconds = max(time.time() - self.last_time, 1e-9)
         images_per_second = (step - self.last_step) * self.batch / seconds
         hours_left = (self.steps - step) * self.batch / images_per_second / 3600

@@ -255,7 +255,7 @@ class T2I(nn.Module):
         return texts
 
     @torch.no_grad()
-    def conditions(self, prompts, uniforms=None):
+    def conditions(self, prompts, uniforms=None):                       # [T1]
         """Conditions of the DiT for b prompts, each after its plan: b n e, fp32."""
         if self.plan > 0:
             plans = self.plans(prompts, uniforms)

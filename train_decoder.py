@@ -72,7 +72,8 @@ RECIPES = {
 # Encoders of the built-in world. LPIPS is off by default: VGG was trained on photographs at 224 px,
 # and its weights are a download.
 SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
-# Flags that a resumed run must not change.
+# Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
+# often to report may change.
 FIXED = ("data", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
          "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau",
          "noise_law", "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature",
@@ -264,7 +265,7 @@ def merge_moments(a, b):
     return count, mean, scatter
 
 
-def add_noise(latents, tau, law):
+def add_noise(latents, tau, law):                                       # [D1]
     """Noise-augmented decoding: latents + sigma * N(0, 1), with one sigma per sample.
 
     latents: b c h w, not normalised. tau: scale of sigma. law: distribution of sigma, |N(0, tau^2)|
@@ -294,7 +295,7 @@ def sample_posterior(encoder, images):
 
 
 # ---------------------------------------------------------------------------- reconstruction loss
-class ReconstructionLoss(nn.Module):
+class ReconstructionLoss(nn.Module):                                    # [D2]
     """Weighted sum of L1, LPIPS, Gram and feature distance. What has weight 0 is not computed.
 
     forward: images, target b 3 H W in [0,1] -> the sum; a dict of its terms before weighting. All
@@ -464,7 +465,7 @@ class Discriminator(nn.Module):
         self.heads.eval()
 
 
-def hinge_loss(fake_logits, real_logits):
+def hinge_loss(fake_logits, real_logits):                               # [D4]
     """Loss of the discriminator, a scalar. Source: arXiv 1705.02894; the release halves it."""
     return (F.relu(1 + fake_logits) + F.relu(1 - real_logits)).mean() / 2
 
@@ -845,7 +846,7 @@ class Trainer:
         self.meter.add_l1_by_source(first, l1)
 
 
-def adaptive_weight(rec_gradient, gan_gradient):
+def adaptive_weight(rec_gradient, gan_gradient):                        # [D3]
     """lambda: what the GAN's gradient at the last layer is to be multiplied by to be as long as the
     reconstruction loss's. The constants are those of RAE's release.
     """

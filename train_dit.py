@@ -58,7 +58,8 @@ RECIPES = {
                 lr_end=0.1, warmup=0, decay_start=40 * 1251, decay_end=800 * 1251, clip=1.0,
                 dtype="fp32", shift_base=4096, prediction="v"),
 }
-# Flags that a resumed run must not change.
+# Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
+# often to report may change.
 FIXED = ("rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
          "heads", "head_width", "head_depth", "head_heads", "class_dropout", "shift_base",
          "prediction", "flip", "cache", "hold_out", "weight_decay", "dtype")

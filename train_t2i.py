@@ -79,7 +79,8 @@ RECIPES = {
 PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
 OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
-# Flags that a resumed run must not change.
+# Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
+# often to report may change.
 FIXED = ("rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
          "llm_heads", "connector", "seed", "batch", "micro_batch", "width", "depth", "heads",
          "head_width", "head_depth", "head_heads", "class_dropout", "shift_base", "prediction",
@@ -612,7 +613,7 @@ def main(args, data=None, conversation=None):
                 # Cross-entropy + regression |W s - x0|^2 + flow_weight |v - (eps - x0)|^2: means
                 # over tokens, or over images, of the whole batch, however it is split.
                 mean_flow = flow.sum() / max(1, counts.drawn * args.draws)
-                loss = (cross_entropy / max(1, counts.tokens)
+                loss = (cross_entropy / max(1, counts.tokens)           # [T2]
                         + args.regression * error.sum() / max(1, counts.drawn)
                         + args.flow_weight * mean_flow)
                 (world * loss).backward()                   # processes' gradients are averaged
