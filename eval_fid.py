@@ -190,7 +190,7 @@ def parse_args(argv=None):
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
     p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
-    sample.add_model_flags(p)
+    sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)
     try:
         check_given_flags(args)

@@ -221,7 +221,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path,
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
-    sample.add_model_flags(p)
+    sample.add_model_flags(p, classes=False)
     sample.add_verifier_flags(p)
     args = p.parse_args(argv)
     try:

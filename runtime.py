@@ -323,10 +323,11 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **options):
         default = self.shown_defaults.get(names[0].removeprefix("--"))
-        if isinstance(default, list):
-            default = " ".join(str(value) for value in default)
         if default is not None and default is not False:
-            options["help"] = options["help"].removesuffix(".") + f" (default: {default})."
+            values = default if isinstance(default, list) else [default]
+            shown = " ".join(f"{value:g}" if isinstance(value, float) else f"{value}"
+                             for value in values)
+            options["help"] = options["help"].removesuffix(".") + f" (default: {shown})."
         return super().add_argument(*names, **options)
 
     def parse(self, argv, resolve, check):

@@ -288,15 +288,27 @@ def check_sampling_flags(args):
         raise ValueError("--release_grid needs --sampling_steps 2 or more; try 50")
 
 
-def add_model_flags(p):
-    """The flags of the model to draw from, and of drawing. See MODEL_DEFAULTS."""
+def add_model_flags(p, classes=True, text=True):
+    """The flags of the model to draw from, and of drawing. See MODEL_DEFAULTS.
+
+    classes, text: whether the script draws classes and whether it draws prompts.
+    """
+    scripts = []
+    releases = []
+    if classes:
+        scripts.append("train_dit.py")
+        releases += PUBLISHED_DITS
+        p.add_argument("--weak_ckpt",
+                       help="Weaker model on the same latents, for AutoGuidance instead of "
+                            "classifier-free guidance.")
+    if text:
+        scripts.append("train_t2i.py")
+        releases += PUBLISHED_T2I
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--ckpt", help="Checkpoint of train_dit.py, for text of train_t2i.py "
-                                       "(default: the shipped one).")
-    source.add_argument("--release", choices=[*PUBLISHED_DITS, *PUBLISHED_T2I],
+    source.add_argument("--ckpt",
+                        help=f"Checkpoint of {' or '.join(scripts)} (default: the shipped one).")
+    source.add_argument("--release", choices=releases,
                         help="Published model, drawn from as in its paper: 50 Euler steps.")
-    p.add_argument("--weak_ckpt", help="Weaker model on the same latents, for AutoGuidance instead "
-                                       "of classifier-free guidance.")
     p.add_argument("--weights", choices=("ema", "model"), help="Weights of the checkpoint to take.")
     add_sampling_flags(p)
     p.add_argument("--seed", type=at_least(0), help="Seed of the noise.")
