@@ -665,7 +665,8 @@ def load_lpips():
     Source: arXiv 1801.03924
     """
     advice = (f"put download.pytorch.org/models/vgg16-397923af.pth into "
-              f"{torch.hub.get_dir()}/checkpoints/, or do without --lpips and --gram")
+              f"{torch.hub.get_dir()}/checkpoints/, or do without, in train_decoder.py by "
+              f"--lpips 0 --gram 0")
     with runtime.fetching("no weights of VGG-16", advice):
         return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
 

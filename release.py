@@ -521,9 +521,16 @@ def load_timm(timm_name, size):
     local_file = HERE / "weights" / f"{timm_name}.safetensors"
     if local_file.exists():
         options["pretrained_cfg_overlay"] = dict(file=str(local_file))
-    advice = f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}"
-    with fetching(f"weights of {timm_name}", advice):
-        vit = timm.create_model(timm_name, pretrained=True, **options)
+    advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
+              f"beside release.py")
+    try:
+        with fetching(f"weights of {timm_name}", advice):
+            vit = timm.create_model(timm_name, pretrained=True, **options)
+    except FileNotFoundError as error:
+        if local_file.exists():
+            raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
+                             f"{error.__cause__}") from error
+        raise
     if not antialias:
         vit.patch_embed.set_input_size(img_size=size)
         vit.pos_embed.data = resample_positions(vit, vit.pos_embed, antialias=False)

@@ -43,7 +43,7 @@ def time_grid(steps, shift, release_grid=False):                        # [S1]
         t = 1 - torch.linspace(0, 0.999, steps, dtype=torch.float64)
     else:
         t = 1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return time_shift(t, shift ** 2, base=1)
+    return time_shift(t, dim=shift ** 2, base=1)        # a = sqrt(dim / base), which is `shift`
 
 
 # ---------------------------------------------------------------------------- solvers
@@ -58,7 +58,10 @@ def euler(velocity, x, times):                                          # [S2]
 
 
 def heun(velocity, x, times):
-    """Second-order solver with two evaluations in each step but the last: 2 N - 1 in N steps."""
+    """Second-order solver with two evaluations in each step but the last: 2 N - 1 in N steps.
+
+    The last step is Euler's, since the velocity at t = 0 itself is not trained.
+    """
     for t, t_next in pairwise(times.tolist()):
         v = velocity(x, x.new_full((len(x),), t))
         if t_next != times[-1]:
@@ -81,7 +84,7 @@ def euler_maruyama(velocity, x, times, noise_of_step=None):
     for k, (t, t_next) in enumerate(pairwise(times.tolist()), start=1):
         v = velocity(x, x.new_full((len(x),), t))
         eps = x + (1 - t) * v
-        drift = v + 3 * t_next / t * eps
+        drift = v + 3 * t_next / t * eps                # v - g^2/2 score
         w = noise_of_step(k) if noise_of_step else torch.randn_like(x)
         x = x - (t - t_next) * drift + math.sqrt(6 * t_next * (t - t_next)) * w
     return x
@@ -164,7 +167,7 @@ def draw(model, y, args, indices, weak=None):                           # [S4]
     elif (y != null).any():
         velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
-        velocity = cfg(model, y, null, 1, args.interval)                # nothing to guide to
+        velocity = cfg(model, y, null, 1, args.interval)                # y is null already
     shift = math.sqrt(x[0].numel() / model.shift_base)
     times = time_grid(args.sampling_steps, shift, args.release_grid)
     if args.solver == "euler_maruyama":
@@ -483,8 +486,8 @@ def parse_labels(labels, class_names, dropout):
 def parts_folder(out, args, rae, *models):
     """Folder beside `out` for the images drawn so far, so that a killed run can go on.
 
-    Its name holds a hash of all that the images depend on: flags, and a trace of the models'
-    weights.
+    Its name holds a hash of the flags and a trace of the models' weights. The code is not in it:
+    delete the folder after an edit.
     """
     flags = dict(vars(args), batch=0, compile=0, out=0)                 # those do not change images
     biases = [rae.decoder.decoder_pred.bias.tolist()]

@@ -87,7 +87,7 @@ def parse_args(argv=None):
     p.add_argument("--data", nargs="+",
                    help="Images: shapes, text, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
     p.add_argument("--size", type=at_least(1),
-                   help="Side of the images that the encoder sees, in pixels (default: 256; for "
+                   help="Side of the images given to the encoder, in pixels (default: 256; for "
                         f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
                    help="Images of each source kept for evaluation (default: eval_n).")
@@ -970,6 +970,7 @@ def main(args, data=None):
 
     def measure_latents():
         n = statistics_size(args, statistics_data)
+        log.say(f"measuring the latents of {n} images")
         mean, var = latent_statistics(networks.ema_encoder, statistics_data, n, args.micro_batch,
                                       rank, world, args.workers, device)
         log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
