@@ -238,7 +238,8 @@ def draw_grid(images, captions, columns=12):
     """A PIL picture of uint8 images n H W 3; image i stands under caption i % len(captions)."""
     letter, line, margin = 6, 12, 2                                     # pixels, of the 11 px font
     side = images.shape[1] + margin
-    captions = [wrap(text, images.shape[1] // letter) for text in captions[:len(images)]]
+    captions = [text.replace("_", " ") for text in captions[:len(images)]]
+    captions = [wrap(text, images.shape[1] // letter) for text in captions]
     columns = min(columns, len(captions))
     head = 4 + line * max(len(lines) for lines in captions)
     per_caption = math.ceil(len(images) / len(captions))

@@ -56,7 +56,7 @@ DEFAULTS = dict(
     model=None, wide_head=False, width=128, depth=4, heads=4,
     head_width=192, head_depth=1, head_heads=4, class_dropout=0.1,
     plan=0, regression=0.0, llm_start=0, flow_weight=2.0, draws=2,
-    time_law="uniform", shift_base=4096, prediction="v",
+    time_law="logit_normal", shift_base=4096, prediction="v",
     steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
     weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)

@@ -1,6 +1,6 @@
 """Train the small tokenizer of the built-in world on its conversations; write tokenizer.json.
 
-    python assets/make_tokenizer.py
+    python assets/make_tokenizer.py --out assets/tokenizer.json
 
 A byte-level BPE with the layout of Qwen2's, so that llm.py reads both files alike: NFC, the same
 split into words, then bytes, and the special tokens after the vocabulary. Unlike Qwen2's it is
@@ -8,6 +8,7 @@ lower case, as all texts of that world. It has at most 512 tokens, 256 of which 
 can write any text in any language. The same corpus gives the same file. The shipped file was made
 before conversations had plans and places; a checkpoint of train_t2i.py carries its own tokenizer.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -68,13 +69,16 @@ def train_tokenizer():
     return tokenizer
 
 
-def main():
-    target = Path(__file__).with_name("tokenizer.json")
+def main(args):
     tokenizer = train_tokenizer()
-    tokenizer.save(str(target), pretty=False)
+    tokenizer.save(str(args.out), pretty=False)
     example = Scene.random(0, 0).caption()
-    print(f"{target}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(example).tokens}")
+    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(example).tokens}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tokenizer.json"),
+                        help="File to write (default: tokenizer.json).")
+    main(parser.parse_args())

@@ -1,9 +1,10 @@
 """Draw the figure of the pipeline in the README, with pictures of the shipped models.
 
-    python assets/pipeline.py                           writes assets/pipeline.png
+    python assets/pipeline.py --out assets/pipeline.png
 
 Latents have many channels: they are shown in the colours of their three principal components.
 """
+import argparse
 import math
 import sys
 from itertools import pairwise
@@ -213,4 +214,8 @@ def draw_figure(path):
 
 
 if __name__ == "__main__":
-    draw_figure(Path(__file__).with_suffix(".png"))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("pipeline.png"),
+                        help="File to write (default: pipeline.png).")
+    draw_figure(parser.parse_args().out)
