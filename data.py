@@ -474,8 +474,8 @@ class FileSource:
 def images_of_split(images, split, hold_out, path):
     """Return the images of train or val: all but `hold_out`, or these; 0: all are in both."""
     if not 0 <= hold_out < len(images):
-        raise ValueError(f"--hold_out {hold_out} must be below {path}'s {len(images)} images; lower "
-                         f"it, or --eval_n if that sets it")
+        raise ValueError(f"--hold_out {hold_out} must be below {path}'s {len(images)} images; "
+                         f"lower it, or --eval_n if that sets it")
     # The same images are held out for every --seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(images))
     if split == "train":
