@@ -718,6 +718,7 @@ class NpzImages:
     Raises: ValueError if there are no such images
     """
     is_shapes = False
+    domains = ["images"]           # one source, as of an ImageData
 
     def __init__(self, path):
         if not self.contains_images(path):
@@ -763,6 +764,10 @@ class NpzImages:
             pixels = np.rint(pixels * 255).astype(np.uint8)
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         return dict(image=image, text="", label=0, number=k, broken=[])
+
+    @property
+    def source_lengths(self):
+        return [len(self)]
 
     def is_built_in(self, source_index):
         return False

@@ -14,6 +14,7 @@ held-out images and about what the model drew. train_t2i.py calls evaluate_promp
 --prompts draws the images of GenEval or DPG-Bench, 4 for each prompt, in folders as their scorers
 read them. Give the command of a killed run again, and it goes on.
 """
+import argparse
 import json
 import math
 import shutil
@@ -151,7 +152,10 @@ def read_geneval(path):
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
         for number, line in enumerate(lines):
-            prompts.append(Prompt(f"{number:05d}", json.loads(line)["prompt"], line))
+            text = json.loads(line)["prompt"]
+            if not isinstance(text, str):
+                raise TypeError(f"the prompt {text!r} is no text")
+            prompts.append(Prompt(f"{number:05d}", text, line))
     except (ValueError, KeyError, TypeError) as error:     # no UTF-8, no JSON, no dict, no prompt
         raise ValueError(f"--prompts {path}: {error!r}; every line must be JSON with a "
                          f"prompt") from None
@@ -184,7 +188,9 @@ def draw_benchmark(args, rank, world, device):
         sample.report_cut_prompts(t2i, [prompt.text for prompt in prompts])
 
     # Image i is of prompt i % len(prompts). Until all are drawn, they lie in a folder beside --out.
-    folder = sample.parts_folder(args.out, args, rae, t2i)
+    texts = [prompt.text for prompt in prompts]
+    depends_on = argparse.Namespace(**dict(vars(args), prompts=texts))
+    folder = sample.parts_folder(args.out, depends_on, rae, t2i)
     files = []
     for number in range(IMAGES_PER_PROMPT):
         for prompt in prompts:
@@ -193,8 +199,8 @@ def draw_benchmark(args, rank, world, device):
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def draw_images(numbers):
-        texts = [prompts[number % len(prompts)].text for number in numbers]
-        return sample.generate_prompts(t2i, rae, texts, args, numbers, args.dtype)
+        chosen = [texts[number % len(texts)] for number in numbers]
+        return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype)
 
     sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
     if rank > 0:

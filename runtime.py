@@ -8,6 +8,7 @@ what one process with k micro-batches computes.
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -392,18 +393,26 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def flags_of_run(out):
-    """The flags in OUT/last.pt, for --resume, as a dict. Raises ValueError without such a file."""
+def flags_of_run(out, script, key):
+    """The flags in OUT/last.pt, for --resume, as a dict.
+
+    script, key: the script whose checkpoint it must be, and a key that only these have.
+    Raises ValueError if there is no such checkpoint.
+    """
     path = Path(out) / "last.pt"
     if not path.exists():
         raise ValueError(f"--resume needs {path}, which does not exist; leave the flag out to "
                          f"start a run")
-    flags = dict(load_checkpoint(path)["args"])
+    state = load_checkpoint(path)
+    if "args" not in state or key not in state:
+        raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
+    flags = dict(state["args"])
     for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
         flags.pop(name, None)
-    if flags.pop("balance", "off") == "on":            # of older checkpoints
-        raise ValueError(f"{path} was trained with --balance on, which no longer exists; start "
-                         f"from its weights with --init {path}")
+    # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
+    if flags.pop("balance", None) is not None and flags["prediction"] == "x0":
+        raise ValueError(f"{path} was trained with another weight of the loss by time (--balance), "
+                         f"which no longer exists; start from its weights with --init {path}")
     if flags.get("decay_end") == flags["steps"]:       # a schedule follows --steps if it is raised
         del flags["decay_end"]
     return flags
@@ -419,8 +428,10 @@ def check_unchanged(args, stored, fixed):
             continue
         # A flag that is newer than the checkpoint was off when it was written.
         if given[name] != stored.get(name) and (name in stored or given[name]):
-            raise ValueError(f"--{name} {given[name]} differs from the checkpoint's "
-                             f"{stored.get(name)}; resume with --{name} {stored.get(name)}")
+            was = stored.get(name)
+            advice = "resume without it" if was is None else f"resume with --{name} {was}"
+            raise ValueError(f"--{name} {given[name]} differs from the checkpoint's {was}; "
+                             f"{advice}")
 
 
 def default_micro_batch(batch):
@@ -438,6 +449,11 @@ def check_run_flags(args):
         nearest = max(1, round(args.batch / unit)) * unit
         raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch "
                          f"{args.micro_batch} x {world} processes; try --batch {nearest}")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite starts anew; give one of "
+                         "them")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb {args.wandb} needs a package: pip install wandb")
     last = Path(args.out) / "last.pt"
     if args.init and not args.resume and Path(args.init).resolve() == last.resolve():
         raise ValueError(f"--init {args.init} is what this run would write; name another --out")

@@ -74,7 +74,7 @@ RECIPES = {
 SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
-FIXED = ("data", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
+FIXED = ("recipe", "data", "decoder", "encoder", "size", "seed", "batch", "micro_batch",
          "decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp", "decoder_patch", "tau",
          "noise_law", "optimizer", "hold_out", "weight_decay", "dtype", "lpips", "gram", "feature",
          "kl", "gan", "gan_start", "disc", "disc_start", "diffaug", "cutout")
@@ -175,7 +175,8 @@ def resolve(args):
     given = runtime.given_flags(args)
     values = dict(DEFAULTS)
     if args.resume:
-        stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        out = given.get("out", DEFAULTS["out"])
+        stored = runtime.flags_of_run(out, "train_decoder.py", "disc")
         values |= stored
     else:
         values |= RECIPES.get(args.recipe, {})

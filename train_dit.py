@@ -60,7 +60,7 @@ RECIPES = {
 }
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
-FIXED = ("rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
+FIXED = ("recipe", "rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
          "heads", "head_width", "head_depth", "head_heads", "class_dropout", "shift_base",
          "prediction", "flip", "cache", "hold_out", "weight_decay", "dtype")
 
@@ -131,7 +131,8 @@ def resolve(args):
     given = runtime.given_flags(args)
     values = dict(DEFAULTS)
     if args.resume:
-        stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        out = given.get("out", DEFAULTS["out"])
+        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes")
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:

@@ -81,7 +81,7 @@ PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
-FIXED = ("rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
+FIXED = ("recipe", "rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
          "llm_heads", "connector", "seed", "batch", "micro_batch", "width", "depth", "heads",
          "head_width", "head_depth", "head_heads", "class_dropout", "shift_base", "prediction",
          "draws", "questions", "plan", "dtype", "flow_weight", "regression", "llm_start",
@@ -202,7 +202,8 @@ def resolve(args):
     from_scratch = not (args.llm or args.init or args.recipe)
     values = dict(DEFAULTS)
     if args.resume:
-        stored = runtime.flags_of_run(given.get("out", DEFAULTS["out"]))
+        out = given.get("out", DEFAULTS["out"])
+        stored = runtime.flags_of_run(out, "train_t2i.py", "llm")
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:

@@ -13,7 +13,7 @@ import eval_decoder
 import eval_fid
 import release
 from conftest import SHIPPED, run_script
-from data import open_data
+from data import load_images, open_data
 from eval_decoder import evaluate_reconstruction
 from eval_fid import evaluate_generation
 from metrics import Moments, frechet_distance, psnr, ssim, verify
@@ -191,3 +191,12 @@ def test_missing_files_are_named(tmp_path):
         run_script(eval_fid, "--data", "nowhere")
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         run_script(eval_decoder, "--rae", tmp_path / "nothing.pt")
+
+
+def test_the_images_of_an_npz_are_reconstructed(tmp_path):
+    images = load_images(open_data("shapes", 64, split="val"), range(8))
+    np.savez(tmp_path / "images.npz", arr_0=images.numpy())
+    results = run_script(eval_decoder, "--data", tmp_path / "images.npz", "--n", 8)
+    assert results["n"] == 8
+    assert results["psnr"] > 25
+    assert "readable" not in results

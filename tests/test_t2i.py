@@ -925,15 +925,19 @@ def test_long_answers_are_cut(tmp_path, capsys):
     assert "8 prompts were longer than --context 110" in capsys.readouterr().out
 
 
-def test_a_run_may_go_on_with_more_context(tmp_path):
+def test_a_run_may_go_on_with_more_context(tmp_path, capsys):
     data = write_conversations(tmp_path, "<image>\nwhat?", "red " * 200)
     out = ["--out", tmp_path / "run"]
     run_script(train_t2i, *FLAGS, *out, "--data", data, "--context", 110, "--steps", 1)
     run_script(train_t2i, *out, "--resume", "--context", 120, "--steps", 2)
     run_script(train_t2i, *out, "--resume", "--steps", 3)
     assert load_last(tmp_path / "run")["args"]["context"] == 120
-    args = train_t2i.parse_args(["--recipe", "pretrain", "--resume", "--out", f"{tmp_path}/run"])
+    args = train_t2i.parse_args(["--resume", "--out", f"{tmp_path}/run"])
     assert args.context == 120
+    with pytest.raises(SystemExit):
+        train_t2i.parse_args(["--recipe", "pretrain", "--resume", "--out", f"{tmp_path}/run"])
+    message = "--recipe pretrain differs from the checkpoint's None; resume without it"
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- plans in training

@@ -112,7 +112,8 @@ def test_resume_forgets_what_was_logged_after_the_checkpoint(script, flags, tmp_
 def test_resume_writes_to_the_folder_that_it_reads(tmp_path, monkeypatch):
     """A run whose folder was moved is not taken back to its old place."""
     args = train_dit.parse_args([*DIT_FLAGS, "--out", str(tmp_path / "old")])
-    torch.save({"args": runtime.flags_as_dict(args)}, tmp_path / "last.pt")
+    state = {"args": runtime.flags_as_dict(args), "num_classes": 36}
+    torch.save(state, tmp_path / "last.pt")
     monkeypatch.setitem(train_dit.DEFAULTS, "out", str(tmp_path))
     assert train_dit.parse_args(["--resume"]).out == str(tmp_path)
 
@@ -549,11 +550,33 @@ def test_x0_prediction_weighs_the_loss_by_time(tmp_path, monkeypatch, prediction
 def test_a_run_with_the_former_balance_of_the_loss_is_not_resumed(tmp_path, capsys):
     run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path)
     state = load_last(tmp_path)
-    state["args"]["balance"] = "on"
+    state["args"]["balance"] = "off"
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(SystemExit):
         train_dit.parse_args(["--resume", "--steps", "2", "--out", str(tmp_path)])
-    assert "was trained with --balance on, which no longer exists" in capsys.readouterr().err
+    message = "was trained with another weight of the loss by time (--balance)"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, flags, other", [
+    (train_dit, DIT_FLAGS, train_decoder),
+    (train_decoder, DECODER_FLAGS, train_dit),
+])
+def test_only_a_run_of_the_same_script_is_resumed(tmp_path, capsys, script, flags, other):
+    run_script(script, *flags, "--steps", 1, "--out", tmp_path)
+    assert_refused(other, ["--resume", "--steps", 2, "--out", tmp_path],
+                   f"is no checkpoint of {other.__name__}.py", capsys)
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "last.pt")
+    assert_refused(script, ["--resume", "--steps", 2, "--out", tmp_path],
+                   f"is no checkpoint of {script.__name__}.py", capsys)
+
+
+def test_contradicting_flags_of_a_run_are_refused(tmp_path, capsys):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path)
+    assert_refused(train_dit, ["--resume", "--overwrite", "--out", tmp_path],
+                   "--resume goes on with a run and --overwrite starts anew", capsys)
+    assert_refused(train_dit, ["--resume", "--recipe", "rae", "--out", tmp_path],
+                   "--recipe rae differs from the checkpoint's None; resume without it", capsys)
 
 
 @pytest.mark.parametrize("std", [1.0, 0.02])
