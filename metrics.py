@@ -80,19 +80,13 @@ class FeatureNetwork(nn.Module):
 
     name: as of --features. channels: c, dimensions of a feature.
     distance_name, kernel_name: keys of the Fréchet and the kernel distance in results.
-    has_logits: True if logits() gives logits of classes, which the Inception Score needs.
+    has_logits: True if it also has logits(features b c) of classes, for the Inception Score.
     forward: images uint8 b H W 3, on any device -> features b c and spatial features b s, or None
         if it has none; fp32, on the CPU.
     """
     distance_name = "frechet_distance"
     kernel_name = "kernel_distance"
     has_logits = False
-
-    def forward(self, images):                                             # b H W 3
-        raise NotImplementedError
-
-    def logits(self, features):                                            # b c
-        raise NotImplementedError
 
 
 def average_pool(x):
