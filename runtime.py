@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -120,6 +122,15 @@ def split_numbers(n, batch, rank=0, world=1):
 def autocast(device, dtype):
     """Context in which matmuls run in bf16 if dtype is "bf16", and in fp32 otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def data_parallel(model):
+    """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers"                      # its name from torch 2.14 on
+    if name not in options:
+        name = "broadcast_buffers"
+    return DistributedDataParallel(model, **{name: False})
 
 
 def sync_gradients(model, now):

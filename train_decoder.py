@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.transforms.functional import normalize
 
@@ -716,7 +715,7 @@ class Trainer:
         # The decoder as it is called where its gradients are needed.
         self.parallel_decoder = self.decoder
         if world > 1:
-            self.parallel_decoder = DistributedDataParallel(self.decoder, broadcast_buffers=False)
+            self.parallel_decoder = runtime.data_parallel(self.decoder)
         if args.compile:
             self.parallel_decoder = torch.compile(self.parallel_decoder)
 

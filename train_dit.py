@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import metrics
 import release
@@ -274,7 +273,7 @@ def main(args, data=None):
         release.load_release(ema, resumed["ema"], "the resumed EMA")
     step_model = model
     if world > 1:
-        step_model = DistributedDataParallel(model, broadcast_buffers=False)
+        step_model = runtime.data_parallel(model)
     if args.compile:
         step_model = torch.compile(step_model)
 

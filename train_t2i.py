@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import metrics
 import release
@@ -548,7 +547,7 @@ def main(args, data=None, conversation=None):
         module.to(device)
     step_model = t2i
     if world > 1 and not args.shard:
-        step_model = DistributedDataParallel(t2i, broadcast_buffers=False)
+        step_model = runtime.data_parallel(t2i)
 
     # ---------------------------------------------------------------- optimiser
     optimizer = make_optimizer(t2i, args)
