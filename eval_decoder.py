@@ -234,11 +234,6 @@ def parse_args(argv=None):
     return resolve(args)
 
 
-def is_published(rae):
-    """True if --rae is the name of a published autoencoder, such as dinov2-b or dinov2-b:n00."""
-    return rae is not None and rae.partition(":")[0] in release.PUBLISHED_RAES
-
-
 def check_flags(args):
     """Raise ValueError for flags that contradict each other. args: None where none was given."""
     for name in runtime.given_flags(args):
@@ -251,9 +246,9 @@ def check_flags(args):
     if args.probe and args.data and not args.hold_out:
         raise ValueError("--probe with --data needs --hold_out, the number of images to test on")
     metrics.check_feature_flags(args)
-    if is_published(args.rae) and not args.data:
+    if release.is_published_rae(args.rae) and not args.data:
         raise ValueError(f"--rae {args.rae} needs --data: a folder or tars of images")
-    if args.release_dir and not is_published(args.rae):
+    if args.release_dir and not release.is_published_rae(args.rae):
         names = " ".join(release.PUBLISHED_RAES)
         raise ValueError(f"--release_dir needs --rae with one of {names}")
 
@@ -291,7 +286,7 @@ def open_reference(args, state, size):
 def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
-    if is_published(args.rae):
+    if release.is_published_rae(args.rae):
         state = {"rae": release.load_packed_rae(args.rae, args.release_dir)}
     else:
         state = runtime.load_checkpoint(args.rae)
