@@ -272,16 +272,24 @@ def load_checkpoint(path):
 
     Raises FileNotFoundError; ValueError if the file cannot be read safely.
     """
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is a folder; name the checkpoint in it, such as "
+                                f"{Path(path) / 'last.pt'}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist; check the path, or copy or train it "
                                 f"first")
     try:
         if Path(path).suffix == ".safetensors":
-            return read_nested_safetensors(path)
-        return dict(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+            state = read_nested_safetensors(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely: cut short, or with "
                          f"code in it ({type(error).__name__}); copy or train it again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no checkpoint, as it holds a {type(state).__name__} and no "
+                         f"dict; copy or train it again")
+    return state
 
 
 def read_nested_safetensors(path):
@@ -298,7 +306,8 @@ def read_nested_safetensors(path):
             node = state
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = f.get_tensor(key).float()
+            tensor = f.get_tensor(key)
+            node[leaf] = tensor.float() if tensor.is_floating_point() else tensor
     return state
 
 
