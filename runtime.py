@@ -21,6 +21,7 @@ import zipfile
 from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -248,6 +249,16 @@ def fetching(what, advice):
     except Exception as error:             # the hub, http, ssl and files each raise their own kinds
         cause = type(error).__name__
         raise FileNotFoundError(f"{what}: no download ({cause}); {advice}") from error
+
+
+def fetch_hub(repository, patterns):
+    """Folder with those files of a repository on huggingface.co that fit `patterns`, downloaded
+    once.
+
+    Without a network it fails at once. The functions that fetch a single file, which timm and
+    diffusers use, try again for 50 seconds; where this came first, they find the file.
+    """
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
 
 
 def write_whole(path, write):
