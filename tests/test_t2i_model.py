@@ -388,7 +388,7 @@ def test_build_dit_without_classes():
 def test_checkpoint_of_text_is_not_loaded_as_one_of_classes(tmp_path):
     model = build_dit(FLAGS, 8, 4, None)
     save_checkpoint(tmp_path / "t2i.pt", llm={}, ema=model.state_dict(), args=FLAGS)
-    with pytest.raises(ValueError, match="t2i.pt is of text to image: for .*--prompt"):
+    with pytest.raises(ValueError, match="t2i.pt is a checkpoint of train_t2i.py, for .*--prompt"):
         load_dit(tmp_path / "t2i.pt")
 
 
