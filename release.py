@@ -230,7 +230,7 @@ def shard_names(index):
     """
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) and name == Path(name).name for name in names):
+    if not all(isinstance(name, str) and name == Path(name).name != "" for name in names):
         raise ValueError(f"{index} has no weight_map of names of weights to names of files; copy "
                          f"it again")
     return sorted(set(names))
@@ -608,9 +608,14 @@ def check_checkpoint(state, script, source):
     else:
         if not state["tokenizer"].startswith("{"):
             raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
-        check_values(state["llm"], QWEN2, f"{source}: llm")
-        check_split(state["llm"], "hidden_size", "num_attention_heads", 2, source)
-        check_split(state["llm"], "num_attention_heads", "num_key_value_heads", 1, source)
+        check_qwen2(state["llm"], f"{source}: llm")
+
+
+def check_qwen2(arguments, source):
+    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
+    check_values(arguments, QWEN2, source)
+    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
+    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
 
 
 def check_packed_rae(packed, source):
@@ -681,7 +686,7 @@ def training_data(state, source):
     return flags["data"], flags.get("hold_out", 0)
 
 
-def check_values(values, rules, source, advice="copy or train it again"):
+def check_values(values, rules, source):
     """Raise ValueError unless a dict from a file obeys a table of Rules.
 
     source: the file, and where in it the dict stands.
@@ -690,7 +695,7 @@ def check_values(values, rules, source, advice="copy or train it again"):
         if name not in values:
             if rule.is_optional:
                 continue
-            raise ValueError(f"{source} has no {name}; {advice}")
+            raise ValueError(f"{source} has no {name}; copy or train it again")
         value = values[name]
         wanted = None
         if not has_type(value, rule.type):
@@ -701,7 +706,7 @@ def check_values(values, rules, source, advice="copy or train it again"):
             wanted = f"from {rule.low:g} to {rule.high:g}"
         if wanted is not None:
             raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
-                             f"{advice}")
+                             f"copy or train it again")
 
 
 def has_type(value, wanted):
@@ -1187,7 +1192,7 @@ def load_qwen2(source, folder_flag="--llm"):
         if key == "lm_head.weight" and arguments["tie_word_embeddings"]:
             continue
         state[key.removeprefix("model.")] = weight
-    check_values(arguments, QWEN2, f"{source}: config.json", "give a Qwen2 model")
+    check_qwen2(arguments, folder / "config.json")
     model = build_empty(lambda: Qwen2(**arguments))
     return load_strict(model, state, source), Tokenizer(folder / "tokenizer.json")
 
