@@ -26,6 +26,7 @@ from collections import deque
 from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -335,6 +336,16 @@ def fetching(what, advice):
         raise FileNotFoundError(f"{what}: no download ({cause}); {advice}") from error
 
 
+def fetch_hub(repository, patterns):
+    """Folder with those files of a repository on huggingface.co that fit `patterns`, downloaded
+    once.
+
+    Without a network it fails at once. The functions that fetch a single file, which timm and
+    diffusers use, try again for 50 seconds; where this came first, they find the file.
+    """
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+
+
 def write_whole(path, write):
     """Write a file that is there whole or not at all, and its folder, if that is not there.
 
@@ -472,21 +483,23 @@ def load_checkpoint(path):
     Raises FileNotFoundError; ValueError if the file cannot be read safely.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it, such as {Path(path) / 'last.pt'}")
+        raise FileNotFoundError(f"{path} is a folder; name the checkpoint in it, such as "
+                                f"{Path(path) / 'last.pt'}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist; check the path, or copy or train it "
                                 f"first")
     try:
         if Path(path).suffix == ".safetensors":
-            return read_nested_safetensors(path)
-        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = read_nested_safetensors(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely: cut short, or with "
                          f"code in it ({type(error).__name__}); copy or train it again") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not the dict of a checkpoint; "
-                         f"name a file that one of the training scripts wrote")
-    return dict(state)
+        raise ValueError(f"{path} is no checkpoint, as it holds a {type(state).__name__} and no "
+                         f"dict; copy or train it again")
+    return state
 
 
 def read_nested_safetensors(path):
@@ -503,7 +516,8 @@ def read_nested_safetensors(path):
             node = state
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = f.get_tensor(key).float()
+            tensor = f.get_tensor(key)
+            node[leaf] = tensor.float() if tensor.is_floating_point() else tensor
     return state
 
 

@@ -22,7 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 import runtime
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
-from release import PUBLISHED_T2I, materialize, published_t2i, unpack_rae
+from release import (
+    PUBLISHED_T2I,
+    check_checkpoint,
+    check_source,
+    materialize,
+    published_t2i,
+    unpack_rae,
+)
 from shapes import ALIGN_QUESTION, DESCRIBE_QUESTION
 
 PAD = -100       # id of no token
@@ -31,7 +38,29 @@ PAD = -100       # id of no token
 UNDERSTAND, DRAW, DRAW_UNCONDITIONED = range(3)
 
 
-# ---------------------------------------------------------------------------- tokens
+# Characters of a prompt. The context of the published models is 1024 tokens, of a few characters
+# each, so that what follows would be cut; a longer text is no prompt but a mistake.
+LONGEST_PROMPT = 32_768
+
+
+# ---------------------------------------------------------------------------- prompts and tokens
+def check_prompt(text):
+    """Raise ValueError unless an image can be drawn from a text. It is checked before it is
+    tokenized, which takes long for a whole book.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt must be a text, not {type(text).__name__}")
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"a prompt has {len(text)} characters, more than any model reads; give "
+                         f"at most {LONGEST_PROMPT}")
+    shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
+    if not text.strip() or "<image>" in text:
+        raise ValueError(f"prompt {shown} must say what to draw, in words and without <image>")
+    # A byte that is no UTF-8 reaches Python as half a surrogate pair.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"prompt {shown} is no valid UTF-8; type it anew, or set LANG to UTF-8")
+
+
 def task_of(turns):
     """UNDERSTAND, DRAW or, if the prompt is empty, DRAW_UNCONDITIONED, for one conversation."""
     draws = any(role == "assistant" and "<image>" in text for role, text in turns)
@@ -393,18 +422,23 @@ VERIFIERS = {
 
 
 # ---------------------------------------------------------------------------- building and loading
-def build_t2i(flags, state, llm=None, tokenizer=None):
+def build_t2i(flags, state, llm=None, tokenizer=None, source="the checkpoint"):
     """A T2I from a dict of the flags of train_t2i.py and the dict of a checkpoint.
 
     state: needs latent_shape (c h w); without the arguments llm and tokenizer also llm (arguments
-    of Qwen2) and tokenizer (content of a tokenizer.json).
+    of Qwen2) and tokenizer (content of a tokenizer.json). source: its path, for errors.
+    Raises ValueError if the tokenizer and the language model do not fit.
     """
     channels, grid = state["latent_shape"][:2]
     dit = build_dit(flags, channels, grid, num_classes=None)
     if llm is None:
         llm = Qwen2(**state["llm"])
     if tokenizer is None:
-        tokenizer = Tokenizer(state["tokenizer"])
+        tokenizer = Tokenizer(state["tokenizer"], f"{source}: tokenizer")
+    if tokenizer.largest_id >= llm.config["vocab_size"]:
+        raise ValueError(f"{source} has a tokenizer of ids up to {tokenizer.largest_id} and a "
+                         f"language model of {llm.config['vocab_size']} tokens; give those of one "
+                         f"model")
     return T2I(llm, tokenizer, dit, flags["connector"], regression=flags.get("regression", 0) > 0,
                plan=flags.get("plan", 0), context=flags["context"])
 
@@ -417,11 +451,11 @@ def read_t2i(path, folder=None):
     Raises FileNotFoundError; ValueError if it is the checkpoint of another stage.
     """
     if str(path) in PUBLISHED_T2I:
-        return published_t2i(str(path), folder)
-    state = runtime.load_checkpoint(path)
-    if "llm" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_t2i.py; give one (of classes: no "
-                         f"--prompt)")
+        state = published_t2i(str(path), folder)
+    else:
+        check_source(path, "train_t2i.py")
+        state = runtime.load_checkpoint(path)
+    check_checkpoint(state, "train_t2i.py", path)
     return state
 
 
@@ -436,8 +470,8 @@ def load_t2i(path, device="cpu", with_encoder=False, weights="ema", folder=None)
         weights = "model"
 
     def build():
-        return build_t2i(state["args"], state)
+        return build_t2i(state["args"], state, source=path)
 
     t2i = materialize(build, state, weights, path, device)
-    rae = unpack_rae(state["rae"], with_encoder).to(device)
+    rae = unpack_rae(state["rae"], with_encoder, path).to(device)
     return t2i, rae, state

@@ -256,7 +256,10 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, devic
     for other in others:
         moments = merge_moments(moments, other)
     count, mean, scatter = moments
-    return mean.float(), (scatter / count).float()
+    # A latent that is the same in all images, as pixels of a white border, must keep a variance
+    # above 0. That is far below the 1e-5 which RAE adds.
+    variance = (scatter / count).clamp(min=1e-20)
+    return mean.float(), variance.float()
 
 
 def merge_moments(a, b):
