@@ -81,7 +81,9 @@ def run(main, parse_args):
         main(parse_args())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):                                  # a script that knows what is kept
+            raise SystemExit(f"error: {stop}") from None
         raise SystemExit("error: stopped; it goes on when the command is given again, "
                          "a training with --resume") from None
     finally:
@@ -262,6 +264,41 @@ def write_whole(path, write):
     os.replace(temporary, path)
 
 
+def check_out(path, flag="--out"):
+    """Stand-in."""
+    if not str(path).strip():
+        raise ValueError(f"{flag} is empty; name a file or a folder")
+    parent = Path(path).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} can't be written ({error})") from None
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{flag} {path} can't be written: no permission")
+
+
+def lock(path):
+    """Stand-in."""
+
+
+def progress_bar(iterable_or_total, description, rank=0):
+    """Stand-in."""
+    disable = True if rank > 0 else None               # None: no bar unless on a terminal
+    if isinstance(iterable_or_total, int):
+        return tqdm(total=iterable_or_total, desc=description, disable=disable)
+    return tqdm(iterable_or_total, desc=description, disable=disable)
+
+
+def check_suffix(path, suffixes, flag="--out"):
+    """Raise ValueError unless a path ends in one of the suffixes; "" among them is a folder's."""
+    if Path(path).suffix.lower() in suffixes:
+        return
+    files = " ".join(suffix for suffix in suffixes if suffix)
+    or_folder = ", or a folder, which has no suffix" if "" in suffixes else ""
+    raise ValueError(f"{flag} {path} can't be written in the format of its suffix; use one of "
+                     f"{files}{or_folder}")
+
+
 def save_checkpoint(path, **state):
     """Write a checkpoint of tensors and plain types as one file."""
     write_whole(path, lambda f: torch.save(state, f))
@@ -322,6 +359,16 @@ def at_least(low, below=math.inf):
     return number
 
 
+def shown_default(value):
+    """A flag's default as --help shows it."""
+    if value is None or value == []:
+        return "none"
+    if value is False:
+        return "off"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{part:g}" if isinstance(part, float) else f"{part}" for part in values)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for flags that default to None, so that one can tell which were given.
 
@@ -329,18 +376,20 @@ class Parser(argparse.ArgumentParser):
     flags that were not given; --help shows these values.
     """
     def __init__(self, description, defaults):
-        self.shown_defaults = defaults             # first, since __init__ adds --help
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.shown_defaults = defaults
 
-    def add_argument(self, *names, **options):
-        default = self.shown_defaults.get(names[0].removeprefix("--"))
-        if default is not None and default is not False:
-            values = default if isinstance(default, list) else [default]
-            shown = " ".join(f"{value:g}" if isinstance(value, float) else f"{value}"
-                             for value in values)
-            options["help"] = options["help"].removesuffix(".") + f" (default: {shown})."
-        return super().add_argument(*names, **options)
+    def format_help(self):
+        """The text of --help. A flag whose help says nothing of a default gets "(default: ...)"."""
+        for action in self._actions:
+            if not action.option_strings or "default" in action.help.lower():
+                continue
+            value = self.shown_defaults.get(action.dest, action.default)
+            if action.dest != "help":
+                shown = shown_default(value).replace("%", "%%")
+                action.help = action.help.removesuffix(".") + f" (default: {shown})."
+        return super().format_help()
 
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.

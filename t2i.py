@@ -31,7 +31,29 @@ PAD = -100       # id of no token
 UNDERSTAND, DRAW, DRAW_UNCONDITIONED = range(3)
 
 
-# ---------------------------------------------------------------------------- tokens
+# Characters of a prompt. The context of the published models is 1024 tokens, of a few characters
+# each, so that what follows would be cut; a longer text is no prompt but a mistake.
+LONGEST_PROMPT = 32_768
+
+
+# ---------------------------------------------------------------------------- prompts and tokens
+def check_prompt(text):
+    """Raise ValueError unless an image can be drawn from a text. It is checked before it is
+    tokenized, which takes long for a whole book.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt must be a text, not {type(text).__name__}")
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"a prompt has {len(text)} characters, more than any model reads; give "
+                         f"at most {LONGEST_PROMPT}")
+    shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
+    if not text.strip() or "<image>" in text:
+        raise ValueError(f"prompt {shown} must say what to draw, in words and without <image>")
+    # A byte that is no UTF-8 reaches Python as half a surrogate pair.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"prompt {shown} is no valid UTF-8; type it anew, or set LANG to UTF-8")
+
+
 def task_of(turns):
     """UNDERSTAND, DRAW or, if the prompt is empty, DRAW_UNCONDITIONED, for one conversation."""
     draws = any(role == "assistant" and "<image>" in text for role, text in turns)
