@@ -204,7 +204,7 @@ def parse_args(argv=None):
                    help="Images that training held out, of which the measured ones are taken "
                         "(default: as in training; 0, any image, with --data). To probe: images "
                         f"to test on (default: {PROBE_HELD_OUT} of shapes).")
-    p.add_argument("--n", type=at_least(2),
+    p.add_argument("--n", "--num_images", type=at_least(2),
                    help=f"Images to measure (default: all, at most {RECONSTRUCTION_N}). To probe: "
                         f"images to train on (default: all, {PROBE_N} of shapes).")
     p.add_argument("--size", type=at_least(1),

@@ -182,7 +182,7 @@ def parse_args(argv=None):
     p.add_argument("--hold_out", type=at_least(0),
                    help="Images that training held out, of which the reference is taken (default: "
                         "as in training; 0, any image, with --data).")
-    p.add_argument("--n", type=at_least(2),
+    p.add_argument("--n", "--num_images", type=at_least(2),
                    help=f"Images to measure (default: all; of a model at most {MODEL_N}).")
     p.add_argument("--features",
                    help="Features of the distances: inception, fd-dinov2 or the name of an encoder "

@@ -98,9 +98,8 @@ def run(main, parse_args):
         main(parse_args())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
-    except KeyboardInterrupt as stop:
-        advice = str(stop) or "nothing was saved; give the command again"
-        raise SystemExit(f"stopped: {advice}") from None
+    except KeyboardInterrupt as stop:                  # with a message where something was kept
+        raise SystemExit(str(stop) or "stopped; nothing was kept: give the command again") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -472,6 +471,16 @@ def check_out(path, flag="--out"):
         raise ValueError(f"{flag} {path} cannot be written: no permission for {ancestor}")
 
 
+def check_suffix(path, suffixes, flag="--out"):
+    """Raise ValueError unless a path ends in one of the suffixes; "" among them is a folder's."""
+    if Path(path).suffix.lower() in suffixes:
+        return
+    files = " ".join(suffix for suffix in suffixes if suffix)
+    or_folder = ", or a folder, which has no suffix" if "" in suffixes else ""
+    raise ValueError(f"{flag} {path} can't be written in the format of its suffix; use one of "
+                     f"{files}{or_folder}")
+
+
 def save_checkpoint(path, **state):
     """Write a checkpoint of tensors and plain types as one file. Raises OSError."""
     write_whole(path, lambda f: torch.save(state, f))
@@ -541,6 +550,16 @@ def at_least(low, below=math.inf):
     return number
 
 
+def shown_default(value):
+    """A flag's default as --help shows it."""
+    if value is None or value == []:
+        return "none"
+    if value is False:
+        return "off"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{part:g}" if isinstance(part, float) else f"{part}" for part in values)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for flags that default to None, so that one can tell which were given.
 
@@ -548,18 +567,20 @@ class Parser(argparse.ArgumentParser):
     flags that were not given; --help shows these values.
     """
     def __init__(self, description, defaults):
-        self.shown_defaults = defaults             # first, since __init__ adds --help
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.shown_defaults = defaults
 
-    def add_argument(self, *names, **options):
-        default = self.shown_defaults.get(names[0].removeprefix("--"))
-        if default is not None and default is not False:
-            values = default if isinstance(default, list) else [default]
-            shown = " ".join(f"{value:g}" if isinstance(value, float) else f"{value}"
-                             for value in values)
-            options["help"] = options["help"].removesuffix(".") + f" (default: {shown})."
-        return super().add_argument(*names, **options)
+    def format_help(self):
+        """The text of --help. A flag whose help says nothing of a default gets "(default: ...)"."""
+        for action in self._actions:
+            if not action.option_strings or "default" in action.help.lower():
+                continue
+            value = self.shown_defaults.get(action.dest, action.default)
+            if action.dest != "help":
+                shown = shown_default(value).replace("%", "%%")
+                action.help = action.help.removesuffix(".") + f" (default: {shown})."
+        return super().format_help()
 
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.
@@ -898,11 +919,16 @@ def time_left(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def progress_bar(items, description, rank=0, total=None):
-    """The items, under a bar with the time left, on rank 0 if that has a terminal."""
+def progress_bar(items, description, rank=0):
+    """The items under a bar with the time left, on rank 0 if that has a terminal.
+
+    items: an iterable; or a number, then the bar is to be updated.
+    """
     disable = True if rank > 0 else None               # None: tqdm looks for a terminal
-    return tqdm(items, desc=description, total=total, leave=False, disable=disable,
-                dynamic_ncols=True)
+    options = dict(desc=description, leave=False, disable=disable, dynamic_ncols=True)
+    if isinstance(items, int):
+        return tqdm(total=items, **options)
+    return tqdm(items, **options)
 
 
 class Log:

@@ -295,7 +295,7 @@ def test_autoguidance_of_a_model_by_itself_changes_nothing(tmp_path):
     (["--sampling_steps", "-3"], "--sampling_steps: -3 must be at least 1"),
     (["--guidance", "0.5"], "--guidance: 0.5 must be at least 1"),
     (["--interval", "0.7", "0.2"], "--interval 0.7 0.2 must be two times"),
-    (["--n", "0"], "--n: 0 must be at least 1"),
+    (["--n", "0"], "--n/--num_images: 0 must be at least 1"),
     (["--seed", "-1"], "--seed: -1 must be at least 0"),
     (["--guid", "2"], "unrecognized arguments: --guid"),
 ])
