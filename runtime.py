@@ -882,6 +882,7 @@ class Checkpoints:
         try:
             save_checkpoint(self.last, step=done, **state)
         except OSError as error:
+            self.drop_previous()                       # it is the same as the last one
             return one_line(error)
         self.saved_step = done
         if is_last:                                    # no later step will judge it
@@ -1008,9 +1009,9 @@ class Log:
     def first_step(self):
         """Say how long the first step took: the next line may be far away."""
         seconds = time.time() - self.last_time
-        remaining = time_left(seconds * (self.steps - self.last_step))
-        self.say(f"the first step took {seconds:.1f} s; {self.steps - self.last_step} like it "
-                 f"would take {remaining}")
+        steps_left = self.steps - self.last_step - 1
+        self.say(f"the first step took {seconds:.1f} s; {steps_left} more at this pace take "
+                 f"{time_left(seconds * steps_left)}")
         self.write(dict(first_step_seconds=seconds))
 
     def step(self, step, loss, grad_norm, lr, **more):
