@@ -34,7 +34,14 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from listing import PassedOver, describe_passed_over, list_images, read_bytes, shown
+from listing import (
+    PassedOver,
+    count_images,
+    describe_passed_over,
+    list_images,
+    read_bytes,
+    shown,
+)
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -416,6 +423,68 @@ class Mixture:
         periods, position = divmod(k, PERIOD)
         source, turn = self.turns[position]
         return source, periods * self.counts[source] + turn
+
+
+# ---------------------------------------------------------------- amounts
+def count_sources(specs, at_most, with_conversations=False):
+    """Numbers of images of the sources of --data, where more than at_most count as at_most.
+
+    with_conversations: as of list_images
+    Raises: FileNotFoundError, ValueError, as open_data
+    """
+    paths, _ = parse_specs(specs)
+    counts = []
+    for source_paths in paths.values():
+        if source_paths in (["shapes"], ["text"]):                # which never end
+            counts.append(at_most)
+        else:
+            counts.append(count_images(source_paths, at_most, with_conversations))
+    return counts
+
+
+def fit_defaults(args, defaults, with_conversations=False):
+    """Defaults of --batch, --hold_out and --eval_n for data that may have few images.
+
+    args: flags, None where none was given. defaults: of the script; where its hold_out is None, as
+    many images are held out as are evaluated, and at most a tenth.
+    Returns: dict of the three, each at most its default
+    """
+    most = 10 * defaults["eval_n"]
+    counts = count_sources(args.data or defaults["data"], most, with_conversations)
+    n = min(counts)
+
+    hold_out = getattr(args, "hold_out", None)
+    if hold_out is None:
+        hold_out = defaults["hold_out"]
+    if hold_out is None:
+        hold_out = args.eval_n or min(defaults["eval_n"], max(2, n // 10))     # 2: a variance
+    eval_n = min(defaults["eval_n"], hold_out or n)
+
+    to_train_on = sum(counts) - len(counts) * hold_out
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch = min(defaults["batch"], max(1, to_train_on))
+    batch = max(world, batch // world * world)
+    return dict(batch=batch, hold_out=hold_out, eval_n=eval_n)
+
+
+def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
+    """Check that --data has enough images for the other flags. eval_n: 0 without evaluations.
+
+    Raises: ValueError that names all flags which are too large
+    """
+    at_most = hold_out + max(batch, eval_n) + 1
+    counts = count_sources(specs, at_most, with_conversations)
+    n = min(counts)
+    to_train_on = sum(counts) - len(counts) * hold_out
+    problems = []
+    if hold_out >= n:
+        problems.append(f"--hold_out {hold_out} must be below {n}")
+    elif batch > to_train_on:
+        problems.append(f"--batch {batch} must be at most the {to_train_on} to train on")
+    if eval_n > (hold_out or n):
+        problems.append(f"--eval_n {eval_n} must be at most the {hold_out or n} held out")
+    if problems:
+        raise ValueError(f"--data {' '.join(specs)} has {n} images: {'; '.join(problems)}")
 
 
 # ---------------------------------------------------------------- data

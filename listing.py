@@ -4,6 +4,7 @@ Nothing is decoded here. What is not read is counted with the reason: see Passed
 """
 import collections
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -120,6 +121,23 @@ def list_images(path, with_conversations, passed_over):
     return images
 
 
+def count_images(paths, at_most, with_conversations):
+    """Number of images in folders, tars and .jsonl files; at_most, if there are more: the rest is
+    not listed then. with_conversations: as of list_images, which raises the same.
+    """
+    count = 0
+    for path in paths:
+        check_path(path)
+        if os.path.isdir(path):
+            names = filter(is_image, walk(path, PassedOver()))
+            count += sum(1 for _ in itertools.islice(names, at_most - count))
+        else:
+            count += len(list_images(path, with_conversations, PassedOver()))
+        if count >= at_most:
+            return at_most
+    return count
+
+
 def check_path(path):
     """Raises: ValueError or FileNotFoundError if a path of --data is no folder and no file"""
     if not path.strip():
@@ -149,11 +167,10 @@ def list_folder(path, with_conversations, passed_over):
 
 
 def walk(root, passed_over):
-    """Return the names of all files in a folder and its subfolders, but for hidden ones.
+    """Yield the names of all files in a folder and its subfolders, but for hidden ones.
 
     Links are followed, but no folder is read twice. Raises: OSError if the root can't be read
     """
-    names = []
     real_root = os.path.realpath(root)
     seen = set()                                  # real paths
     parent = os.path.dirname(real_root)
@@ -186,10 +203,9 @@ def walk(root, passed_over):
             elif kind == "folder":
                 folders.appendleft((name, os.path.join(real, entry.name)))
             elif kind == "file":
-                names.append(name)
+                yield name
             else:
                 passed_over.add(kind, name)
-    return names
 
 
 def kind_of(entry):

@@ -582,6 +582,10 @@ class Parser(argparse.ArgumentParser):
                 action.help = action.help.removesuffix(".") + f" (default: {shown})."
         return super().format_help()
 
+    def error(self, message):
+        """End the script with a line. The usage would be 30 more, above it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help: all flags)\n")
+
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.
 
@@ -669,7 +673,7 @@ def flags_of_run(out, script, key):
         del flags["decay_end"]
     if flags["batch"] % (flags["micro_batch"] * world_size()):
         # There are more processes now. Another split of the batch draws other noise.
-        del flags["micro_batch"]
+        flags["micro_batch"] = default_micro_batch(flags["batch"])
     return flags
 
 
