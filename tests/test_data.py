@@ -654,7 +654,7 @@ def test_a_broken_file_is_replaced_counted_and_named_once(tmp_path, capfd):
 
     data = open_data(str(tmp_path), 8)
     item = data[k]
-    assert item["broken"] == [str(path)]
+    assert item["broken"] == [(str(path), "no image that Pillow can read")]
     assert number_of_image(item["image"]) != 7
     assert item["label"] == number_of_image(item["image"]) % 2    # that of the replacement
     assert item["image"].equal(open_data(str(tmp_path), 8)[k]["image"])
@@ -667,7 +667,7 @@ def test_a_broken_file_is_replaced_counted_and_named_once(tmp_path, capfd):
         run = batches(data, 40, 20, workers=workers, stop=6)
         assert [number_of_image(image) for _, _, images, _, _ in run for image in images] == after
         reported = re.findall("broken image (.*)", capfd.readouterr().err)
-        assert reported == [f"1, replaced by another: {path}"]
+        assert reported == [f"1, replaced by another: {path} (no image that Pillow can read)"]
 
 
 DAMAGES = ["empty", "text", "cut jpeg", "cut png", "bad checksum", "no pixels", "vanished"]
@@ -700,7 +700,7 @@ def test_all_kinds_of_damage(damage, tmp_path):
 
     items = [data[k] for k in range(4)]
 
-    assert any(str(path) in item["broken"] for item in items)
+    assert any(str(path) in dict(item["broken"]) for item in items)
     assert all(number_of_image(item["image"]) in range(3) for item in items)
 
 
@@ -709,8 +709,8 @@ def test_a_broken_member_of_a_tar_is_named(tmp_path):
     files["c/0.png"] = b""
     path = write_tar(tmp_path / "a.tar", files)
     data = open_data(path, 8)
-    broken = {name for k in range(5) for name in data[k]["broken"]}
-    assert broken == {f"{path}/c/0.png"}
+    broken = {pair for k in range(5) for pair in data[k]["broken"]}
+    assert broken == {(f"{path}/c/0.png", "no image that Pillow can read")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -731,7 +731,8 @@ def test_more_than_one_percent_of_broken_files_stop_the_run(
             list(run)
     else:
         assert len(list(run)) == n // 20
-    reported = re.findall(r"broken image (\d+), replaced by another: (.*)", capfd.readouterr().err)
+    pattern = r"broken image (\d+), replaced by another: (.*) \("
+    reported = re.findall(pattern, capfd.readouterr().err)
     assert [int(count) for count, _ in reported] == list(range(1, broken + 1))
     assert {path for _, path in reported} == {str(path) for path in broken_paths}
 
