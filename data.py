@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import re
+import reprlib
 import signal
 import struct
 import sys
@@ -51,9 +52,9 @@ THIN = 10                  # longer side / shorter side; panoramas have less
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # EXIF
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
-# Pillow warns of images of over 89 million pixels and refuses those of over 179 million. As RGB
-# these have half a gigabyte, which a worker can bear.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of damaged metadata, and of images of over 89 million pixels. It refuses those of
+# over 179 million, which would take half a gigabyte as RGB.
+warnings.filterwarnings("ignore", module="PIL")
 SAVE_UNCOMPRESSED = "save them by np.savez, which are read in place"
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
@@ -381,7 +382,11 @@ def reason_of(error):
         return "no image that Pillow can read"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+    if isinstance(error, (ValueError, OSError)):
+        reason = str(error)
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return " ".join(reason.split())[:200]
 
 
 def image_of_size(size):
@@ -438,9 +443,9 @@ def missing_ids(labels):
     ids = sorted(label for label in labels if isinstance(label, int))
     for before, after in itertools.pairwise([-1, *ids]):
         if after - before == 2:
-            missing.append(f"{before + 1}")
+            missing.append(reprlib.repr(before + 1))              # an id may have 400 digits
         elif after - before > 2:
-            missing.append(f"{before + 1} to {after - 1}")
+            missing.append(f"{reprlib.repr(before + 1)} to {reprlib.repr(after - 1)}")
     if len(missing) > 10:
         missing[9:] = ["..."]
     return missing
@@ -684,18 +689,12 @@ class ImageData(Dataset):
 def describe_source(name, summary):
     """Return the summary of a source as text; see ImageData.summary."""
     title = f"data {name}={summary['data']}" if name else f"data {summary['data']}"
-    classes = "no classes"
-    if summary["classes"]:
-        classes = f"{summary['classes']:,} class{'es' if summary['classes'] > 1 else ''}"
+    classes = f"classes: {summary['classes']:,}" if summary["classes"] else "no classes"
     if "images_in_all" not in summary:
-        return f"{title}, {summary['split']}: drawn when needed, {classes}"
-
-    if summary["held_out"] == 0:
-        images = f"all {summary['images']:,} images (none is held out of training)"
-    else:
-        images = (f"{summary['images']:,} of {summary['images_in_all']:,} images "
-                  f"({summary['held_out']:,} are held out of training)")
-    lines = [f"{title}, {summary['split']}: {images}, {classes}"]
+        return f"{title}, {summary['split']}: images are drawn when needed, {classes}"
+    lines = [f"{title}, {summary['split']}: images: {summary['images']:,} of "
+             f"{summary['images_in_all']:,} (held out of training: {summary['held_out']:,}), "
+             f"{classes}"]
     if summary["passed_over"]:
         lines.append(f"  passed over: {describe_passed_over(summary['passed_over'])}")
     if summary.get("missing_ids"):
@@ -703,8 +702,8 @@ def describe_source(name, summary):
                      "they are no classes")
     without = summary.get("classes_without_images")
     if without:
-        lines.append(f"  {len(without):,} classes have no image in this split: "
-                     f"{', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
+        lines.append(f"  classes without an image in this split: {len(without):,} "
+                     f"({', '.join(without[:10])}{' ...' if len(without) > 10 else ''})")
     return "\n".join(lines)
 
 
@@ -806,9 +805,9 @@ def damage_of(path):
     except MemoryError:                           # a limit of this process
         raise ValueError(f"{path} has more compressed images than there is memory; "
                          f"{SAVE_UNCOMPRESSED}") from None
-    # RuntimeError: it is encrypted; NotImplementedError: another kind of compression
+    # RuntimeError: it is encrypted, or compressed in another way; OSError: a wrong position
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
-            NotImplementedError) as error:
+            OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
 
 
