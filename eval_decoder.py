@@ -107,6 +107,9 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     for positions in metrics.progress_bar(batches, rank):
         numbers = [source_numbers[position] for position in positions]
         x, y = reconstruct(rae, load_images(val, numbers), dtype)          # b 3 S S
+        if not torch.isfinite(y).all():
+            raise ValueError("the decoder gives pixels that are not finite: its training diverged, "
+                             "or --dtype bf16 overflows; take an earlier checkpoint, or fp32")
         if vgg:
             with torch.no_grad():
                 lpips_sum += vgg(x, y, normalize=True).sum().item()        # normalize: from [0,1]
@@ -180,6 +183,9 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     if n is None:
         n = len(train)
     features = EncoderFeatures(encoder)
+    if n > len(train):
+        raise ValueError(f"--n {n} is more than the {len(train)} images to train on; try --n "
+                         f"{len(train)}, or leave it out")
     x, y = labelled_features(train, n, features, rank, world, batch)
     x_test, y_test = labelled_features(val, hold_out, features, rank, world, batch)
     accuracy = metrics.linear_probe(x, y, x_test, y_test, train.num_classes, seed=seed)
@@ -195,7 +201,8 @@ def parse_args(argv=None):
                         f"published one by name: {', '.join(release.PUBLISHED_RAES)} (default: "
                         "the shipped one).")
     p.add_argument("--probe", metavar="ENCODER",
-                   help="Encoder whose tokens to classify linearly, instead of reconstructions.")
+                   help="Encoder whose tokens to classify linearly, instead of reconstructions "
+                        "(default: none).")
     p.add_argument("--data", nargs="+",
                    help="Images: a folder, tars, or a mixture NAME=PATH:WEIGHT ...; to "
                         "reconstruct, also an .npz (default: those of training; to probe: "
@@ -218,14 +225,15 @@ def parse_args(argv=None):
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
     p.add_argument("--lpips", action="store_true", default=None,
-                   help="Measure LPIPS as well, which needs the weights of VGG-16.")
+                   help="Measure LPIPS as well, which needs the weights of VGG-16 (default: no).")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
                    help=f"Precision of matmuls (default: {DEFAULTS['dtype']}).")
     p.add_argument("--seed", type=at_least(0),
                    help=f"Seed of the probe's weights and batches (default: {DEFAULTS['seed']}).")
     p.add_argument("--release_dir",
                    help="Folder with a copy of the hub's repository (default: download once).")
-    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
+    p.add_argument("--out", type=Path,
+                   help="File to write the line of JSON to as well (default: none).")
     args = p.parse_args(argv)
     try:
         check_flags(args)
@@ -268,43 +276,25 @@ def resolve(args):
 
 
 # ---------------------------------------------------------------------------- main
-def open_reference(args, state, size):
-    """The specs and the images to reconstruct: --data, or the held-out images of training.
-
-    state: dict of the checkpoint. size: side of the images, pixels.
-    """
-    specs, hold_out = args.data, args.hold_out
-    if specs is None:
-        specs = state["args"]["data"]
-        if hold_out is None:
-            hold_out = state["args"].get("hold_out", 0)
-    # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
-    objects = 1 if "num_classes" in state else (1, 2, 3, 4)
-    return specs, metrics.open_images(specs, size, hold_out or 0, objects)
-
-
 def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
-    if release.is_published_rae(args.rae):
-        state = {"rae": release.load_packed_rae(args.rae, args.release_dir)}
-    else:
-        state = runtime.load_checkpoint(args.rae)
-    if "rae" not in state:
-        raise ValueError(f"{args.rae} is no checkpoint of train_decoder.py or train_dit.py; give "
-                         f"one of those")
+    state = release.read_rae(args.rae, args.release_dir)
+    reference = metrics.choose_reference(args, state, args.rae)
     packed_rae = state["rae"]
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     grid = packed_rae["latent_var"].shape[1]
     size = max(packed_rae["size"], grid * packed_rae["decoder_patch"])
-    specs, val = open_reference(args, state, size)
+    # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
+    objects = 1 if "num_classes" in state else (1, 2, 3, 4)
+    val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
-    if n > len(val):
-        raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n "
-                         f"{len(val)}")
+    metrics.check_n(n, len(val))
+    if rank == 0:
+        metrics.report_reference(reference)
 
     # ---------------------------------------------------------------- models
-    rae = release.unpack_rae(packed_rae).to(device)
+    rae = release.unpack_rae(packed_rae, source=args.rae).to(device)
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)
     else:
@@ -321,7 +311,7 @@ def reconstruct_all(args, rank, world, device):
     if len(by_source) == 1:
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
-                    reference=" ".join(specs))
+                    reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features
 
 
