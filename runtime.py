@@ -257,11 +257,15 @@ def write_whole(path, write):
     rename.
     """
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:                           # stand-in
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def check_out(path, flag="--out"):
