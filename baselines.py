@@ -9,13 +9,15 @@ release.load_encoder() takes these names. A backbone has the attributes embed_di
 tokens), num_prefix_tokens (tokens before those of the image, here always 0) and patch (pixels per
 token side), and the method forward_features: pixels b 3 H W -> tokens b n c.
 """
+from pathlib import Path
+
 import timm
 import torch
 import torch.nn as nn
 from einops import rearrange
 
 from model import TINY_VIT
-from runtime import fetching
+from runtime import fetch_hub, fetching
 
 
 class Pixels(nn.Module):
@@ -73,6 +75,9 @@ class DiffusersVAE(nn.Module):
                   "diffusion_pytorch_model.safetensors")
         with fetching(f"--encoder diffusers:{source}", advice):
             from diffusers import AutoencoderKL
+            if not Path(source).exists():
+                fetch_hub(source.removesuffix("/vae"),
+                          [f"{subfolder}*.json", f"{subfolder}*/diffusion_pytorch_model.*"])
             self.vae = AutoencoderKL.from_pretrained(source.removesuffix("/vae"),
                                                      subfolder=subfolder)
         self.embed_dim = self.vae.config.latent_channels

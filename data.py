@@ -13,18 +13,19 @@
 Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
 starting at a later k.
 """
-import contextlib
-import glob
+import functools
+import hashlib
 import io
-import json
+import itertools
+import multiprocessing
 import os
 import re
 import signal
 import struct
 import sys
-import tarfile
+import threading
+import time
 import zipfile
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +34,17 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from listing import PassedOver, describe_passed_over, list_images, read_bytes, shown
 from shapes import CLASSES, Scene, Text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-ROLES = {"human": "user", "gpt": "assistant"}    # of LLaVA and Scale-RAE -> of chat templates
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
 SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
 PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
+# Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
+# slow network perhaps a minute, and two minutes are what a user waits without a word.
+WORKER_TIMEOUT = 100
 
 
 # ---------------------------------------------------------------- images
@@ -56,6 +59,14 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def load_image(listed):
+    """Load a ListedImage as PIL RGB. Raises: many kinds of exceptions if the file is broken"""
+    if listed.path is None:
+        return BLACK
+    content = read_bytes(listed.path, listed.offset, listed.size)
+    return to_rgb(Image.open(io.BytesIO(content)))
 
 
 def square(image, size, rng=None):
@@ -99,255 +110,11 @@ def resize_images(images, side):
     return resized.clamp(0, 1)                    # bicubic interpolation overshoots at edges
 
 
-def read_bytes(path, offset=0, size=-1):
-    """Read `size` bytes of a file from `offset` on; -1: all that follow."""
-    # Opened every time: forked workers would share the position of a file that is kept open.
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-# ---------------------------------------------------------------- listing images
-class ListedImage(NamedTuple):
-    """An image of a folder, tar or .jsonl that is not loaded yet."""
-    path: str | None           # its file, or the tar that contains it; None: there is no image
-    offset: int                # position of its first byte in that file
-    size: int                  # bytes; -1: the whole file
-    name: str                  # within the folder or tar, or "line 3" of a .jsonl
-    label: int | str | None    # class id or class name
-    texts: list                # captions to choose from, or one conversation [(role, text), ...]
-
-    def load(self):
-        """Return the image as PIL RGB. Raises many kinds of exceptions if the file is broken."""
-        if self.path is None:
-            return BLACK
-        content = read_bytes(self.path, self.offset, self.size)
-        return to_rgb(Image.open(io.BytesIO(content)))
-
-    def full_name(self):
-        return self.path if self.size == -1 else f"{self.path}/{self.name}"
-
-
-def list_images(path, with_conversations):
-    """List the images of a folder, a tar or a .jsonl.
-
-    with_conversations: whether texts are needed, which then replace the labels
-    Returns: list of ListedImage, in the order of their names or lines
-    Raises: FileNotFoundError; ValueError if there are none or a file beside them is malformed
-    """
-    if path in ("shapes", "text"):                # among other paths of one source
-        raise ValueError(f"--data {path}: shapes and text stand alone; mix them with others as "
-                         f"a=PATH:0.5 b={path}:0.5")
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"--data {path} does not exist; give shapes or text, a folder, .tar shards, .jsonl, "
-            "or a mixture: a=PATH:0.6 b=PATH:0.4")
-    if os.path.isdir(path):
-        images = list_folder(path, with_conversations)
-    elif path.endswith(".jsonl"):
-        images = list_jsonl(path, with_conversations)
-    else:
-        images = list_tar(path, with_conversations)
-    if not images:
-        raise ValueError(
-            f"--data {path} must hold images, .jpg or .png; give shards as {path}/*.tar")
-    return images
-
-
-def list_folder(path, with_conversations):
-    """List the images of a folder and its subfolders, whose names are those of the classes."""
-    names = glob.glob("**/*.*", root_dir=path, recursive=True)    # follows links, skips .hidden
-    if not with_conversations:                    # what lies beside the images is then ignored
-        names = filter(is_image, names)
-    files = {name: (os.path.join(path, name), 0, -1) for name in names}
-    return list_files(path, files, with_conversations)
-
-
-def list_tar(path, with_conversations):
-    """List the images of a tar, which are later read in place."""
-    files = {}
-    try:
-        # "r:" refuses compressed tars, of which no file could be read without all before it.
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    name = member.name.removeprefix("./")
-                    files[name] = (path, member.offset_data, member.size)
-        # A whole tar ends in zeros; tarfile does not notice a cut between two files.
-        if read_bytes(path, tar.offset, 512) != bytes(512):
-            raise ValueError("cut short")
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"--data {path}: {error}; tars must be whole and uncompressed "
-                         "(gunzip them)") from None
-    return list_files(path, files, with_conversations)
-
-
-def list_files(path, files, with_conversations):
-    """List the images among files {name: (path, offset, size)}, by name, with their sidecars."""
-    images = []
-    for name in sorted(filter(is_image, files)):
-        with error_context(path, name):
-            sidecars = read_sidecars(files, name)
-            record = parse_record(sidecars["json"]) if "json" in sidecars else {}
-            label = None if with_conversations else parse_label(record, sidecars, name)
-            texts = parse_texts(record, sidecars, with_conversations)
-        images.append(ListedImage(*files[name], name, label, texts))
-    return images
-
-
-def list_jsonl(path, with_conversations):
-    """List the images of a .jsonl, one record a line; their paths are relative to its folder."""
-    images = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            name = f"line {number}"
-            with error_context(path, name):
-                record = parse_record(line)
-                image_path = parse_image_path(record, os.path.dirname(path))
-                label = None if with_conversations else parse_label(record, {}, name)
-                texts = parse_texts(record, {}, with_conversations, image_path is not None)
-            if image_path is not None or with_conversations:
-                images.append(ListedImage(image_path, 0, -1, name, label, texts))
-    return images
-
-
-def is_image(name):
-    """True for the name of an image that is neither hidden nor in macOS's __MACOSX/."""
-    parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts)
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden and "__MACOSX" not in parts
-
-
-def read_sidecars(files, name):
-    """Read the .cls, .txt and .json beside an image. Returns: dict of suffix to bytes."""
-    stem = os.path.splitext(name)[0]              # x.jpg goes with x.cls, x.txt and x.json
-    sidecars = {}
-    for suffix in ("cls", "txt", "json"):
-        sidecar = f"{stem}.{suffix}"
-        if sidecar in files:
-            sidecars[suffix] = read_bytes(*files[sidecar])
-    return sidecars
-
-
-@contextlib.contextmanager
-def error_context(path, name):
-    """Turn what malformed sidecars and records raise into a ValueError that names the image."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError) as error:         # JSON of any structure
-        raise ValueError(
-            f"--data {path}: {name} {error}; .cls must be an integer >= 0, .txt UTF-8, .json(l) "
-            "{label/class, caption(s)/text, image, "
-            'conversations: [{"from": "human" or "gpt", "value": text}, ...]}') from None
-
-
-# ---------------------------------------------------------------- labels and texts
-def parse_record(content):
-    """Parse a .json or a line of a .jsonl. Returns: dict."""
-    record = json.loads(content)
-    if not isinstance(record, dict):
-        raise ValueError(f"must be a json object, not a {type(record).__name__}")
-    return record
-
-
-def parse_image_path(record, folder):
-    """Return the path of a record's image, or None for a conversation without an image."""
-    image = record.get("image") or []
-    paths = image if isinstance(image, list) else [image]         # Scale-RAE has lists of one path
-    if not paths and "conversations" in record:
-        return None
-    if len(paths) != 1:
-        raise ValueError(f"images {paths} must be one")
-    return os.path.join(folder, paths[0])
-
-
-def parse_label(record, sidecars, name):
-    """Return the class of an image: that of its .cls, its record, its folder, or None."""
-    if "cls" in sidecars:
-        label = int(sidecars["cls"])
-    elif "label" in record:
-        label = record["label"]
-    else:
-        label = record.get("class", os.path.dirname(name) or None)
-    is_class_id = type(label) is int and label >= 0               # True and False are not
-    if not (is_class_id or isinstance(label, str) or label is None):
-        raise ValueError(f"label {label!r} must be an integer >= 0 or a name")
-    return label
-
-
-def parse_texts(record, sidecars, with_conversations, has_image=True):
-    """Return the texts of an image, one of which is chosen whenever it is loaded.
-
-    Without conversations, this is one string of all captions, empty if there are none.
-    With conversations, it is one conversation or all captions, [] if there are none.
-    """
-    captions = parse_captions(record, sidecars)
-    if not with_conversations:
-        return ["\n".join(captions)]
-    if "conversations" in record:
-        return [parse_conversation(record["conversations"], has_image)]
-    if count_image_marks(captions) > 0:
-        raise ValueError("captions must not hold <image>")
-    return captions
-
-
-def parse_captions(record, sidecars):
-    """Return the captions of an image: the lines of its .txt, else those of its record.
-
-    Blank lines are left out. If all are blank, the one caption is "": learn it unconditionally.
-    """
-    if "txt" in sidecars:
-        captions = sidecars["txt"].decode("utf-8-sig").split("\n")
-    else:
-        captions = record.get("captions", [])
-        if not isinstance(captions, list):
-            raise ValueError(f"captions {captions!r} must be a list")
-        if "caption" in record:
-            captions = captions + [record["caption"]]
-        elif "text" in record:
-            captions = captions + [record["text"]]
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise ValueError(f"caption {caption!r} must be a string")
-    stripped = [caption.strip() for caption in captions]
-    not_blank = [caption for caption in stripped if caption]
-    if captions and not not_blank:
-        return [""]
-    return not_blank
-
-
-def parse_conversation(turns, has_image):
-    """Convert turns {"from": "human", "value": text} to pairs (role, text), without "system".
-
-    An image comes first if no turn says where <image> is.
-    """
-    messages = []
-    for turn in turns:
-        if turn["from"] != "system":
-            messages.append((ROLES.get(turn["from"]), turn["value"]))
-    image_marks = count_image_marks(text for role, text in messages)
-    allowed_marks = 1 if has_image else 0
-
-    asking = {role for role, text in messages[0::2]}
-    answering = {role for role, text in messages[1::2]}
-    alternating = asking == {"user"} and answering == {"assistant"} and len(messages) % 2 == 0
-    if not alternating or image_marks > allowed_marks:
-        raise ValueError("conversations must be human, gpt, human, gpt ... "
-                         f"with at most {allowed_marks} <image>")
-    if image_marks < allowed_marks:
-        messages[0] = ("user", f"<image>\n{messages[0][1]}")
-    return messages
-
-
-def count_image_marks(texts):
-    """Count <image> in texts. Raises: ValueError for half of a surrogate pair, which is no text."""
-    return "\n".join(texts).encode().count(b"<image>")
-
-
 # ---------------------------------------------------------------- sources
 # A source has class_names, labelled, its length (images in an epoch), and load(number, rng, size),
 # which returns image number = 0, 1, ... without end: pixels H W 3 uint8, the name of its class or
-# None, its text, and the names of broken files that this image replaces.
+# None, its text, and the names of broken files that this image replaces. summary() says what it
+# has, as a dict of JSON's types.
 class SceneSource:
     """The scenes of shapes, labelled by their object if all have exactly one."""
     class_names = list(CLASSES)
@@ -362,6 +129,9 @@ class SceneSource:
 
     def __len__(self):
         return SHAPES_EPOCH
+
+    def summary(self):
+        return summary_of_world("shapes", self)
 
     def draw(self, number):
         """Return the Scene that image `number` shows."""
@@ -392,6 +162,9 @@ class TextSource:
     def __len__(self):
         return SHAPES_EPOCH
 
+    def summary(self):
+        return summary_of_world("text", self)
+
     def draw(self, number):
         """Return the Text that image `number` shows."""
         return Text.random(self.seed, self.first + number)
@@ -401,17 +174,29 @@ class TextSource:
         return text.render(size), None, text.caption(), []
 
 
+def summary_of_world(name, source):
+    """The summary of a built-in world, which has as many images as are asked for."""
+    classes = len(source.class_names) if source.labelled else 0
+    return {"data": name, "split": "train" if source.first == 0 else "val", "images": len(source),
+            "classes": classes}
+
+
 class FileSource:
     """The images of folders, tars or .jsonl files, in another random order in every epoch."""
 
     def __init__(self, paths, split, hold_out, seed, index, crop, flip, with_conversations):
+        self.passed_over = PassedOver()
         images = []
         for path in paths:
-            images += list_images(path, with_conversations)
+            images += list_images(path, with_conversations, self.passed_over)
         check_texts(images, paths[0])
         self.class_names = find_class_names(images, paths[0])
         self.labelled = images[0].label is not None
+        self.all_images = images                  # of both splits
         self.images = images_of_split(images, split, hold_out, paths[0])
+        self.paths = paths
+        self.split = split
+        self.hold_out = hold_out
         self.seed = seed
         self.index = index                        # of this source in its mixture
         self.crop = crop
@@ -423,6 +208,25 @@ class FileSource:
 
     def __len__(self):
         return len(self.images)
+
+    def summary(self):
+        """What this source has and lacks; see ImageData.summary."""
+        summary = {"data": " ".join(self.paths), "split": self.split, "images": len(self.images),
+                   "images_in_all": len(self.all_images), "held_out": self.hold_out,
+                   "classes": len(self.class_names) if self.labelled else 0,
+                   "passed_over": self.passed_over.summary()}
+        if self.labelled:
+            labels = {str(image.label) for image in self.images}
+            summary["classes_without_images"] = [
+                name for name in self.class_names if name not in labels]
+            summary["missing_ids"] = missing_ids({image.label for image in self.all_images})
+        return summary
+
+    def identity(self):
+        """Number of images before the split, and a hash of their names and labels in order."""
+        names = [f"{image.name}\t{image.label}\n" for image in self.all_images]
+        sha1 = hashlib.sha1("".join(names).encode(errors="surrogatepass"))
+        return {"images": len(names), "names": sha1.hexdigest()}
 
     def load(self, number, rng, size):
         # What is drawn from rng, in this order: other images for broken ones, crop, flip, text.
@@ -460,7 +264,7 @@ class FileSource:
         while len(broken) < TRIES:
             listed = self.images[index]
             try:
-                return listed, listed.load(), broken
+                return listed, load_image(listed), broken
             except Exception:                     # Pillow's decoders raise a dozen kinds
                 broken.append(listed.full_name())
                 index = rng.integers(len(self))
@@ -504,11 +308,27 @@ def find_class_names(images, path):
         raise ValueError(
             f"--data {path}: {', but '.join(examples.values())}; give each image a class name "
             "(folder or .json), or each an integer (.cls or .json), or each none")
-    if int in examples:                           # some ids may have no image here
-        return [str(label) for label in range(max(labels) + 1)]
-    if str in examples:
-        return sorted(labels)
-    return ["image"]
+    unprintable = [label for label in labels if str in examples and shown(label) != label]
+    if unprintable:
+        raise ValueError(f"--data {path}: the class name {shown(min(unprintable))} is no UTF-8 or "
+                         "has control characters; rename it")
+    if None in labels:
+        return ["image"]
+    return [str(label) for label in sorted(labels)]
+
+
+def missing_ids(labels):
+    """Name the class ids below the highest one that no image has: ["0", "4 to 9"]; at most 10."""
+    missing = []
+    ids = sorted(label for label in labels if isinstance(label, int))
+    for before, after in itertools.pairwise([-1, *ids]):
+        if after - before == 2:
+            missing.append(f"{before + 1}")
+        elif after - before > 2:
+            missing.append(f"{before + 1} to {after - 1}")
+    if len(missing) > 10:
+        missing[9:] = ["..."]
+    return missing
 
 
 class BrokenFiles:
@@ -682,6 +502,34 @@ class ImageData(Dataset):
         label = self.class_ids.get(class_name, 0)
         return dict(image=image, text=text, label=label, number=k, broken=broken)
 
+    def summary(self):
+        """What is read and what is not, for a log.
+
+        Returns: dict of the name of each source to a dict of JSON's types
+            data, split, images (in this split), classes (0: no labels); of files also
+            images_in_all, held_out, passed_over {reason: {"count": n, "first": name}}, and, with
+            labels, classes_without_images (in this split), missing_ids (below the highest one)
+        """
+        return {name: source.summary()
+                for name, source in zip(self.domains, self.sources, strict=True)}
+
+    def describe(self):
+        """Return the summary as text, one or a few lines for each source."""
+        return "\n".join(describe_source(name, summary)
+                         for name, summary in self.summary().items())
+
+    def identity(self):
+        """What must be the same when a run goes on: {name of a source: {"images", "names"}}.
+
+        images is the number of the whole source, before the split, and names a hash of the names
+        and labels in their order. Sources that are no files are left out.
+        """
+        identity = {}
+        for name, source in zip(self.domains, self.sources, strict=True):
+            if isinstance(source, FileSource):
+                identity[name] = source.identity()
+        return identity
+
     @property
     def source_lengths(self):
         """Number of images of each source in this split."""
@@ -710,7 +558,34 @@ class ImageData(Dataset):
         self.broken_files[self.source_of(k)].report(names)
 
 
-class NpzImages:
+def describe_source(name, summary):
+    """Return the summary of a source as text; see ImageData.summary."""
+    title = f"data {name}={summary['data']}" if name else f"data {summary['data']}"
+    classes = "no classes"
+    if summary["classes"]:
+        classes = f"{summary['classes']:,} class{'es' if summary['classes'] > 1 else ''}"
+    if "images_in_all" not in summary:
+        return f"{title}, {summary['split']}: drawn when needed, {classes}"
+
+    if summary["held_out"] == 0:
+        images = f"all {summary['images']:,} images (none is held out of training)"
+    else:
+        images = (f"{summary['images']:,} of {summary['images_in_all']:,} images "
+                  f"({summary['held_out']:,} are held out of training)")
+    lines = [f"{title}, {summary['split']}: {images}, {classes}"]
+    if summary["passed_over"]:
+        lines.append(f"  passed over: {describe_passed_over(summary['passed_over'])}")
+    if summary.get("missing_ids"):
+        lines.append(f"  no image has the class ids {', '.join(summary['missing_ids'])}; "
+                     "they are no classes")
+    without = summary.get("classes_without_images")
+    if without:
+        lines.append(f"  {len(without):,} classes have no image in this split: "
+                     f"{', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
+    return "\n".join(lines)
+
+
+class Arrays:
     """The images of an .npz, to be used as ImageData: arr_0, n H W 3, uint8 or floats in [0, 1].
 
     sample.py and ADM's evaluation suite write such files. They are mapped into memory rather than
@@ -755,6 +630,16 @@ class NpzImages:
     def __len__(self):
         return len(self.images)
 
+    def summary(self):
+        """As that of ImageData."""
+        height, width = self.images.shape[1:3]
+        return {"images": {"data": self.path, "images": len(self), "height": height,
+                           "width": width}}
+
+    def describe(self):
+        height, width = self.images.shape[1:3]
+        return f"data {self.path}: {len(self):,} images of {width} x {height}"
+
     def __getitem__(self, k):
         pixels = np.array(self.images[k])
         if pixels.dtype != np.uint8:
@@ -780,7 +665,7 @@ class NpzImages:
 def load_images(data, numbers):
     """Load images by number, in order to measure something on them.
 
-    data: ImageData or NpzImages
+    data: ImageData or Arrays
     Returns: b H W 3, uint8
     Raises: ValueError if one is broken or they differ in size
     """
@@ -831,7 +716,7 @@ def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=
         batch_sampler=micro_batch_numbers(batch, micro_batch, start, stop, rank, world),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=functools.partial(start_worker, os.getpid()),
         generator=torch.Generator(),              # leaves the global random state alone
         multiprocessing_context="fork" if use_fork else None)
     return read_batches(data, loader, batch, micro_batch)
@@ -846,7 +731,7 @@ def micro_batch_numbers(batch, micro_batch, start, stop, rank, world):
 
 def read_batches(data, loader, batch, micro_batch):
     """Yield what batches promises. Broken files are counted here, in the main process."""
-    for lists in loader:
+    for lists in read_lists(loader):
         for k, names in zip(lists["number"], lists["broken"], strict=True):
             data.report_broken(k, names)
         # The images of a micro-batch are consecutive, so the first one tells where it belongs.
@@ -865,6 +750,88 @@ def collate(items):
     return lists
 
 
-def ignore_interrupt(worker):
-    """Let the main process alone act on Ctrl-C, which reaches all; it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker(trainer, worker):
+    """Leave signals to the main process, whose id is `trainer`, and end when it has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                  # Ctrl-C reaches all processes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)                 # how the main process ends us
+    if hasattr(signal, "SIGUSR1"):                                # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
+
+
+def end_with(trainer):
+    """End this process when the one that started it has ended, even by kill -9."""
+    while os.getppid() == trainer:                # an orphan gets another parent
+        time.sleep(1)
+    os._exit(1)
+
+
+def read_lists(loader):
+    """Yield what the loader yields. Raises: ValueError if a worker is killed or hangs"""
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    if workers:
+        report_killed_workers_in_a_sentence()
+    while True:
+        done, hung = threading.Event(), threading.Event()
+        if workers:
+            threading.Thread(target=kill_if_silent, args=(workers, done, hung), daemon=True).start()
+        try:
+            lists = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, ValueError) as error:
+            if hung.is_set():
+                raise ValueError(
+                    f"the processes that load images were silent for {WORKER_TIMEOUT} s; is --data "
+                    "on a disk or network that hangs? --workers 0 shows where") from None
+            if is_of_dead_worker(error):
+                raise died(error) from None
+            raise
+        finally:
+            done.set()
+        yield lists
+
+
+def kill_if_silent(workers, done, hung):
+    """Kill the workers unless `done` is set in time. What waits for them then raises an error.
+
+    DataLoader's own timeout does not notice a worker that hangs in the middle of a batch.
+    """
+    for _ in range(WORKER_TIMEOUT):
+        if done.wait(1):                          # a run that Ctrl-Z stops counts no seconds
+            return
+    hung.set()
+    for worker in workers:
+        worker.kill()
+
+
+def report_killed_workers_in_a_sentence():
+    """Make a ValueError of the RuntimeError that torch raises wherever the main process is."""
+    # Windows has no such signal, and other threads than the main one set no handlers.
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not isinstance(handler, functools.partial):  # not done yet
+            signal.signal(signal.SIGCHLD, functools.partial(report_killed_worker, handler))
+
+
+def report_killed_worker(torch_handler, number, frame):
+    try:
+        torch_handler(number, frame)
+    except RuntimeError as error:
+        raise died(error) from None
+
+
+def is_of_dead_worker(error):
+    """True for DataLoader's error about a worker that was killed or has exited."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def died(error):
+    """Return the ValueError to raise instead of DataLoader's error about a dead worker.
+
+    It is no OSError, since it can come while a checkpoint is saved, where those mean a full disk.
+    """
+    return ValueError(f"a process that loads images has died ({str(error).strip(' .')}); "
+                      "if memory ran out, lower --workers or --micro_batch")

@@ -89,7 +89,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
                             vgg=None, features=None):
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images.
 
-    rae: with its encoder, in eval mode. val: ImageData or NpzImages. source: index of the source
+    rae: with its encoder, in eval mode. val: ImageData or Arrays. source: index of the source
     of a mixture whose images are taken. vgg: network of metrics.load_lpips(), to measure LPIPS.
     features: FeatureNetwork of the Fréchet distance; default: the RAE's own encoder.
     Returns a dict, the same on all processes. On the built-in world it has "readable", too: the

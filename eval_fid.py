@@ -23,7 +23,7 @@ import torch
 import metrics
 import runtime
 import sample
-from data import NpzImages, load_images, open_data
+from data import Arrays, load_images, open_data
 from metrics import KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
 
@@ -148,7 +148,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
     has_images = True
     if metrics.is_npz(specs) and zipfile.is_zipfile(specs[0]):
         statistics = load_statistics(specs[0], network)
-        has_images = NpzImages.contains_images(specs[0])
+        has_images = Arrays.contains_images(specs[0])
     if statistics is not None and (len(statistics.features) > 0 or not has_images):
         return statistics
 
@@ -293,9 +293,9 @@ def evaluate_samples(args, features, rank, world):
     if n > len(samples):
         raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n "
                          f"{len(samples)}")
-    if args.size is None and NpzImages.contains_images(args.data[0]):
+    if args.size is None and Arrays.contains_images(args.data[0]):
         # Fail before any features are computed.
-        real_size = NpzImages(args.data[0]).images.shape[1:3]
+        real_size = Arrays(args.data[0]).images.shape[1:3]
         fake_size = tuple(samples[0]["image"].shape[1:])
         metrics.check_image_size(real_size, fake_size)
     reference_n = n if is_built_in(args.data) else None

@@ -271,6 +271,9 @@ def draw_token(probabilities, uniforms):                            # b vocab, b
 
 
 # ---------------------------------------------------------------------------- tokenizer
+PROBE = "a red star, 12 \u00e9"     # survives any normalizer: lower case, composed
+
+
 class Segment(NamedTuple):
     """Part of a conversation: token ids, whether they are learned, and whether they may be cut."""
     ids: list
@@ -282,16 +285,20 @@ class Tokenizer:
     """Byte-level BPE and the chat template ChatML, from a tokenizer.json.
 
     source: its path, or its content as a string, as checkpoints hold it (attribute json).
+    name: of its file, for errors; default: its path, if that is what source is.
     start, end, image_start, image_end: ids of the tokens around a turn, <|im_start|> <|im_end|>,
     and around an image, <im_start> <im_end>. The latter two, as in Scale-RAE, are added to the
     vocabulary if they are absent; added: how many were.
     Raises FileNotFoundError; ValueError if it is no tokenizer, or lacks the tokens of ChatML.
     """
-    def __init__(self, source):
-        self.bpe = read_bpe(str(source))
+    def __init__(self, source, name=None):
+        is_content = str(source).startswith("{")
+        if name is None:
+            name = "the tokenizer in the checkpoint" if is_content else source
+        self.bpe = read_bpe(str(source), is_content, name)
         for token in ("<|im_start|>", "<|im_end|>"):
             if self.bpe.token_to_id(token) is None:
-                raise ValueError(f"the tokenizer has no {token}; give that of Qwen2.5")
+                raise ValueError(f"{name}: the tokenizer has no {token}; give that of Qwen2.5")
         # Special tokens: tokens that exist already keep their ids.
         self.added = self.bpe.add_special_tokens(
             ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"])
@@ -300,9 +307,17 @@ class Tokenizer:
         self.image_start = self.bpe.token_to_id("<im_start>")
         self.image_end = self.bpe.token_to_id("<im_end>")
         self.json = self.bpe.to_str()
+        if self.decode(self.encode(PROBE)).strip() != PROBE:
+            raise ValueError(f"{name}: the tokenizer does not give texts back, so it is no "
+                             f"byte-level BPE; give that of Qwen2.5")
 
     def __len__(self):
         return self.bpe.get_vocab_size()
+
+    @property
+    def largest_id(self):
+        """At least len(tokenizer) - 1; more if numbers are left out."""
+        return max(self.bpe.get_vocab().values())
 
     def encode(self, text):
         """Ids of a text. Special tokens in it are plain text, so that a user can't forge a turn."""
@@ -424,16 +439,20 @@ def check_turns(turns, answer):
                          f"split it")
 
 
-def read_bpe(source):
-    """A tokenizers.Tokenizer from the path or the content of a tokenizer.json."""
-    is_content = source.startswith("{")
+def read_bpe(source, is_content, name):
+    """A tokenizers.Tokenizer from the path or the content of a tokenizer.json.
+
+    name: of the file, for errors.
+    """
     if not is_content and not Path(source).is_file():
         raise FileNotFoundError(f"file {source} does not exist; copy it there from the model's "
                                 f"repository")
     try:
         if is_content:
-            return tokenizers.Tokenizer.from_str(source)
-        return tokenizers.Tokenizer.from_file(source)
+            bpe = tokenizers.Tokenizer.from_str(source)
+        else:
+            bpe = tokenizers.Tokenizer.from_file(source)
+        bpe.encode(PROBE)                       # fails for a vocabulary without bytes
+        return bpe
     except Exception as error:                  # the library raises nothing more specific
-        name = "the tokenizer in the checkpoint" if is_content else source
         raise ValueError(f"{name} can't be read ({error}); cut short? copy it again") from error

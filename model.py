@@ -73,6 +73,8 @@ def check_heads(width, heads, width_flag, heads_flag, multiple=1):
     """Raise ValueError unless width is a multiple of heads x multiple (4 for rotary positions in
     2-D).
     """
+    if heads < 1:
+        raise ValueError(f"{heads_flag} {heads} must be at least 1")
     unit = heads * multiple
     if width < 1 or width % unit:
         nearest = max(round(width / unit), 1) * unit

@@ -29,12 +29,13 @@ model.pt; hence *.pt below. None of the files was at hand: tests use small ones 
 
 Every file is taken from a local copy (`folder`, the flag --release_dir), or downloaded once.
 """
+import difflib
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
@@ -82,6 +83,7 @@ ENCODERS = {
 }
 WEBSSL_HUB = "facebook/webssl-dino300m-full2b-224"
 WEBSSL_LAYOUT = "vit_large_patch14_dinov2"                  # in timm
+WEBSSL_GRID = 16                                            # tokens per side, of 224 pixels
 
 RAE_HUB = "nyu-visionx/RAE-collections"
 SIGLIP2_HUB = "nyu-visionx/siglip2_decoder"
@@ -171,7 +173,7 @@ def hub_folder(name, hub, patterns, folder=None):
         copy = "FOLDER" if hub == RAE_HUB else f"FOLDER/{own_name}"
         advice = f"connect, or copy huggingface.co/{hub} to {copy} and add --release_dir FOLDER"
         with fetching(name, advice):                    # the hub's client keeps what it fetched
-            return Path(huggingface_hub.snapshot_download(hub, allow_patterns=patterns))
+            return runtime.fetch_hub(hub, patterns)
     if hub == RAE_HUB:
         return Path(folder)
     return Path(folder) / own_name
@@ -196,9 +198,12 @@ def read_json(path):
     """The dict in a JSON file. Raises FileNotFoundError; ValueError if there is none."""
     check_file(path)
     try:
-        return dict(json.loads(Path(path).read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:      # no UTF-8, no JSON, or thousands of brackets
         raise ValueError(f"{path} can't be read ({error}); cut short? copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} can't be read (no dict, {type(content).__name__}); copy it again")
+    return content
 
 
 def read_weights(folder):
@@ -206,8 +211,8 @@ def read_weights(folder):
     files = [Path(folder) / "model.safetensors"]
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file() and not files[0].is_file():
-        names = set(read_json(index)["weight_map"].values())
-        files = [Path(folder) / name for name in sorted(names)]
+        names = shard_names(index)
+        files = [Path(folder) / name for name in names]
     weights = {}
     for file in files:
         check_file(file)
@@ -219,42 +224,90 @@ def read_weights(folder):
     return weights
 
 
+def shard_names(index):
+    """Names of the files that an index of shards lists. Raises ValueError unless they lie beside
+    it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name != "" for name in names):
+        raise ValueError(f"{index} has no weight_map of names of weights to names of files; copy "
+                         f"it again")
+    return sorted(set(names))
+
+
 # ---------------------------------------------------------------------------- strict loading
-def load_strict(module, state, source):
+def load_strict(module, state, source, device="cpu"):
     """Load a state dict that fits exactly. Returns the module.
 
+    module: one of build_empty() gets its memory here, on `device`, once the state is known to fit.
     source: where the state is from, for the error.
-    Raises ValueError that lists missing, unexpected and misshapen keys; then nothing is loaded.
+    Raises ValueError that lists missing, unexpected and misshapen keys, and weights that are not
+    finite; then nothing is loaded.
     """
     # Compared before anything is loaded: load_state_dict loads what fits before it raises.
-    own_shapes = shapes_of(module.state_dict())
-    given_shapes = shapes_of(state)
-    problems = [f"missing {key}" for key in own_shapes if key not in given_shapes]
-    problems += [f"unexpected {key}" for key in given_shapes if key not in own_shapes]
-    for key, shape in own_shapes.items():
-        if key in given_shapes and given_shapes[key] != shape:
-            problems.append(f"{key}: shape {given_shapes[key]}, the model has {shape}")
+    own_state = module.state_dict()
+    problems = [f"missing {key}" for key in own_state if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own_state]
+    for key, own in own_state.items():
+        if key in state:
+            problem = weight_problem(state[key], tuple(own.shape))
+            if problem is not None:
+                problems.append(f"{key}: {problem}")
     if problems:
         first_problems = "\n  ".join(problems[:20])       # hundreds if the sizes are wrong
         raise ValueError(f"{source} does not fit {type(module).__name__}; build it with the flags "
                          f"it was trained with, or mend the file. {len(problems)} keys:\n  "
                          f"{first_problems}")
+    check_finite(state, source)
+    if any(own.is_meta for own in own_state.values()):
+        module.to_empty(device=device)
     module.load_state_dict(state)
     return module
 
 
-def shapes_of(state):
-    """Shape of each value of a state dict as a tuple, or "none" of what is no tensor."""
-    return {key: tuple(getattr(value, "shape", "none")) for key, value in state.items()}
+def weight_problem(value, shape=None):
+    """What keeps a value of a file from being weights or statistics of a shape, or None."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__}, not a tensor"
+    is_float = value.is_floating_point() and value.element_size() >= 2      # not fp8
+    if not is_float or value.layout != torch.strided or value.is_meta:
+        return f"{value.dtype}, {value.layout} on {value.device}; dense floats are needed"
+    if shape is not None and value.shape != shape:
+        return f"shape {tuple(value.shape)}, the model has {shape}"
+    # A file of some bytes can hold one number that is repeated along all dimensions of its tensor.
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"shape {tuple(value.shape)}, of which the file holds only a part"
+    return None
 
 
-def load_release(module, path_or_state, source="the given state"):
+def check_finite(state, source):
+    """Raise ValueError if a number in a state dict of floats is nan or infinite."""
+    not_finite = [key for key, value in state.items() if not is_finite(value)]
+    if not_finite:
+        raise ValueError(f"{source} has weights that are not finite, {not_finite[0]} and "
+                         f"{len(not_finite) - 1} more; its training diverged: take an earlier "
+                         f"checkpoint")
+
+
+def is_finite(tensor):
+    """Whether no number of a tensor is nan or infinite. Its extremes are nan if any of it is, and
+    take a tenth of the time of a copy.
+    """
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def load_release(module, path_or_state, source="the given state", device="cpu"):
     """Load weights strictly, ours or those of an official release. Returns the module.
 
     module: a DiT, DiTDH, Decoder or T2I (of Scale-RAE's weights, a DiT takes only its part); an RAE
         takes the latent statistics of a stat.pt or of a checkpoint.
     path_or_state: a file of torch.save or safetensors, or its dict, in which the weights may stand
         under ema, model, module or state_dict.
+    device: where a module of build_empty() gets its memory.
     Raises ValueError: keys or shapes that don't fit, or a file that can't be read safely.
     """
     state = path_or_state
@@ -264,20 +317,22 @@ def load_release(module, path_or_state, source="the given state"):
     if isinstance(module, RAE):
         return load_statistics(module, state, source)
     if isinstance(module, Decoder):
-        return load_strict(module, decoder_weights(state, module), source)
+        return load_strict(module, decoder_weights(state, module), source, device)
     state = unwrap(state, WRAPPERS)
     if any(key.startswith("diff_head.") for key in state):
         state = weights_from_scale_rae(state, module)
-    return load_strict(module, state, source)       # a DiT's names are those of the release
+    return load_strict(module, state, source, device)       # a DiT's names are the release's
 
 
 def load_statistics(rae, state, source):
     """Latent statistics from a stat.pt (mean, var) or a checkpoint of ours into an RAE."""
-    state = state.get("rae", state)
+    if isinstance(state.get("rae"), dict):
+        state = state["rae"]
     mean = state.get("latent_mean", state.get("mean"))          # None in the released DINOv2-B
     var = state.get("latent_var", state.get("var"))
     if var is None:
         raise ValueError(f"{source} has no latent statistics (mean, var); give a stat.pt")
+    check_statistics(mean, var, source)
     return rae.normalise_by(mean, var)
 
 
@@ -388,9 +443,292 @@ def vit_from_webssl(state):
         ("layernorm.", "norm."),
     ])
     for query in [key for key in state if ".attn.query." in key]:
-        parts = [state.pop(query.replace("query", name)) for name in ("query", "key", "value")]
-        state[query.replace("query", "qkv")] = torch.cat(parts)         # one matrix in timm
+        names = [query.replace("query", name) for name in ("query", "key", "value")]
+        if all(isinstance(state.get(name), torch.Tensor) for name in names):
+            parts = [state.pop(name).flatten(1) for name in names]
+            state[query.replace("query", "qkv")] = torch.cat(parts)     # one matrix in timm
     return state
+
+
+# ---------------------------------------------------------------------------- what files must hold
+class Rule(NamedTuple):
+    """What a value of a file must be: its type, and the range of a number or a few choices."""
+    type: type                   # float: whole numbers as well
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple = ()
+    is_optional: bool = False
+
+
+# Bounds on sizes, so that no file makes the machine build for minutes. The weights decide in the
+# end, but a layer is built before they are compared.
+WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
+DEEPEST = 256          # 9 times the deepest published one; built in two seconds
+LARGEST_SIDE = 4096    # pixels: 8 times the largest published
+LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
+LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
+LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
+
+AUTOENCODER = {
+    "encoder": Rule(str),
+    "size": Rule(int, 1, LARGEST_SIDE),
+    "decoder_width": Rule(int, 1, WIDEST),
+    "decoder_depth": Rule(int, 0, DEEPEST),
+    "decoder_heads": Rule(int, 1, WIDEST),
+    "decoder_mlp": Rule(int, 1, 4 * WIDEST),
+    "decoder_patch": Rule(int, 1, LARGEST_SIDE),
+    "decoder": Rule(dict),
+    "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
+}
+DIT_FLAGS = {
+    "width": Rule(int, 1, WIDEST),
+    "depth": Rule(int, 0, DEEPEST),
+    "heads": Rule(int, 1, WIDEST),
+    "head_width": Rule(int, 0, WIDEST),
+    "class_dropout": Rule(float, 0, 1),
+    "prediction": Rule(str, choices=("v", "x0"), is_optional=True),      # of DiTBase
+    "shift_base": Rule(float, 1e-9, 1e9, is_optional=True),
+}
+HEAD_FLAGS = {                                                   # unless head_width is 0
+    "head_depth": Rule(int, 0, DEEPEST),
+    "head_heads": Rule(int, 1, WIDEST),
+}
+T2I_FLAGS = DIT_FLAGS | {
+    "connector": Rule(str, choices=("linear", "mlp2")),
+    "context": Rule(int, 1, LONGEST_CONTEXT),
+    "plan": Rule(int, 0, LONGEST_CONTEXT, is_optional=True),
+    "regression": Rule(float, 0, is_optional=True),
+}
+QWEN2 = {
+    "vocab_size": Rule(int, 1, LARGEST_VOCABULARY),
+    "hidden_size": Rule(int, 1, WIDEST),
+    "intermediate_size": Rule(int, 1, 4 * WIDEST),
+    "num_hidden_layers": Rule(int, 0, DEEPEST),
+    "num_attention_heads": Rule(int, 1, WIDEST),
+    "num_key_value_heads": Rule(int, 1, WIDEST),
+    "rope_theta": Rule(float, 1, 1e12),
+    "rms_norm_eps": Rule(float, 0, 1),
+    "tie_word_embeddings": Rule(bool),
+}
+TRAINING_DATA = {
+    "data": Rule(list),
+    "hold_out": Rule(int, 0, is_optional=True),
+}
+WEIGHTS = {"ema": Rule(dict, is_optional=True), "model": Rule(dict, is_optional=True)}
+CHECKPOINTS = {                  # by the script that writes them
+    "train_decoder.py": {"rae": Rule(dict)},
+    "train_dit.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "num_classes": Rule(int, 1),
+        "class_names": Rule(list), "latent_shape": Rule(list)},
+    "train_t2i.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "llm": Rule(dict), "tokenizer": Rule(str),
+        "asked": Rule(int, 0), "latent_shape": Rule(list)},
+}
+READERS = {                      # of these checkpoints
+    "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
+    "train_dit.py": "sample.py and eval_fid.py",
+    "train_t2i.py": "sample.py --prompt and eval_t2i.py",
+}
+PUBLISHED = {                    # in the layout of these checkpoints
+    "train_decoder.py": PUBLISHED_RAES,
+    "train_dit.py": PUBLISHED_DITS,
+    "train_t2i.py": PUBLISHED_T2I,
+}
+
+
+def check_source(path_or_name, script):
+    """Raise unless it is a file, or the name of a published model in the layout of a script's
+    checkpoints.
+
+    FileNotFoundError: neither, with the published name that it may be meant to be; ValueError: a
+    published model of another kind.
+    """
+    name = str(path_or_name).removesuffix("/guide")
+    names = list(PUBLISHED[script])
+    if name in names or Path(name).is_file():
+        return
+    for other, others in PUBLISHED.items():
+        if name in others and not Path(name).exists():
+            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
+                             f"of {script} is needed, or one of {' '.join(names)}")
+    if Path(name).is_dir():
+        raise FileNotFoundError(f"{name} is a folder; name the checkpoint in it, such as "
+                                f"{Path(name) / 'last.pt'}")
+    advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+        advice = f"did you mean the published {near[0]}? Else {advice}"
+    raise FileNotFoundError(f"file {name} does not exist; {advice}")
+
+
+def script_of(state):
+    """The script that wrote a checkpoint; None for what is not one of ours."""
+    if "llm" in state:
+        return "train_t2i.py"
+    if "num_classes" in state or "latent_shape" in state:
+        return "train_dit.py"
+    if "rae" in state:
+        return "train_decoder.py"
+    return None
+
+
+def check_checkpoint(state, script, source):
+    """Raise ValueError unless a dict is a checkpoint of a script, one of CHECKPOINTS.
+
+    source: path of its file, for the message. Of the weights, only types are checked here; the rest
+    is up to load_strict().
+    """
+    given = script_of(state)
+    if given is None:
+        raise ValueError(f"{source} is no checkpoint of {script}, as it holds weights without the "
+                         f"flags that they were trained with, or something else; give one of those")
+    if given != script:
+        raise ValueError(f"{source} is a checkpoint of {given}, for {READERS[given]}; give one of "
+                         f"{script} here")
+    check_values(state, CHECKPOINTS[script], source)
+    check_packed_rae(state["rae"], source)
+    if script == "train_decoder.py":
+        return
+
+    if "ema" not in state and "model" not in state:
+        raise ValueError(f"{source} has no weights, neither ema nor model; copy or train it again")
+    latent_shape = list(state["rae"]["latent_var"].shape)
+    if state["latent_shape"] not in (latent_shape, latent_shape[:2]):
+        raise ValueError(f"{source} has a model of latents {state['latent_shape']} and an "
+                         f"autoencoder of {latent_shape}; copy or train it again")
+    flags = state["args"]
+    check_values(flags, DIT_FLAGS if script == "train_dit.py" else T2I_FLAGS, f"{source}: args")
+    check_split(flags, "width", "heads", 4, source)              # 4: rotary positions in 2-D
+    if flags["head_width"] > 0:
+        check_values(flags, HEAD_FLAGS, f"{source}: args")
+        check_split(flags, "head_width", "head_heads", 4, source)
+
+    if script == "train_dit.py":
+        check_class_names(state, source)
+    else:
+        if not state["tokenizer"].startswith("{"):
+            raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
+        check_qwen2(state["llm"], f"{source}: llm")
+
+
+def check_qwen2(arguments, source):
+    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
+    check_values(arguments, QWEN2, source)
+    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
+    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
+
+
+def check_packed_rae(packed, source):
+    """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
+    if not isinstance(packed, dict):
+        raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
+    check_values(packed, AUTOENCODER, f"{source}: rae")
+    check_split(packed, "decoder_width", "decoder_heads", 1, source)
+    for name in ("latent_mean", "latent_var"):
+        if name not in packed:
+            raise ValueError(f"{source}: rae has no {name}; copy or train it again")
+    mean, var = packed["latent_mean"], packed["latent_var"]
+    check_statistics(mean, var, source)
+    is_square = var.ndim == 3 and var.shape[1] == var.shape[2] <= LARGEST_GRID
+    if mean is None or not is_square:
+        raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
+                         f"with h = w of at most {LARGEST_GRID}; copy or train it again")
+    try:
+        pixel_statistics(packed["encoder"])
+    except ValueError as error:
+        raise ValueError(f"{source} has an encoder that does not exist ({error}); copy or train it "
+                         f"again") from error
+
+
+def check_statistics(mean, var, source):
+    """Raise ValueError unless latent statistics are finite, and variances positive.
+
+    mean, var: tensors of one shape; mean may be None.
+    """
+    statistics = {"variance": var}
+    if mean is not None:
+        statistics["mean"] = mean
+    for name, value in statistics.items():
+        problem = weight_problem(value)
+        if problem is None and not is_finite(value):
+            problem = "with numbers that are not finite"
+        if problem is None and value.shape != var.shape:
+            problem = f"of shape {tuple(value.shape)}, and the variance {tuple(var.shape)}"
+        if problem is not None:
+            raise ValueError(f"{source} has a latent {name} {problem}; copy or train it again")
+    if not (var > 0).all():
+        raise ValueError(f"{source} has latent variances down to {var.min():g}, which must be all "
+                         f"positive; copy or train it again")
+
+
+def check_class_names(state, source):
+    """Raise ValueError unless a checkpoint of classes has a name for each of them."""
+    names = state["class_names"]
+    if len(names) != state["num_classes"] or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} has {len(names)} class_names for {state['num_classes']} "
+                         f"classes; a text for each is needed; copy or train it again")
+
+
+def training_data(state, source):
+    """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
+
+    Returns ([], 0) for a published model, of which that is not known. Raises ValueError.
+    """
+    flags = state.get("args", {})
+    if isinstance(flags, dict) and "data" not in flags and script_of(state) is None:
+        return [], 0
+    if not isinstance(flags, dict):
+        raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
+    check_values(flags, TRAINING_DATA, f"{source}: args")
+    if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
+        raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
+                         f"again")
+    return flags["data"], flags.get("hold_out", 0)
+
+
+def check_values(values, rules, source):
+    """Raise ValueError unless a dict from a file obeys a table of Rules.
+
+    source: the file, and where in it the dict stands.
+    """
+    for name, rule in rules.items():
+        if name not in values:
+            if rule.is_optional:
+                continue
+            raise ValueError(f"{source} has no {name}; copy or train it again")
+        value = values[name]
+        wanted = None
+        if not has_type(value, rule.type):
+            wanted = f"of type {rule.type.__name__}"
+        elif rule.choices and value not in rule.choices:
+            wanted = f"one of {' '.join(rule.choices)}"
+        elif rule.type in (int, float) and not rule.low <= value <= rule.high:     # nan, too
+            wanted = f"from {rule.low:g} to {rule.high:g}"
+        if wanted is not None:
+            raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
+                             f"copy or train it again")
+
+
+def has_type(value, wanted):
+    """isinstance(), but True and False are no numbers, and a whole number can stand for a float."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def describe(value):
+    """A short number or text as it is, the type of everything else: for messages."""
+    is_plain = value is None or isinstance(value, (int, float, str))
+    if is_plain and len(repr(value)) < 40:
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
+def check_split(values, width, heads, multiple, source):
+    """Raise ValueError unless a width of a file splits into its heads, see model.check_heads."""
+    if values[width] % (values[heads] * multiple):
+        raise ValueError(f"{source} has {width} {values[width]}, no multiple of {heads} "
+                         f"{values[heads]} x {multiple}; copy or train it again")
 
 
 # ---------------------------------------------------------------------------- encoders
@@ -464,6 +802,8 @@ def load_baseline(name, image_size):
         patch = int(details or 16)
         return Pixels(patch), latent_grid(name, image_size, patch)
     channels, patch = (details or "16:8").split(":")
+    if int(channels) > WIDEST:
+        raise ValueError(f"--encoder {name} has {channels} channels; give at most {WIDEST}")
     grid = latent_grid(name, image_size, int(patch))
     return VAE(int(channels), int(patch), image_size), grid
 
@@ -520,21 +860,38 @@ def load_timm(timm_name, size):
         options["img_size"] = size
     local_file = HERE / "weights" / f"{timm_name}.safetensors"
     if local_file.exists():
+        check_patches(local_file, timm_name)
         options["pretrained_cfg_overlay"] = dict(file=str(local_file))
     advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
               f"beside release.py")
     try:
         with fetching(f"weights of {timm_name}", advice):
+            repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
+            if repository and not local_file.exists():
+                runtime.fetch_hub(repository, ["model.safetensors"])
             vit = timm.create_model(timm_name, pretrained=True, **options)
     except FileNotFoundError as error:
         if local_file.exists():
             raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
                              f"{error.__cause__}") from error
         raise
+    check_finite(vit.state_dict(), f"the file of {timm_name}")
     if not antialias:
         vit.patch_embed.set_input_size(img_size=size)
         vit.pos_embed.data = resample_positions(vit, vit.pos_embed, antialias=False)
     return vit
+
+
+def check_patches(path, timm_name):
+    """Raise ValueError if weights that were placed by hand have patches of another size, which timm
+    would resample without a word.
+    """
+    patch = patch_size(timm_name)
+    kernel = runtime.load_checkpoint(path).get("patch_embed.proj.weight")
+    if isinstance(kernel, torch.Tensor) and kernel.shape[2:] != (patch, patch):
+        raise ValueError(f"weights/{path.name} does not fit {timm_name}: patches of "
+                         f"{' x '.join(str(n) for n in kernel.shape[2:])} pixels, not {patch} x "
+                         f"{patch}; put model.safetensors of hf.co/timm/{timm_name} there")
 
 
 def load_webssl(size):
@@ -544,9 +901,11 @@ def load_webssl(size):
     if not path.exists():
         advice = f"put model.safetensors of huggingface.co/{WEBSSL_HUB} at weights/{path.name}"
         with fetching("weights of webssl-l", advice):
-            path = huggingface_hub.hf_hub_download(WEBSSL_HUB, "model.safetensors")
+            path = runtime.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
     state = vit_from_webssl(runtime.load_checkpoint(path))
-    state["pos_embed"] = resample_positions(vit, state["pos_embed"], antialias=True)
+    table = state.get("pos_embed")                  # 1 1+n c
+    if isinstance(table, torch.Tensor) and table.shape[:2] == (1, 1 + WEBSSL_GRID ** 2):
+        state["pos_embed"] = resample_positions(vit, table, antialias=True)
     return load_strict(vit, state, path)
 
 
@@ -556,9 +915,22 @@ def resample_positions(vit, table, antialias):
                                               vit.num_prefix_tokens, antialias=antialias)
 
 
+def warn_of_tiny_encoder(log, encoder, data):
+    """Warn, on the screen and in the log, if the shipped encoder meets images unknown to it.
+
+    encoder: name of the run's encoder. data: ImageData.
+    """
+    is_built_in = [data.is_built_in(source) for source in range(len(data.domains))]
+    if encoder == "tiny" and not all(is_built_in):
+        log.warn("the shipped encoder has only seen coloured shapes; its latents say little about "
+                 "photographs: train a decoder with --encoder dinov2-b, or take a published "
+                 "autoencoder by --rae dinov2-b")
+
+
 # ---------------------------------------------------------------------------- autoencoders
 def find_published_rae(name):
     """The row of PUBLISHED_RAES. Raises ValueError for an unknown name or noise level."""
+    name = str(name)
     if name not in PUBLISHED_RAES:
         family = name.partition(":")[0]
         known = [key for key in PUBLISHED_RAES if key.partition(":")[0] == family]
@@ -616,10 +988,10 @@ def read_statistics(name, folder):
     path = find_file(folder, published.statistics, published.hub)
     statistics = runtime.load_checkpoint(path)
     mean, var = statistics.get("mean"), statistics.get("var")
-    if var is None or var.shape != shape or not (var > 0).all():
-        given = None if var is None else tuple(var.shape)
-        raise ValueError(f"{path} has statistics of shape {given}, {name} needs {shape}, all "
-                         f"positive; copy the right one of huggingface.co/{published.hub}")
+    check_statistics(mean, var, path)
+    if var.shape != shape:
+        raise ValueError(f"{path} has statistics of shape {tuple(var.shape)}, {name} needs "
+                         f"{shape}; copy the right one of huggingface.co/{published.hub}")
     if mean is None:                                # DINOv2-B was released without, and trained so
         mean = torch.zeros_like(var)
     return mean, var
@@ -631,17 +1003,16 @@ def load_packed_rae(path_or_name, folder=None):
     path_or_name: a file, or a key of PUBLISHED_RAES. folder: see published_rae.
     Raises FileNotFoundError, ValueError.
     """
-    name = str(path_or_name)
-    names = " ".join(PUBLISHED_RAES)
-    if is_published_rae(name):
-        return published_rae(name, folder)
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"file {name} does not exist; give a checkpoint of "
-                                f"train_decoder.py, or one of {names}")
-    state = runtime.load_checkpoint(name)
+    if is_published_rae(path_or_name):
+        packed = published_rae(str(path_or_name), folder)
+        check_packed_rae(packed, path_or_name)
+        return packed
+    check_source(path_or_name, "train_decoder.py")
+    state = runtime.load_checkpoint(path_or_name)
     if "rae" not in state:
-        raise ValueError(f"{name} is no checkpoint of train_decoder.py, as it holds no "
-                         f"autoencoder; give one of those, or one of {names}")
+        raise ValueError(f"{path_or_name} is no checkpoint of train_decoder.py, as it holds no "
+                         f"autoencoder; give one of those, or one of {' '.join(PUBLISHED_RAES)}")
+    check_packed_rae(state["rae"], path_or_name)
     return state["rae"]
 
 
@@ -657,20 +1028,25 @@ def encoder_name(path_or_name=None):
     return load_packed_rae(path_or_name)["encoder"]
 
 
-def unpack_rae(packed, with_encoder=True):
+def unpack_rae(packed, with_encoder=True, source="the checkpoint"):
     """A frozen RAE in eval mode from the dict under "rae" of a checkpoint.
 
     with_encoder: False for an RAE that only decodes, for which no encoder is loaded.
+    source: the checkpoint's path, for errors.
     Raises ValueError: weights that don't fit; FileNotFoundError: no weights of the encoder.
     """
     channels, grid = packed["latent_var"].shape[:2]
     decoder = build_empty(lambda: build_decoder(packed, channels, grid))
-    load_release(decoder, packed["decoder"], "the RAE's decoder")       # of any layout
+    load_release(decoder, packed["decoder"], f"{source}: the decoder")  # of any layout
     encoder = None
     if with_encoder:
         encoder = load_encoder(packed["encoder"], packed["size"])
+        if (encoder.channels, encoder.grid) != (channels, grid):
+            raise ValueError(f"{source} has statistics of {channels} x {grid} x {grid} latents, "
+                             f"and its encoder {encoder.name} gives {encoder.channels} x "
+                             f"{encoder.grid} x {encoder.grid}; copy or train it again")
     if with_encoder and "encoder_weights" in packed:            # of a VAE
-        load_strict(encoder.backbone, packed["encoder_weights"], "the RAE's encoder")
+        load_strict(encoder.backbone, packed["encoder_weights"], f"{source}: the encoder")
     rae = RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"],
               pixel_statistics(packed["encoder"]))
     return rae.requires_grad_(False).eval()
@@ -678,14 +1054,15 @@ def unpack_rae(packed, with_encoder=True):
 
 def load_rae(path_or_name, with_encoder=True, folder=None):
     """A frozen RAE from a checkpoint or by its published name."""
-    return unpack_rae(load_packed_rae(path_or_name, folder), with_encoder)
+    return unpack_rae(load_packed_rae(path_or_name, folder), with_encoder, path_or_name)
 
 
-def build_empty(build, device="cpu"):
-    """The module that build() makes, without drawing its weights: all of them must be loaded."""
+def build_empty(build):
+    """The module that build() makes, on the device meta, where nothing is drawn and nothing takes
+    memory. load_strict() gives it both if all of its weights are there.
+    """
     with torch.device("meta"):
-        module = build()
-    return module.to_empty(device=device)
+        return build()
 
 
 def materialize(build, state, weights, source, device):
@@ -695,9 +1072,9 @@ def materialize(build, state, weights, source, device):
     Raises ValueError if these weights are missing or don't fit.
     """
     if weights not in state:
-        raise ValueError(f"{source} holds no weights {weights}; use --weights ema")
-    module = build_empty(build, device)
-    load_release(module, state[weights], source)
+        given = [name for name in ("ema", "model") if name in state]
+        raise ValueError(f"{source} holds no weights {weights}; use --weights {given[0]}")
+    module = load_release(build_empty(build), state[weights], source, device)
     return module.requires_grad_(False).eval()
 
 
@@ -739,12 +1116,11 @@ def read_dit(path_or_name, folder=None):
     """
     name = str(path_or_name)
     if name.removesuffix("/guide") in PUBLISHED_DITS:
-        return published_dit(name, folder)
-    state = runtime.load_checkpoint(name)
-    if "llm" in state:
-        raise ValueError(f"{name} is of text to image: for sample.py --prompt and eval_t2i.py")
-    if "latent_shape" not in state:
-        raise ValueError(f"{name} is no checkpoint of train_dit.py; give one of those")
+        state = published_dit(name, folder)
+    else:
+        check_source(name, "train_dit.py")
+        state = runtime.load_checkpoint(name)
+    check_checkpoint(state, "train_dit.py", name)
     return state
 
 
@@ -766,7 +1142,8 @@ def load_dit(path_or_name, device="cpu", with_encoder=False, weights="ema", fold
     published_dit. Raises FileNotFoundError, ValueError.
     """
     model, state = load_dit_alone(path_or_name, device, weights, folder)
-    return model, unpack_rae(state["rae"], with_encoder).to(device), state
+    rae = unpack_rae(state["rae"], with_encoder, path_or_name).to(device)
+    return model, rae, state
 
 
 # ---------------------------------------------------------------------------- text to image
@@ -819,7 +1196,7 @@ def load_qwen2(source, folder_flag="--llm"):
                  "model*.safetensors"]
         with fetching(f"{folder_flag} {source}: no such folder",
                       f"connect, or copy huggingface.co/{source} to a folder and name it"):
-            folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files))
+            folder = runtime.fetch_hub(str(source), files)
     arguments = qwen2_arguments(read_json(folder / "config.json"), source)
     state = {}
     for key, weight in read_weights(folder).items():
@@ -827,6 +1204,7 @@ def load_qwen2(source, folder_flag="--llm"):
         if key == "lm_head.weight" and arguments["tie_word_embeddings"]:
             continue
         state[key.removeprefix("model.")] = weight
+    check_qwen2(arguments, folder / "config.json")
     model = build_empty(lambda: Qwen2(**arguments))
     return load_strict(model, state, source), Tokenizer(folder / "tokenizer.json")
 
@@ -844,6 +1222,8 @@ def qwen2_arguments(config, source):
     """
     # The positions: of version 5 of transformers, of version 4, or of neither.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{source} has rope_parameters {rope}, no dict; give a Qwen2 model")
     defaults = dict(num_key_value_heads=config.get("num_attention_heads"), rope_theta=1e4,
                     rms_norm_eps=1e-6, tie_word_embeddings=False)           # of the public code
     values = dict(defaults, **QWEN2_OPTIONS)

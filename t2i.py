@@ -22,7 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 import runtime
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
-from release import PUBLISHED_T2I, materialize, published_t2i, unpack_rae
+from release import (
+    PUBLISHED_T2I,
+    check_checkpoint,
+    check_source,
+    materialize,
+    published_t2i,
+    unpack_rae,
+)
 from shapes import ALIGN_QUESTION, DESCRIBE_QUESTION
 
 PAD = -100       # id of no token
@@ -415,18 +422,23 @@ VERIFIERS = {
 
 
 # ---------------------------------------------------------------------------- building and loading
-def build_t2i(flags, state, llm=None, tokenizer=None):
+def build_t2i(flags, state, llm=None, tokenizer=None, source="the checkpoint"):
     """A T2I from a dict of the flags of train_t2i.py and the dict of a checkpoint.
 
     state: needs latent_shape (c h w); without the arguments llm and tokenizer also llm (arguments
-    of Qwen2) and tokenizer (content of a tokenizer.json).
+    of Qwen2) and tokenizer (content of a tokenizer.json). source: its path, for errors.
+    Raises ValueError if the tokenizer and the language model do not fit.
     """
     channels, grid = state["latent_shape"][:2]
     dit = build_dit(flags, channels, grid, num_classes=None)
     if llm is None:
         llm = Qwen2(**state["llm"])
     if tokenizer is None:
-        tokenizer = Tokenizer(state["tokenizer"])
+        tokenizer = Tokenizer(state["tokenizer"], f"{source}: tokenizer")
+    if tokenizer.largest_id >= llm.config["vocab_size"]:
+        raise ValueError(f"{source} has a tokenizer of ids up to {tokenizer.largest_id} and a "
+                         f"language model of {llm.config['vocab_size']} tokens; give those of one "
+                         f"model")
     return T2I(llm, tokenizer, dit, flags["connector"], regression=flags.get("regression", 0) > 0,
                plan=flags.get("plan", 0), context=flags["context"])
 
@@ -439,11 +451,11 @@ def read_t2i(path, folder=None):
     Raises FileNotFoundError; ValueError if it is the checkpoint of another stage.
     """
     if str(path) in PUBLISHED_T2I:
-        return published_t2i(str(path), folder)
-    state = runtime.load_checkpoint(path)
-    if "llm" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_t2i.py; give one (of classes: no "
-                         f"--prompt)")
+        state = published_t2i(str(path), folder)
+    else:
+        check_source(path, "train_t2i.py")
+        state = runtime.load_checkpoint(path)
+    check_checkpoint(state, "train_t2i.py", path)
     return state
 
 
@@ -458,8 +470,8 @@ def load_t2i(path, device="cpu", with_encoder=False, weights="ema", folder=None)
         weights = "model"
 
     def build():
-        return build_t2i(state["args"], state)
+        return build_t2i(state["args"], state, source=path)
 
     t2i = materialize(build, state, weights, path, device)
-    rae = unpack_rae(state["rae"], with_encoder).to(device)
+    rae = unpack_rae(state["rae"], with_encoder, path).to(device)
     return t2i, rae, state

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_data.py
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -21,8 +22,9 @@ import pytest
 import torch
 from PIL import Image
 
+import data as data_module
 from data import (
-    NpzImages,
+    Arrays,
     batches,
     check_batch,
     load_images,
@@ -369,11 +371,11 @@ def test_tar_with_cls_and_txt(tmp_path):
 
     data = open_data(write_tar(tmp_path / "a.tar", files), 8)
 
-    assert data.labelled and data.num_classes == 6                # the highest + 1
-    assert data.class_names == ["0", "1", "2", "3", "4", "5"]
+    assert data.labelled and data.num_classes == 3
+    assert data.class_names == ["0", "2", "5"]
     for k in range(3):
         i = number_of_image(data[k]["image"])
-        assert data[k]["label"] == labels[i]
+        assert data.class_names[data[k]["label"]] == str(labels[i])
         assert data[k]["text"] == f"number {i} é"
 
 
@@ -798,12 +800,12 @@ def test_truncated_tars(cut, tmp_path):
         open_data(str(path), 8)
 
 
-@pytest.mark.parametrize("mode, name", [
-    ("w:gz", "a.tar.gz"), ("w:bz2", "a.tar"), ("w:xz", "a.tar.xz")])
-def test_compressed_tars_are_to_be_decompressed(mode, name, tmp_path):
+@pytest.mark.parametrize("mode, name, command", [
+    ("w:gz", "a.tar.gz", "gunzip"), ("w:bz2", "a.tar", "bunzip2"), ("w:xz", "a.tar.xz", "unxz")])
+def test_compressed_tars_are_to_be_decompressed(mode, name, command, tmp_path):
     files = {f"c/{i}.png": plain_image() for i in range(4)}
     path = write_tar(tmp_path / name, files, mode)
-    with pytest.raises(ValueError, match=rf"--data {path}.*gunzip"):
+    with pytest.raises(ValueError, match=rf"--data {path}: .* by: {command} < {path} > images.tar"):
         open_data(path, 8)
     (tmp_path / "one.png").write_bytes(plain_image())
     with pytest.raises(ValueError, match=r"one\.png.*tar"):
@@ -872,7 +874,7 @@ def test_labels_that_make_no_sense(extra, message, tmp_path):
 def test_folder_with_and_without_classes(tmp_path):
     write_images(tmp_path, 3, classes=0)
     write_images(tmp_path, 3, classes=1)
-    with pytest.raises(ValueError, match=r"has None.*has 'c0'|has 'c0'.*has None"):
+    with pytest.raises(ValueError, match=r"images in no folder but others in c0/.*one depth"):
         open_data(str(tmp_path), 8)
 
 
@@ -880,7 +882,7 @@ def test_folder_with_and_without_classes(tmp_path):
 def test_load_images_refuses_broken_and_unequal_ones(tmp_path):
     write_images(tmp_path / "whole", 4, size=(8, 8))
     write_images(tmp_path / "unequal", 2, size=(8, 8))
-    write_images(tmp_path / "unequal" / "wide", 2, size=(9, 8))
+    write_images(tmp_path / "unequal" / "wide", 2, classes=0, size=(9, 8))
     write_images(tmp_path / "broken", 4)
     path = tmp_path / "broken" / "c0" / "0002.png"
     path.write_bytes(b"broken")
@@ -904,8 +906,8 @@ def test_npz_of_uint8_or_of_floats(save, tmp_path):
     save(tmp_path / "float.npz", mu=np.zeros(3), arr_0=(pixels / 255).astype(np.float32))
     for name in ("uint8.npz", "float.npz"):
         path = str(tmp_path / name)
-        assert NpzImages.contains_images(path)
-        data = NpzImages(path)
+        assert Arrays.contains_images(path)
+        data = Arrays(path)
         assert len(data) == 5
         assert np.array_equal(load_images(data, [3, 0]), pixels[[3, 0]])
         assert data.source_of(3) == 0 and not data.is_built_in(0) and not data.is_shapes
@@ -921,15 +923,15 @@ def test_npz_that_holds_no_images(tmp_path):
 
     for name in ("statistics.npz", "text.npz"):
         path = str(tmp_path / name)
-        assert not NpzImages.contains_images(path)
+        assert not Arrays.contains_images(path)
         with pytest.raises(ValueError, match=f"{name} is no whole .npz of arr_0"):
-            NpzImages(path)
+            Arrays(path)
     for name in ("grey.npz", "int.npz"):
         with pytest.raises(ValueError, match=f"{name} has arr_0 of .*images are n H W 3"):
-            NpzImages(str(tmp_path / name))
+            Arrays(str(tmp_path / name))
     for name in ("range.npz", "nan.npz"):
         with pytest.raises(ValueError, match=r"has floats of .*; scale them to \[0,1\]"):
-            NpzImages(str(tmp_path / name))[0]
+            Arrays(str(tmp_path / name))[0]
 
 
 # ---------------------------------------------------------------- processes
@@ -965,6 +967,80 @@ def test_a_run_with_workers_ends_at_once(then, code, tmp_path, request):
     assert errors.count("Traceback") == 1, errors                 # none from the workers
     with pytest.raises(ProcessLookupError):       # no worker is left
         os.killpg(run.pid, 0)
+
+
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path, request):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), then="pass"))
+    run = subprocess.Popen([sys.executable, script], text=True, start_new_session=True,
+                           stdout=subprocess.PIPE)
+    request.addfinalizer(run.kill)
+    assert run.stdout.readline() == "ready\n"
+
+    run.kill()
+
+    run.wait()
+    for _ in range(100):                          # a worker looks for its trainer once a second
+        time.sleep(0.1)
+        try:
+            os.killpg(run.pid, 0)
+        except ProcessLookupError:
+            return
+    pytest.fail("a worker is left behind")
+
+
+def workers_of(run):
+    """Start a run of batches, and return the processes that load its images."""
+    before = set(multiprocessing.active_children())
+    next(run)
+    return set(multiprocessing.active_children()) - before
+
+
+def test_a_worker_that_is_killed_is_reported():
+    for _ in range(2):                            # the second run finds the handler of the first
+        run = batches(open_data("shapes", 64), 8, 8, workers=2)
+        worker, _ = workers_of(run)
+        with pytest.raises(ValueError, match="^a process that loads images has died .*Killed.*;"
+                                             " if memory ran out, lower --workers"):
+            worker.kill()
+            time.sleep(10)                        # the error comes wherever the run is
+        run.close()
+
+
+def test_a_worker_that_hangs_is_reported(monkeypatch):
+    monkeypatch.setattr(data_module, "WORKER_TIMEOUT", 1)
+    run = batches(open_data("shapes", 64), 8, 8, workers=2)
+    workers = workers_of(run)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(ValueError, match="^the processes that load images were silent for 1 s;"):
+        list(run)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_an_error_of_the_code_keeps_its_traceback():
+    def divide(scene, rng):
+        return 1 // 0
+    run = batches(open_data("shapes", 16, conversation=divide), 8, 8, workers=1)
+    with pytest.raises(ZeroDivisionError, match=r"Original Traceback[\s\S]*in divide"):
+        next(run)
+
+
+def say_handlers(scene, rng):
+    """A conversation that holds how the process that makes it handles signals."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    return [("user", [signal.getsignal(number) for number in signals])]
+
+
+def test_workers_leave_signals_to_the_main_process(monkeypatch):
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGUSR1):               # as a trainer has them
+        before[number] = signal.signal(number, lambda *_: None)
+    (_, _, _, _, texts), = batches(open_data("shapes", 16, conversation=say_handlers), 1, 1,
+                                   workers=1, stop=1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert texts == [[("user", [signal.SIG_IGN, signal.SIG_DFL, signal.SIG_IGN])]]
 
 
 def say_number_of_threads(scene, rng):

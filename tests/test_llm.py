@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_llm.py
 """
 import json
+import math
 import os
 import pickle
 import shutil
@@ -413,6 +414,10 @@ def test_tokenizer_errors(tmp_path):
     data["added_tokens"] = []
     with pytest.raises(ValueError, match=r"the tokenizer has no <\|im_start\|>; give that of"):
         Tokenizer(json.dumps(data))
+    data = json.loads(TOKENIZER_FILE.read_text())
+    data["pre_tokenizer"] = None
+    with pytest.raises(ValueError, match="x.pt: the tokenizer does not give texts back"):
+        Tokenizer(json.dumps(data), "x.pt")
 
 
 # ---------------------------------------------------------------------------- chat
@@ -632,11 +637,51 @@ def test_missing_and_unexpected_keys_are_listed(folder):
     (dict(rope_scaling={"type": "yarn", "factor": 4}), "yarn"),
     (dict(rope_scaling={"rope_type": "linear", "factor": 4}), "linear"),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "yarn"),
-    (dict(hidden_size=None), "hidden_size': None")])
+    (dict(hidden_size=None), "hidden_size': None"),
+    (dict(hidden_size="64"), "config.json has hidden_size '64', which must be of type int"),
+    (dict(hidden_size=64.0), "config.json has hidden_size 64.0, which must be of type int"),
+    (dict(hidden_size=66), "config.json has hidden_size 66, no multiple of num_attention_heads"),
+    (dict(num_attention_heads=0), "num_attention_heads 0, which must be from 1"),
+    (dict(num_hidden_layers=10 ** 5), "num_hidden_layers 100000, which must be from 0 to 256"),
+    (dict(vocab_size=10 ** 9), "vocab_size 1000000000, which must be from 1 to"),
+    (dict(rope_theta=-1), "rope_theta -1, which must be from 1"),
+    (dict(tie_word_embeddings="yes"), "tie_word_embeddings 'yes', which must be of type bool"),
+    (dict(rope_parameters=[1]), "rope_parameters .*no dict")])
 def test_other_models_are_refused(folder, changes, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
+        load_qwen2(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '[["hidden_size", 64]]', "3", "[" * 100_000, "\x00"])
+def test_configs_without_a_dict_are_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json can't be read .*copy it again"):
+        load_qwen2(folder)
+
+
+@pytest.mark.parametrize("weight_map", [
+    None, [], {"a": 1}, {"a": "../model.safetensors"}, {"a": "/model.safetensors"}, {"a": ""}])
+def test_shards_must_lie_beside_their_index(folder, weight_map):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(weight_map=weight_map)))
+    with pytest.raises(ValueError, match="index.json has no weight_map of names of weights to"):
+        load_qwen2(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda weight: weight.long(), "torch.int64"),
+    (lambda weight: weight * math.nan, "weights that are not finite"),
+    (lambda weight: weight[:1], "shape"),
+])
+def test_weights_that_cannot_be_used_are_refused(folder, change, message):
+    path = folder / "model-00001-of-00002.safetensors"
+    state = load_file(path)
+    key = next(key for key in state if "layers" in key)
+    state[key] = change(state[key]).contiguous()
+    save_file(state, path)
+    with pytest.raises(ValueError, match=f"(?s){folder}.*{message}"):
         load_qwen2(folder)
 
 

@@ -188,7 +188,7 @@ def test_unknown_names_and_missing_files_of_autoencoders(tmp_path, small_sizes):
         load_packed_rae("dinov2-b:n07")
     with pytest.raises(ValueError, match="mae-b:n05 is published; give one of mae-b$"):
         load_packed_rae("mae-b:n05")
-    with pytest.raises(FileNotFoundError, match="file dinov2-xl does not exist; .*dinov2-b"):
+    with pytest.raises(FileNotFoundError, match="dinov2-xl does not exist; did you mean .*dinov2-"):
         load_packed_rae("dinov2-xl")
 
     _, statistics = write_rae(tmp_path, "mae-b")
@@ -677,10 +677,10 @@ def test_wrong_statistics_are_told(hub):
     flags = ["--release", "imagenet256", "--release_dir", hub, "--n", 1]
     not_finite = torch.full((768, 16, 16), float("nan"))
     torch.save({"mean": None, "var": not_finite}, hub / STATISTICS_256)
-    with pytest.raises(ValueError, match="dinov2-b needs .* all positive"):
+    with pytest.raises(ValueError, match="stat.pt has a latent variance with numbers that"):
         run_script(sample, *flags)
     torch.save({"mean": not_finite}, hub / STATISTICS_256)
-    with pytest.raises(ValueError, match="has statistics of shape None"):
+    with pytest.raises(ValueError, match="stat.pt has a latent variance NoneType, not a tensor"):
         run_script(sample, *flags)
     shutil.copy(hub / STATISTICS_512, hub / STATISTICS_256)
     with pytest.raises(ValueError,

@@ -23,6 +23,7 @@ from model import (
 )
 from release import load_dit, load_release
 from runtime import save_checkpoint
+from t2i import LONGEST_PROMPT, check_prompt
 from test_model import randomise, small_model
 
 ORACLE = ROOT.parent / "shared" / "oracle" / "t2i_dit.safetensors"
@@ -387,5 +388,25 @@ def test_build_dit_without_classes():
 def test_checkpoint_of_text_is_not_loaded_as_one_of_classes(tmp_path):
     model = build_dit(FLAGS, 8, 4, None)
     save_checkpoint(tmp_path / "t2i.pt", llm={}, ema=model.state_dict(), args=FLAGS)
-    with pytest.raises(ValueError, match="t2i.pt is of text to image: for .*--prompt"):
+    with pytest.raises(ValueError, match="t2i.pt is a checkpoint of train_t2i.py, for .*--prompt"):
         load_dit(tmp_path / "t2i.pt")
+
+
+# ---------------------------------------------------------------------------- prompts
+@pytest.mark.parametrize("text, message", [
+    ("", "must say what to draw"),
+    (" \n", "must say what to draw"),
+    ("a <image> of a star", "without <image>"),
+    ("a red star " * 40_000, "a prompt has 440000 characters"),
+    ("a st\udce4r", "is no valid UTF-8"),
+    (["a star"], "must be a text, not list"),
+    (None, "must be a text, not NoneType"),
+])
+def test_prompts_that_cannot_be_drawn_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_prompt(text)
+
+
+def test_a_long_prompt_in_any_language_is_taken():
+    check_prompt("a red star and " * 1000)
+    check_prompt("\N{GRINNING FACE}" * LONGEST_PROMPT)
