@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_sample.py
 """
 import argparse
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import runtime
 import sample
-from conftest import SHIPPED, run_script
+from conftest import SHIPPED, run_script, start
 from release import load_dit
 from sample import (
     autoguidance,
@@ -438,6 +439,22 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path, limit, name):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "x.npz").exists()
 
+    run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path):
+    flags = ["--n", 2000, "--sampling_steps", 2, "--batch", 4, "--out", tmp_path / "x.npz"]
+    first = start(sample, *flags)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("*.parts/*.png")) and time.time() < deadline:
+        time.sleep(0.05)
+    try:
+        with pytest.raises(ValueError, match="another process is writing to .*x.npz"):
+            run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    finally:
+        first.kill()
+        first.join()
     run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
