@@ -674,6 +674,12 @@ def save_png(image, path):
     runtime.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
 
 
+def save_picture(image, path):
+    """Write a PIL image in the format of its suffix, which is one of PICTURES."""
+    options = PICTURES[Path(path).suffix.lower()]
+    runtime.write_whole(path, lambda f: image.save(f, **options))
+
+
 def is_drawn(path):
     """True if a PNG file is there, to its end."""
     if not path.exists():
@@ -741,7 +747,7 @@ def save_grid(out, files, captions):
               f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
     images = np.stack([np.asarray(Image.open(files[i])) for i in numbers])
     sheet = draw_grid(images, captions[:num_captions])
-    runtime.write_whole(out, lambda f: sheet.save(f, **PICTURES[out.suffix.lower()]))
+    save_picture(sheet, out)
 
 
 # ---------------------------------------------------------------------------- main
