@@ -295,6 +295,8 @@ def check_given_flags(args):
                 raise ValueError(f"--{name} does nothing with {source}; leave it out")
     if has_files and not args.data:
         raise ValueError("--samples and --save_stats need --data, the reference")
+    if args.save_stats:                                # --data knows such files by their suffix
+        runtime.check_suffix(args.save_stats, [".npz"], "--save_stats")
     if args.size and not has_files:
         raise ValueError("--size does nothing with new images, which have the size that the model "
                          "draws; leave it out")

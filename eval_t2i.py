@@ -293,7 +293,8 @@ def check_flags(args):
 def main(args):
     rank, world, device = runtime.setup()
     if args.prompts:
-        return draw_benchmark(args, rank, world, device)
+        with runtime.locked(args.out):
+            return draw_benchmark(args, rank, world, device)
     start = time.time()
     metrics.prepare_output(args.out)
     t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)

@@ -457,6 +457,17 @@ def lock(path, is_folder=False):
     return taken
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Context in which an output file, or a folder that is yet to be made, is locked by lock()."""
+    taken = lock(path)
+    try:
+        yield
+    finally:
+        if taken is not None:                          # of rank 0
+            taken.release()
+
+
 def check_out(path, flag="--out"):
     """Raise ValueError if a path that is to be written was left empty, or cannot be written to."""
     if not str(path).strip():

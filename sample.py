@@ -10,6 +10,7 @@ Give the command of a killed run again, and it goes on. `--num_images` is `--n`,
 would take for a flag of its own.
 """
 import argparse
+import contextlib
 import difflib
 import hashlib
 import math
@@ -673,6 +674,12 @@ def save_png(image, path):
     runtime.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
 
 
+def save_picture(image, path):
+    """Write a PIL image in the format of its suffix, which is one of PICTURES."""
+    options = PICTURES[Path(path).suffix.lower()]
+    runtime.write_whole(path, lambda f: image.save(f, **options))
+
+
 def is_drawn(path):
     """True if a PNG file is there, to its end."""
     if not path.exists():
@@ -694,25 +701,27 @@ def draw_files(files, draw_images, batch, rank=0, world=1, evaluations=1):
         missing = [i for i in numbers if not is_drawn(files[i])]
         if missing:
             batches.append(missing)
-    try:
+    with says_what_is_kept(files):
         with runtime.progress_bar(len(batches) * evaluations, "draw", rank) as bar:
             for numbers in batches:
                 images = draw_images(numbers, bar).numpy()
                 for i, pixels in zip(numbers, images, strict=True):
                     save_png(Image.fromarray(pixels), files[i])
+        if world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def says_what_is_kept(files):
+    """Context in which whoever stops the run is told how many of these files it has drawn."""
+    try:
+        yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(files)) from None
-    if world > 1:
-        dist.barrier()
-
-
-def how_to_go_on(files):
-    """What someone who has stopped the drawing of these files should know."""
-    num_drawn = sum(is_drawn(file) for file in files)
-    if num_drawn == 0:
-        return "stopped before an image was drawn; nothing is kept"
-    return (f"stopped; {num_drawn} of {len(files)} images are kept, and it goes on when the "
-            f"command is given again")
+        num_drawn = sum(is_drawn(file) for file in files)
+        if num_drawn == 0:
+            raise KeyboardInterrupt("stopped before an image was drawn; nothing is kept") from None
+        raise KeyboardInterrupt(f"stopped; {num_drawn} of {len(files)} images are kept, and it "
+                                f"goes on when the command is given again") from None
 
 
 def save_npz(f, files, labels):
@@ -738,7 +747,7 @@ def save_grid(out, files, captions):
               f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
     images = np.stack([np.asarray(Image.open(files[i])) for i in numbers])
     sheet = draw_grid(images, captions[:num_captions])
-    runtime.write_whole(out, lambda f: sheet.save(f, **PICTURES[out.suffix.lower()]))
+    save_picture(sheet, out)
 
 
 # ---------------------------------------------------------------------------- main
@@ -785,9 +794,14 @@ def main(args):
     out = Path(args.out)
     check_output(out)
     rank, world, device = runtime.setup()
+    with runtime.locked(out):
+        sample_to(out, args, rank, world, device)
+
+
+def sample_to(out, args, rank, world, device):
+    """Draw the images of the flags, and write them to `out`."""
     start = time.time()
     if rank == 0:
-        runtime.lock(out)
         print(f"loading {args.ckpt}", flush=True)
 
     # ---------------------------------------------------------------- models, and what to draw
@@ -825,12 +839,13 @@ def main(args):
     # ---------------------------------------------------------------- output
     if rank > 0:
         return
-    if out.suffix == "":
-        parts.rename(out)
-    elif out.suffix == ".npz":
-        runtime.write_whole(out, lambda f: save_npz(f, files, labels))
-    else:
-        save_grid(out, files, captions)
+    with says_what_is_kept(files):
+        if out.suffix == "":
+            parts.rename(out)
+        elif out.suffix.lower() == ".npz":
+            runtime.write_whole(out, lambda f: save_npz(f, files, labels))
+        else:
+            save_grid(out, files, captions)
     delete_parts(parts)
     seconds = time.time() - start
     print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
