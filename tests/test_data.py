@@ -295,8 +295,8 @@ def test_exif_rotation():
         assert rgb_pixel(stored, (5, 17))[0] > 200
 
 
-SUFFIXES = ["jpg", "jpeg", "JPEG", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "dib", "gif",
-            "tif", "TIFF", "jp2", "j2k", "jpx", "ppm", "pnm", "tga", "pcx", "qoi"]
+SUFFIXES = ["jpg", "jpeg", "JPEG", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "dib",
+            "gif", "tif", "TIFF", "jp2", "j2k", "jpx", "ppm", "pnm", "tga", "pcx", "qoi"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
