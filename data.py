@@ -8,7 +8,9 @@
     shapes, text   the built-in worlds, rendered when an image is needed
     a folder       class/name.jpg, or name.jpg without labels; stage 3 also reads name.txt, .json
     x.tar          the same, or name.jpg beside name.cls, name.txt or name.json; uncompressed
-    x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}
+    x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}; a .json
+                   of one array of records is read, too
+What is read, and what is passed over and why, is told by data.describe(); see listing.py.
 
 Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
 starting at a later k.

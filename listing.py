@@ -256,13 +256,14 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
         images.append(ListedImage(*files[name], name, label, texts))
     check_splits(path, folders)
     check_depths(path, class_folders)
-    for name in files:
-        if not is_image(name) and not is_hidden(name) and name not in used:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in sidecar_suffixes:
-                passed_over.add(f"{suffix} of no image", name)
-            else:
-                passed_over.add(suffix or "files without a suffix", name)
+    unused = [name for name in files
+              if not is_image(name) and not is_hidden(name) and name not in used]
+    for name in sorted(unused):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in sidecar_suffixes:
+            passed_over.add(f"{suffix} of no image", name)
+        else:
+            passed_over.add(suffix or "files without a suffix", name)
     return images
 
 
@@ -411,9 +412,9 @@ def check_depths(path, class_folders):
     if len(by_depth) < 2:
         return
     examples = [shown(class_folders[min(by_depth[depth])]) for depth in sorted(by_depth)]
-    most = max(by_depth, key=lambda depth: (len(by_depth[depth]), depth))
-    meant = os.path.commonpath([os.path.dirname(folder) for folder in by_depth[most]])
-    if meant:
+    most = max(by_depth.values(), key=len)
+    meant = os.path.commonpath([os.path.dirname(folder) for folder in most])
+    if meant and len(most) > len(class_folders) / 2:
         advice = give_folder(path, meant)
     else:
         advice = "move or remove those at one of the depths"
@@ -431,8 +432,9 @@ def give_folder(path, folder):
 # What to type for files that are not read: the first bytes, or the suffix, and the command, in
 # which {path} is a word of the shell and {text} a text of Python.
 SAVE_ROWS = (
+    "python -c \"import os, datasets; "
     "[os.makedirs('images/%s' % x['label'], exist_ok=True) or x['image'].save('images/%s/%d.png' "
-    "% (x['label'], i)) for i, x in enumerate(rows)]\"")
+    "% (x['label'], i)) for i, x in enumerate({rows})]\"")
 SAVE_ARRAY = (
     "mkdir images; python -c \"import numpy as np; from PIL import Image; "
     "[Image.fromarray(np.uint8(np.rint(x * (255 if x.dtype.kind == 'f' else 1))))"
@@ -446,10 +448,9 @@ CONVERSIONS = [
     (b"\x93NUMPY", ".npy", SAVE_ARRAY.replace("{array}", "")),
     (None, ".npz", SAVE_ARRAY.replace("{array}", "['arr_0']")),
     (b"PK\x03\x04", ".zip", "python -m zipfile -e {path} images"),
-    (b"PAR1", ".parquet", 'python -c "import os, datasets; rows = datasets.load_dataset('
-     "'parquet', data_files={text}, split='train'); " + SAVE_ROWS),
-    (b"ARROW1", ".arrow", 'python -c "import os, datasets; rows = datasets.Dataset.from_file('
-     "{text}); " + SAVE_ROWS),
+    (b"PAR1", ".parquet", SAVE_ROWS.replace(
+        "{rows}", "datasets.load_dataset('parquet', data_files={text}, split='train')")),
+    (b"ARROW1", ".arrow", SAVE_ROWS.replace("{rows}", "datasets.Dataset.from_file({text})")),
 ]
 
 
@@ -485,11 +486,13 @@ def advice_without_images(path, passed_over):
         advice = f"; it holds {describe_passed_over(passed_over.summary())}"
     if ".tar" in passed_over.counts:
         advice += f"; give shards as {path}/*.tar"
-    elif ".arrow" in passed_over.counts:
-        command = 'python -c "import os, datasets; rows = datasets.load_from_disk({text}); '
-        advice += f"; make them by: {(command + SAVE_ROWS).format(text=repr(path))}"
+    elif ".arrow" in passed_over.counts:          # of datasets' save_to_disk
+        train = os.path.join(path, "train")
+        rows = f"datasets.load_from_disk({(train if os.path.isdir(train) else path)!r})"
+        advice += f"; make them by: {SAVE_ROWS.replace('{rows}', rows)}"
     elif ".parquet" in passed_over.counts:
-        advice += f"; make them by: {conversion(os.path.join(path, passed_over.first['.parquet']))}"
+        rows = f"datasets.load_dataset({path!r}, split='train')"
+        advice += f"; make them by: {SAVE_ROWS.replace('{rows}', rows)}"
     return advice
 
 
