@@ -54,6 +54,10 @@ class PassedOver:
         self.counts[reason] += 1
         self.first.setdefault(reason, name)
 
+    def add_all(self, other):
+        self.counts.update(other.counts)
+        self.first = other.first | self.first
+
     def summary(self):
         """Returns: {reason: {"count": n, "first": name}}, the most frequent reason first"""
         return {reason: {"count": count, "first": shown(self.first[reason])}
@@ -108,15 +112,17 @@ def list_images(path, with_conversations, passed_over):
     Raises: OSError; ValueError if there are none or a file beside them is malformed
     """
     check_path(path)
+    passed_over_here = PassedOver()
     if os.path.isdir(path):
-        images = list_folder(path, with_conversations, passed_over)
+        images = list_folder(path, with_conversations, passed_over_here)
     elif path.lower().endswith((".jsonl", ".json")):
-        images = list_records(path, with_conversations)
+        images = list_records(path, with_conversations, passed_over_here)
     else:
-        images = list_tar(path, with_conversations, passed_over)
+        images = list_tar(path, with_conversations, passed_over_here)
     if not images:
         raise ValueError(f"--data {path} must hold images, .jpg or .png"
-                         f"{advice_without_images(path, passed_over)}")
+                         f"{advice_without_images(path, passed_over_here)}")
+    passed_over.add_all(passed_over_here)
     return images
 
 
@@ -177,11 +183,11 @@ def walk(root, passed_over):
             passed_over.add("unreadable folders", folder)
             continue
         for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            kind = kind_of(entry)
             if is_hidden(entry.name):
                 continue
-            elif kind == "folder" and entry.is_symlink():         # last, after the real folders
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            kind = kind_of(entry)
+            if kind == "folder" and entry.is_symlink():         # last, after the real folders
                 folders.append((name, os.path.realpath(entry.path)))
             elif kind == "folder":
                 folders.appendleft((name, os.path.join(real, entry.name)))
@@ -256,18 +262,24 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
         images.append(ListedImage(*files[name], name, label, texts))
     check_splits(path, folders)
     check_depths(path, class_folders)
-    unused = [name for name in files
-              if not is_image(name) and not is_hidden(name) and name not in used]
-    for name in sorted(unused):
+    unused = [name for name in files if name not in used and not is_image(name)]
+    count_unused(unused, sidecar_suffixes, passed_over)
+    return images
+
+
+def count_unused(names, sidecar_suffixes, passed_over):
+    """Add to `passed_over` the files that are neither images nor read beside one."""
+    for name in sorted(names):
+        if is_hidden(name):
+            continue
         suffix = os.path.splitext(name)[1].lower()
         if suffix in sidecar_suffixes:
             passed_over.add(f"{suffix} of no image", name)
         else:
             passed_over.add(suffix or "files without a suffix", name)
-    return images
 
 
-def list_records(path, with_conversations):
+def list_records(path, with_conversations, passed_over):
     """List the images of a .jsonl, one record a line; their paths are relative to its folder."""
     images = []
     folder = os.path.dirname(path)
@@ -282,6 +294,8 @@ def list_records(path, with_conversations):
                                       label, texts))
         elif with_conversations:
             images.append(ListedImage(None, 0, -1, name, label, texts))
+        else:
+            passed_over.add("conversations without an image", name)
     return images
 
 
@@ -299,6 +313,8 @@ def read_records(path):
             return
         lines = iter(lambda: file.readline(LINE_BYTES), b"")
         for number, line in enumerate(lines, 1):
+            if len(line) == LINE_BYTES:
+                raise ValueError(f"--data {path}: line {number} has over {LINE_BYTES:,} bytes")
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield f"line {number}", line
 
@@ -333,9 +349,9 @@ def find_sidecars(files, name, suffixes):
     The key of WebDataset ends at the first dot, that of other sets at the last.
     Returns: dict of "cls", "txt" and "json" to the name of a file
     """
-    folder, base = os.path.split(name)
+    base = os.path.basename(name)
     last_dot = os.path.splitext(name)[0]
-    first_dot = os.path.join(folder, base.split(".")[0])
+    first_dot = name.removesuffix(base) + base.split(".")[0]
     sidecars = {}
     for suffix in suffixes:
         for key in (first_dot, last_dot):         # the last one found remains

@@ -301,6 +301,7 @@ def test_jsonl_generates_understands_and_talks(tmp_path):
     assert len(images_only) == 4
     assert sorted(numbers_of_images(images_only, range(4))) == [0, 1, 2, 3]
     assert not images_only.labelled and images_only[0]["text"] in ("", "a dog", "a bee")
+    assert "conversations without an image 3 (line 5)" in images_only.describe()
 
     cropped = open_conversations(lines, 16, crop="random", flip=True)
     assert all(cropped[k]["image"].shape == (3, 16, 16) for k in range(7))
