@@ -89,7 +89,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
                             vgg=None, features=None):
     """PSNR (dB), SSIM and Fréchet distance of the reconstructions of n held-out images.
 
-    rae: with its encoder, in eval mode. val: ImageData or NpzImages. source: index of the source
+    rae: with its encoder, in eval mode. val: ImageData or Arrays. source: index of the source
     of a mixture whose images are taken. vgg: network of metrics.load_lpips(), to measure LPIPS.
     features: FeatureNetwork of the Fréchet distance; default: the RAE's own encoder.
     Returns a dict, the same on all processes. On the built-in world it has "readable", too: the
@@ -211,7 +211,7 @@ def parse_args(argv=None):
                    help="Images that training held out, of which the measured ones are taken "
                         "(default: as in training; 0, any image, with --data). To probe: images "
                         f"to test on (default: {PROBE_HELD_OUT} of shapes).")
-    p.add_argument("--n", type=at_least(2),
+    p.add_argument("--n", "--num_images", type=at_least(2),
                    help=f"Images to measure (default: all, at most {RECONSTRUCTION_N}). To probe: "
                         f"images to train on (default: all, {PROBE_N} of shapes).")
     p.add_argument("--size", type=at_least(1),

@@ -25,7 +25,7 @@ import torch
 import metrics
 import runtime
 import sample
-from data import NpzImages, load_images, open_data
+from data import Arrays, load_images, open_data
 from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
 
@@ -226,7 +226,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
     has_images = True
     if metrics.is_npz(specs) and zipfile.is_zipfile(specs[0]):
         statistics = load_statistics(specs[0], network)
-        has_images = NpzImages.contains_images(specs[0])
+        has_images = Arrays.contains_images(specs[0])
     if statistics is not None and (len(statistics.features) > 0 or not has_images):
         return statistics
 
@@ -260,7 +260,7 @@ def parse_args(argv=None):
     p.add_argument("--hold_out", type=at_least(0),
                    help="Images that training held out, of which the reference is taken (default: "
                         "as in training; 0, any image, with --data).")
-    p.add_argument("--n", type=at_least(2),
+    p.add_argument("--n", "--num_images", type=at_least(2),
                    help=f"Images to measure (default: all; of a model at most {MODEL_N}).")
     p.add_argument("--features",
                    help="Features of the distances: inception, fd-dinov2 or the name of an encoder "
@@ -290,6 +290,8 @@ def check_given_flags(args):
                 raise ValueError(f"--{name} does nothing with {source}; leave it out")
     if has_files and not args.data:
         raise ValueError("--samples and --save_stats need --data, the reference")
+    if args.save_stats:                                # --data knows such files by their suffix
+        runtime.check_suffix(args.save_stats, [".npz"], "--save_stats")
     if args.size and not has_files:
         raise ValueError("--size does nothing with new images, which have the size that the model "
                          "draws; leave it out")
@@ -367,7 +369,7 @@ def check_sizes(specs, size, drawn_size):
         arrays = read_statistics(specs[0])
     if "side" in arrays:
         real_size = tuple(arrays["side"].tolist())
-    elif arrays and not NpzImages.contains_images(specs[0]):
+    elif arrays and not Arrays.contains_images(specs[0]):
         return                                         # of pytorch-fid, which does not say
     else:
         real_size = image_size(metrics.open_images(specs, size))

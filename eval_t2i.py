@@ -235,14 +235,14 @@ def draw_benchmark(args, rank, world, device):
     for number in range(IMAGES_PER_PROMPT):
         for prompt in prompts:
             files.append(folder / prompt.name / "samples" / f"{number:04d}.png")
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def draw_images(numbers):
+    def draw_images(numbers, bar):
         chosen = [texts[number % len(texts)] for number in numbers]
-        return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype)
+        return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype, bar)
 
-    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+    if rank == 0:
+        sample.report_stale_parts(folder)
+    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world,
+                      sample.evaluations(args))
     if rank > 0:
         return
     for prompt in prompts:
@@ -251,6 +251,7 @@ def draw_benchmark(args, rank, world, device):
         else:
             finish_geneval(folder, prompt)
     folder.rename(args.out)
+    sample.delete_parts(folder)
     print(f"{len(files)} images in {time.time() - start:.1f} s, {args.sampling_steps} "
           f"{args.solver} steps: {args.out}")
 
@@ -258,7 +259,7 @@ def draw_benchmark(args, rank, world, device):
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, sample.MODEL_DEFAULTS)
-    p.add_argument("--n", type=at_least(6),
+    p.add_argument("--n", "--num_images", type=at_least(6),
                    help=f"Images of ShapesEval (default: {IMAGES_PER_PROMPT} for each prompt).")
     p.add_argument("--prompts", metavar="PATH",
                    help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files, "
@@ -292,7 +293,8 @@ def check_flags(args):
 def main(args):
     rank, world, device = runtime.setup()
     if args.prompts:
-        return draw_benchmark(args, rank, world, device)
+        with runtime.locked(args.out):
+            return draw_benchmark(args, rank, world, device)
     start = time.time()
     metrics.prepare_output(args.out)
     t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)

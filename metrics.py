@@ -57,7 +57,7 @@ from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 import runtime
-from data import NpzImages, load_images, open_data, parse_specs, resize_images
+from data import Arrays, load_images, open_data, parse_specs, resize_images
 from model import IMAGENET_PIXELS
 from release import load_encoder, load_vit, pixel_statistics, training_data
 from shapes import CLASSES, read_scene
@@ -833,7 +833,7 @@ def is_npz(specs):
 
 
 def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
-    """The images that --data or --samples names: NpzImages or ImageData of the held-out split.
+    """The images that --data or --samples names: Arrays or ImageData of the held-out split.
 
     size: side to centre-crop to, pixels; None: as they are. An .npz is never cropped.
     hold_out: number of images that training held out; 0: all. objects: counts in scenes of shapes.
@@ -843,11 +843,11 @@ def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
         return open_data(specs, size, split="val", hold_out=hold_out, objects=objects)
     if not Path(specs[0]).exists():
         raise FileNotFoundError(f"{specs[0]} does not exist; give an .npz, a folder or tars")
-    return NpzImages(specs[0])
+    return Arrays(specs[0])
 
 
 def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batch=72):
-    """The merged FeatureSet of the first n images of ImageData or NpzImages, on all processes."""
+    """The merged FeatureSet of the first n images of ImageData or Arrays, on all processes."""
     feature_set = FeatureSet(network, keep)
     for numbers in progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
         feature_set.add(load_images(data, numbers), numbers)

@@ -915,6 +915,18 @@ def resample_positions(vit, table, antialias):
                                               vit.num_prefix_tokens, antialias=antialias)
 
 
+def warn_of_tiny_encoder(log, encoder, data):
+    """Warn, on the screen and in the log, if the shipped encoder meets images unknown to it.
+
+    encoder: name of the run's encoder. data: ImageData.
+    """
+    is_built_in = [data.is_built_in(source) for source in range(len(data.domains))]
+    if encoder == "tiny" and not all(is_built_in):
+        log.warn("the shipped encoder has only seen coloured shapes; its latents say little about "
+                 "photographs: train a decoder with --encoder dinov2-b, or take a published "
+                 "autoencoder by --rae dinov2-b")
+
+
 # ---------------------------------------------------------------------------- autoencoders
 def find_published_rae(name):
     """The row of PUBLISHED_RAES. Raises ValueError for an unknown name or noise level."""

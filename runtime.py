@@ -1,5 +1,5 @@
-"""What every script needs around its loop: processes, precision, seeds, EMA, schedules,
-checkpoints, logs.
+"""What every script needs around its loop: processes, signals, precision, seeds, EMA, schedules,
+files, checkpoints, logs.
 
 Randomness depends only on (seed, step, number of the micro-batch) and the data only on the step, so
 that a resumed run is exact to the bit on CPU, and k processes with one micro-batch each compute
@@ -8,16 +8,21 @@ what one process with k micro-batches computes.
 import argparse
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import inspect
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,18 +33,24 @@ from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                # Windows has no such locks
+    fcntl = None
+
 
 def default_dtype():
-    """"bf16" where its matmuls are faster than those of fp32: on GPUs and on CPUs with AMX."""
+    """"bf16" where its matmuls are faster than those of fp32: on GPUs from Ampere on (capability
+    8.0; a T4 or V100 only emulates it), and on CPUs with AMX."""
     if torch.cuda.is_available():
-        return "bf16"
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     if has_amx is not None and has_amx():
         return "bf16"
     return "fp32"
 
 
-DEFAULT_DTYPE = default_dtype()
+DTYPE = default_dtype()
 
 
 # ---------------------------------------------------------------------------- processes
@@ -52,6 +63,9 @@ def setup():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")     # TF32 in fp32 matmuls, as in the release
         backend = "cpu:gloo,cuda:nccl"                 # gloo: for objects gathered on the CPU
+    elif torch.backends.mps.is_available() and world == 1:
+        device = torch.device("mps")                   # Apple's GPU, which has no process group
+        backend = "gloo"
     else:
         device = torch.device("cpu")
         torch.backends.cuda.enable_flash_sdp(False)    # on few tokens plain matmuls are faster
@@ -78,16 +92,24 @@ def keep_freed_memory():
 
 def run(main, parse_args):
     """Run a script. What the user can mend ends in one line, without a traceback."""
+    for number in stop_signals():
+        signal.signal(number, interrupt)
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("error: stopped; it goes on when the command is given again, "
-                         "a training with --resume") from None
+        raise SystemExit(f"error: {one_line(error)}") from None
+    except KeyboardInterrupt as stop:                  # with a message where something was kept
+        raise SystemExit(str(stop) or "stopped; nothing was kept: give the command again") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def one_line(error):
+    """The message of an exception; of the operating system's errors with the path in front."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split("\n"))
 
 
 def all_mean(tensor):
@@ -117,6 +139,68 @@ def split_numbers(n, batch, rank=0, world=1):
     """This process's part of the numbers 0..n-1, in batches: a list of ranges."""
     starts = range(rank, n, batch * world)
     return [range(start, min(n, start + batch * world), world) for start in starts]
+
+
+# ---------------------------------------------------------------------------- signals
+def stop_signals():
+    """Ctrl-C, and what schedulers send before they end a job."""
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]   # not on Windows
+
+
+def interrupt(number, frame):
+    """Handler of a signal: stop at once, as Ctrl-C does by default."""
+    raise KeyboardInterrupt
+
+
+class StopRequest:
+    """Lets a training loop end a step, and write a checkpoint, when a signal asks it to stop.
+
+        stop = StopRequest()
+        for step in stop.catching(steps):
+            ...
+            if stop.asked():
+                save()
+                break
+
+    A second signal ends the process at once.
+    """
+    ONE_REQUEST = 1.0    # seconds within which signals are one: torchrun passes on what it receives
+
+    def __init__(self):
+        self.name = None                               # of the signal
+        self.time = None                               # at which it came
+
+    def catching(self, steps):
+        """Yield the steps; signals are caught while they last."""
+        previous = {}
+        if threading.current_thread() is threading.main_thread():      # no other can catch signals
+            previous = {number: signal.signal(number, self.note) for number in stop_signals()}
+        try:
+            yield from steps
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def note(self, number, frame):
+        """Handler of the signals."""
+        if self.name is None:
+            self.name, self.time = signal.Signals(number).name, time.monotonic()
+            if int(os.environ.get("RANK", 0)) == 0:
+                say_in_handler(f"{self.name}: stopping after this step; once more to stop at once")
+        elif time.monotonic() - self.time > self.ONE_REQUEST:
+            say_in_handler("stopped at once, without a checkpoint of this step")
+            os._exit(128 + number)                     # as shells report a signal
+
+    def asked(self):
+        """Whether any process was asked to stop, which all processes must ask together."""
+        was_asked = torch.tensor(float(self.name is not None))
+        return bool(all_sum(was_asked) > 0)
+
+
+def say_in_handler(line):
+    """Write a line to stderr, past Python's buffers, which a handler may not enter again."""
+    os.write(2, f"\n{line}\n".encode())
 
 
 # ---------------------------------------------------------------------------- training steps
@@ -192,7 +276,7 @@ def optimizer_step(optimizers, model, clip, loss, step, lr):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
-    else:
+    elif int(os.environ.get("RANK", 0)) == 0:
         print(f"step {step}: not finite, update left out: loss {loss}, grad {grad_norm}, lr {lr}",
               file=sys.stderr)
     model.zero_grad(set_to_none=True)
@@ -262,19 +346,154 @@ def fetch_hub(repository, patterns):
 
 
 def write_whole(path, write):
-    """Write a file that is there whole or not at all: write(f) to a temporary name, flush,
-    rename.
+    """Write a file that is there whole or not at all, and its folder, if that is not there.
+
+    write: function of an open file. It writes to a temporary name, which is flushed and renamed.
+    Raises OSError that names the path; a file of before is then as it was.
     """
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save hides the error of a full disk behind a RuntimeError of its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path} could not be written: {cause.strerror or cause}") from None
+    except BaseException:                              # such as Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_whole(path, text):
+    """Append text to a file, all of it or nothing. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError:                                    # a full disk may have taken half of it
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
+def to_json(record):
+    """A record as a line of strict JSON: null stands for nan and the infinities."""
+    return json.dumps(without_nan(record), allow_nan=False)
+
+
+def without_nan(value):
+    """The same value of dicts, lists and plain types, with None for floats that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Lock:
+    """The right to write to a path, which only one process has, until it ends or releases it.
+
+    The lock is a file that the operating system locks for this process, not for its children, and
+    unlocks when the process ends, however it ends. There are no locks on Windows, nor on file
+    systems that have none. Raises ValueError if another process has the lock.
+    """
+    def __init__(self, path, what):
+        self.path = Path(path)
+        self.file = None
+        if fcntl is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self.file is None or not self.is_current():      # the owner may have removed its file
+            self.file = open(self.path, "a")                   # noqa: SIM115, open while it is held
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(f"another process is writing to {what}; wait for it, or name "
+                                     f"another --out") from None
+                return                                         # no locks here
+
+    def is_current(self):
+        """Whether the locked file is still the one at the path."""
+        return self.path.exists() and self.path.stat().st_ino == os.fstat(self.file.fileno()).st_ino
+
+    def release(self):
+        """Remove the file, then give up the lock."""
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+
+def lock(path, is_folder=False):
+    """Lock an output: a folder, by OUT/.lock, or a file X, by .X.lock beside it. Returns a Lock.
+
+    Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
+    another run has it.
+    """
+    path = Path(path)
+    file = path / ".lock" if is_folder else path.with_name(f".{path.name}.lock")
+    taken, problem = None, None
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            taken = Lock(file, path)
+        except ValueError as error:
+            problem = str(error)
+    problem = gather(problem)[0]
+    if problem:
+        raise ValueError(problem)
+    return taken
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Context in which an output file, or a folder that is yet to be made, is locked by lock()."""
+    taken = lock(path)
+    try:
+        yield
+    finally:
+        if taken is not None:                          # of rank 0
+            taken.release()
+
+
+def check_out(path, flag="--out"):
+    """Raise ValueError if a path that is to be written was left empty, or cannot be written to."""
+    if not str(path).strip():
+        raise ValueError(f"{flag} is empty, perhaps a variable that is not set; name a path")
+    ancestor = Path(path).absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    is_folder = ancestor.is_dir()
+    if ancestor != Path(path).absolute() and not is_folder:
+        raise ValueError(f"{flag} {path} cannot be written: {ancestor} is a file, not a folder")
+    if not os.access(ancestor, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: no permission for {ancestor}")
+
+
+def check_suffix(path, suffixes, flag="--out"):
+    """Raise ValueError unless a path ends in one of the suffixes; "" among them is a folder's."""
+    if Path(path).suffix.lower() in suffixes:
+        return
+    files = " ".join(suffix for suffix in suffixes if suffix)
+    or_folder = ", or a folder, which has no suffix" if "" in suffixes else ""
+    raise ValueError(f"{flag} {path} can't be written in the format of its suffix; use one of "
+                     f"{files}{or_folder}")
 
 
 def save_checkpoint(path, **state):
-    """Write a checkpoint of tensors and plain types as one file."""
+    """Write a checkpoint of tensors and plain types as one file. Raises OSError."""
     write_whole(path, lambda f: torch.save(state, f))
 
 
@@ -342,6 +561,16 @@ def at_least(low, below=math.inf):
     return number
 
 
+def shown_default(value):
+    """A flag's default as --help shows it."""
+    if value is None or value == []:
+        return "none"
+    if value is False:
+        return "off"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{part:g}" if isinstance(part, float) else f"{part}" for part in values)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for flags that default to None, so that one can tell which were given.
 
@@ -349,18 +578,24 @@ class Parser(argparse.ArgumentParser):
     flags that were not given; --help shows these values.
     """
     def __init__(self, description, defaults):
-        self.shown_defaults = defaults             # first, since __init__ adds --help
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.shown_defaults = defaults
 
-    def add_argument(self, *names, **options):
-        default = self.shown_defaults.get(names[0].removeprefix("--"))
-        if default is not None and default is not False:
-            values = default if isinstance(default, list) else [default]
-            shown = " ".join(f"{value:g}" if isinstance(value, float) else f"{value}"
-                             for value in values)
-            options["help"] = options["help"].removesuffix(".") + f" (default: {shown})."
-        return super().add_argument(*names, **options)
+    def format_help(self):
+        """The text of --help. A flag whose help says nothing of a default gets "(default: ...)"."""
+        for action in self._actions:
+            if not action.option_strings or "default" in action.help.lower():
+                continue
+            value = self.shown_defaults.get(action.dest, action.default)
+            if action.dest != "help":
+                shown = shown_default(value).replace("%", "%%")
+                action.help = action.help.removesuffix(".") + f" (default: {shown})."
+        return super().format_help()
+
+    def error(self, message):
+        """End the script with a line. The usage would be 30 more, above it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help: all flags)\n")
 
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.
@@ -377,7 +612,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DEFAULT_DTYPE,
+RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DTYPE,
                     resume=False, overwrite=False, wandb=None)
 
 
@@ -395,7 +630,8 @@ def add_run_flags(p):
     p.add_argument("--lr", type=at_least(1e-9), help="Peak learning rate.")
     p.add_argument("--lr_end", type=at_least(0.0, 1 + 1e-9),
                    help="Final learning rate as a fraction of its peak.")
-    p.add_argument("--warmup", type=at_least(0), help="Steps of linear warm-up.")
+    p.add_argument("--warmup", type=at_least(0),
+                   help="Steps of linear warm-up (default: 100, or a tenth of a shorter run).")
     p.add_argument("--weight_decay", type=at_least(0.0), help="Weight decay.")
     p.add_argument("--clip", type=at_least(0.0), help="Largest norm of the gradients; 0: any.")
     p.add_argument("--ema", type=at_least(0.0, 1),
@@ -446,6 +682,9 @@ def flags_of_run(out, script, key):
                          f"which no longer exists; start from its weights with --init {path}")
     if flags.get("decay_end") == flags["steps"]:       # a schedule follows --steps if it is raised
         del flags["decay_end"]
+    if flags["batch"] % (flags["micro_batch"] * world_size()):
+        # There are more processes now. Another split of the batch draws other noise.
+        flags["micro_batch"] = default_micro_batch(flags["batch"])
     return flags
 
 
@@ -465,16 +704,29 @@ def check_unchanged(args, stored, fixed):
                              f"{advice}")
 
 
+def default_warmup(steps):
+    """Steps of warm-up: 100, or a tenth of a run of less than 1000 steps."""
+    return min(100, steps // 10)
+
+
 def default_micro_batch(batch):
     """Micro-batch that needs no accumulation: the images of one process."""
-    return max(1, batch // int(os.environ.get("WORLD_SIZE", 1)))
+    return max(1, batch // world_size())
+
+
+def world_size():
+    """Number of processes, also before setup()."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_run_flags(args):
     """Raise ValueError for flags of a run that contradict each other or the files that are
     there.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    check_out(args.out)
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    world = world_size()
     unit = args.micro_batch * world
     if args.batch % unit:
         nearest = max(1, round(args.batch / unit)) * unit
@@ -502,19 +754,197 @@ def load_resumable(args):
     return state
 
 
-def clear_run(out):
-    """Delete the checkpoint of a run that is overwritten, lest a new run that is killed before its
-    first save resumes the old one."""
-    (Path(out) / "last.pt").unlink(missing_ok=True)
+# What never happens in a run that ends before the step of a flag.
+EFFECTS = {"warmup": "the learning rate rises to the end",
+           "llm_start": "prompts never condition the DiT, and the model will not follow them"}
+
+
+def warn_of_late_steps(log, args):
+    """Warn if the run ends before something that its flags set for a later step."""
+    for name, effect in EFFECTS.items():
+        step = getattr(args, name, 0)
+        if step >= args.steps:
+            log.warn(f"--{name} {step} is not below --steps {args.steps}: {effect}")
+
+
+def check_same_data(stored, current, hold_out):
+    """Say what changed in the data of a resumed run since its checkpoint: a line, or None.
+
+    stored, current: ImageData.identity() then and now; stored is None in older checkpoints.
+    Raises ValueError if images were held out, since others would be now: a change reorders them.
+    """
+    if stored is None or stored == current:
+        return None
+    changes = []
+    for name in sorted(stored.keys() | current.keys()):
+        then, now = stored.get(name), current.get(name)
+        source = f"source {name} of --data" if name else "--data"
+        if then is None or now is None:
+            changes.append(f"{source} was not there" if then is None else f"{source} is gone")
+        elif then["images"] != now["images"]:
+            changes.append(f"{source} had {then['images']} images and has {now['images']}")
+        elif then != now:
+            changes.append(f"{source} has other names or labels for its {now['images']} images")
+    told = "the data changed since the checkpoint: " + ", ".join(changes)
+    if hold_out > 0:
+        raise ValueError(f"{told}; images that --hold_out {hold_out} kept for evaluation would "
+                         f"move into training; bring the images back, or start another run from "
+                         f"these weights by --init")
+    return f"{told}; the run goes on with them, in another order"
+
+
+class Checkpoints:
+    """Writes OUT/last.pt, as long as the run is sane, and stops a run that has diverged.
+
+    Updates with gradients that are not finite are left out, since a run recovers from one. But
+    IN_A_ROW of them, or half of the RECENT ones, mean that the weights are spoilt: the last update
+    that was not left out did it. Hence a checkpoint is only written if the step before had finite
+    gradients and the weights are finite, and its predecessor is kept as OUT/previous.pt until the
+    next step has shown that the loss of these weights is finite.
+    All processes call the same methods; rank 0 writes. start: step at which this process begins; at
+    step 0, what another run left behind is deleted, lest a run that is killed before its first
+    checkpoint resumes the other one. lock: that of OUT, held as long as this object.
+    """
+    IN_A_ROW = 20
+    RECENT = 200
+
+    def __init__(self, args, rank, log, start, lock):
+        self.lock = lock
+        self.out, self.steps, self.save_every = Path(args.out), args.steps, args.save_every
+        self.log_every = args.log_every
+        self.rank, self.log = rank, log
+        self.recent = deque(maxlen=self.RECENT)        # True: that update was left out
+        self.left_out = 0                              # updates in a row
+        self.saved_step = None                         # by this process
+        self.is_behind = False                         # the last checkpoint could not be written
+        if rank == 0:
+            for leftover in self.out.glob("*.tmp"):    # of a process that was killed while it wrote
+                leftover.unlink()
+        if rank == 0 and start == 0:
+            self.last.unlink(missing_ok=True)
+            self.previous.unlink(missing_ok=True)
+        self.has_previous = rank == 0 and self.previous.exists()
+
+    @property
+    def last(self):
+        return self.out / "last.pt"
+
+    @property
+    def previous(self):
+        return self.out / "previous.pt"
+
+    def check(self, done, *grad_norms):
+        """Note whether step `done` was left out. Raises ValueError if the run has diverged."""
+        is_left_out = not all(math.isfinite(norm) for norm in grad_norms)
+        self.recent.append(is_left_out)
+        self.left_out = self.left_out + 1 if is_left_out else 0
+        if self.has_previous and not is_left_out:      # the loss of the saved weights is finite
+            self.drop_previous()
+        too_many = sum(self.recent) >= self.RECENT // 2
+        never_again = is_left_out and done == self.steps
+        if self.left_out >= self.IN_A_ROW or too_many or never_again:
+            self.stop_diverged()
+
+    def drop_previous(self):
+        self.previous.unlink(missing_ok=True)
+        self.has_previous = False
+
+    def stop_diverged(self):
+        """Bring back the last checkpoint with a finite loss, and raise ValueError."""
+        if self.has_previous:
+            os.replace(self.previous, self.last)
+        advice = "start anew with a lower --lr, --clip 1 or --dtype fp32"
+        if self.last.exists():
+            advice = (f"{self.last} is the last checkpoint with a finite loss: go on from it by "
+                      f"--resume with a lower --lr or --clip 1, or {advice}")
+        raise ValueError(f"the run has diverged: gradients were not finite and updates left out in "
+                         f"{sum(self.recent)} of the last {len(self.recent)} steps; {advice}")
+
+    def is_due(self, done, is_stop=False):
+        """Whether to write a checkpoint after step `done`, the same on all processes."""
+        if self.left_out > 0:
+            return False
+        if self.is_behind and done % self.log_every == 0:
+            return True
+        return done % self.save_every == 0 or done == self.steps or is_stop
+
+    def save(self, done, is_stop=False, **state):
+        """Write OUT/last.pt after step `done`. state: what else it is to contain.
+
+        If that fails, as on a full disk, the run goes on from memory, and is_due() after the next
+        line of the log. Raises OSError if it fails when the run ends.
+        """
+        problem = None
+        is_last = is_stop or done == self.steps
+        if self.rank == 0:
+            problem = self.write(done, state, is_last)
+        problem = gather(problem)[0]
+        self.is_behind = problem is not None
+        if problem and is_last:
+            raise OSError(problem)
+        if problem:
+            self.log.say(f"warning: {problem}; training goes on, and tries again")
+
+    def write(self, done, state, is_last):
+        """Write the checkpoint; returns what prevented it, or None."""
+        for name, weight in state["model"].items():
+            if not weight.isfinite().all():
+                return f"step {done} is not saved, since {name} is not finite"
+        if not self.has_previous:                      # else it is the last one known to be sane
+            with contextlib.suppress(OSError):         # no checkpoint yet, or no links here
+                os.link(self.last, self.previous)
+                self.has_previous = True
+        try:
+            save_checkpoint(self.last, step=done, **state)
+        except OSError as error:
+            self.drop_previous()                       # it is the same as the last one
+            return one_line(error)
+        self.saved_step = done
+        if is_last:                                    # no later step will judge it
+            self.drop_previous()
+        return None
+
+    def say_stopped(self, stop):
+        """The line with which a run ends that was asked to stop."""
+        out = shlex.quote(str(self.out))
+        if self.last.exists():
+            advice = f"go on by --resume --out {out}"
+        else:
+            advice = "there is no checkpoint; give the command again"
+        step = f"after saving step {self.saved_step}" if self.saved_step else "without saving"
+        self.log.say(f"stopped by {stop.name or 'another process'} {step}; {advice}")
 
 
 # ---------------------------------------------------------------------------- log
 def peak_memory_gib(device):
-    """Peak memory of this process, on its GPU if it has one, in GiB."""
+    """Peak memory of this process, on its GPU if it has one, in GiB. 0.0: it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource  # not on every platform
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024     # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def time_left(seconds):
+    """A duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def progress_bar(items, description, rank=0):
+    """The items under a bar with the time left, on rank 0 if that has a terminal.
+
+    items: an iterable; or a number, then the bar is to be updated.
+    """
+    disable = True if rank > 0 else None               # None: tqdm looks for a terminal
+    options = dict(desc=description, leave=False, disable=disable, dynamic_ncols=True)
+    if isinstance(items, int):
+        return tqdm(total=items, **options)
+    return tqdm(items, **options)
 
 
 class Log:
@@ -522,63 +952,123 @@ class Log:
     writes.
 
     args: flags of the run (out, steps, batch, wandb and all that is recorded). start: step at which
-    this process begins. parameters: number of trained parameters.
+    this process begins. parameters: number of trained parameters. data: ImageData.
     """
-    def __init__(self, args, rank, device, start, parameters):
+    def __init__(self, args, rank, device, start, parameters, data):
         self.steps, self.batch, self.device = args.steps, args.batch, device
         self.last_step, self.last_time = start, time.time()
-        self.file = self.open_file(args.out, rank, start)
-        self.screen = self.file if rank > 0 else sys.stdout
+        self.out, self.rank = Path(args.out), rank
+        self.unwritten = ""                            # lines that the disk had no room for
+        self.bar = None
+        if rank == 0:
+            self.forget_later_steps(start)
         self.wandb = None
         if args.wandb and rank == 0:
-            import wandb
-            self.wandb = wandb.init(project=args.wandb, config=flags_as_dict(args))
+            self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
                         device=name, python=platform.python_version(), parameters=parameters,
-                        resumed_at=start))
+                        data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
+        self.say(data.describe())
         self.say(f"{parameters / 1e6:.1f} M parameters on {name}, writing to {args.out}")
 
-    @staticmethod
-    def open_file(out, rank, start):
-        """OUT/log.jsonl, written line by line, without what a killed run logged after its
-        checkpoint.
+    @property
+    def path(self):
+        return self.out / "log.jsonl"
+
+    def forget_later_steps(self, start):
+        """Take from the file what a killed run logged after its checkpoint, and torn lines.
+
+        The file is replaced as a whole. A run that starts anew starts a new file.
         """
-        if rank > 0:
-            return open(os.devnull, "w")
-        path = Path(out) / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if start > 0 and path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}") and json.loads(line).get("step", 0) <= start:
-                    kept.append(line + "\n")
-        file = open(path, "w", buffering=1)            # noqa: SIM115, open as long as the run
-        file.writelines(kept)
-        return file
+        kept = b""
+        if start > 0 and self.path.exists():
+            for line in self.path.read_bytes().splitlines():
+                if is_record_until(line, start):
+                    kept += line + b"\n"
+        write_whole(self.path, lambda f: f.write(kept))
 
     def say(self, line):
         """Print a line above the progress bar."""
-        tqdm.write(line, file=self.screen)
-        self.screen.flush()
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, warning):
+        """Put a warning on the screen and into the file. None: there is nothing to warn of."""
+        if warning is not None:
+            self.say(f"warning: {warning}")
+            self.write(dict(warning=warning))
 
     def write(self, record):
-        """Append a record to the file, and to Weights & Biases if it belongs to a step."""
-        self.file.write(json.dumps(record) + "\n")
+        """Append a record to the file, and to Weights & Biases if it belongs to a step.
+
+        What a full disk does not take is written together with the next record.
+        """
+        if self.rank > 0:
+            return
+        is_first_failure = not self.unwritten
+        self.unwritten += to_json(record) + "\n"
+        try:
+            append_whole(self.path, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            if is_first_failure:
+                self.say(f"warning: {self.path} could not be written: {error.strerror}; training "
+                         f"goes on, and tries again")
         if self.wandb and "step" in record:
             self.wandb.log(record, step=record["step"])
+
+    def first_step(self):
+        """Say how long the first step took: the next line may be far away."""
+        seconds = time.time() - self.last_time
+        steps_left = self.steps - self.last_step - 1
+        self.say(f"the first step took {seconds:.1f} s; {steps_left} more at this pace take "
+                 f"{time_left(seconds * steps_left)}")
+        self.write(dict(first_step_seconds=seconds))
 
     def step(self, step, loss, grad_norm, lr, **more):
         """Report the state after `step` steps. loss: a mean over processes. more: not printed."""
         seconds = max(time.time() - self.last_time, 1e-9)
         images_per_second = (step - self.last_step) * self.batch / seconds
-        hours_left = (self.steps - step) * self.batch / images_per_second / 3600
+        seconds_left = (self.steps - step) * self.batch / images_per_second
         gib = peak_memory_gib(self.device)
         self.write(dict(step=step, loss=loss, grad=grad_norm, lr=lr, img_per_s=images_per_second,
-                        gib=gib, eta_h=hours_left, **more))
+                        gib=gib, eta_h=seconds_left / 3600, **more))
         self.bar.update(step - self.bar.n)
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
-                 f"| {images_per_second:.0f} img/s | {gib:.1f} GiB | eta {hours_left:.2f} h")
+                 f"| {images_per_second:.0f} img/s | {gib:.1f} GiB "
+                 f"| {time_left(seconds_left)} left")
         self.last_step, self.last_time = step, time.time()
+
+    def picture(self, picture, step):
+        """Write a PIL picture as OUT/preview_STEP.png. A full disk costs no more than this."""
+        path = self.out / f"preview_{step:07d}.png"
+        try:
+            write_whole(path, lambda f: picture.save(f, "png"))
+        except OSError as error:
+            self.say(f"warning: {one_line(error)}; training goes on without it")
+
+
+def is_record_until(line, step):
+    """Whether a line of bytes is a record of the log, of `step` or an earlier one or of none."""
+    try:
+        record = json.loads(line)
+    except ValueError:                                 # torn, or not a line of ours
+        return False
+    if not isinstance(record, dict):
+        return False
+    of_step = record.get("step", 0)
+    return isinstance(of_step, int) and of_step <= step
+
+
+def start_wandb(args):
+    """A run of Weights & Biases. Raises ValueError if it cannot be started."""
+    import wandb
+    try:
+        return wandb.init(project=args.wandb, config=flags_as_dict(args))
+    except wandb.Error as error:                       # such as a missing login
+        raise ValueError(f"--wandb {args.wandb}: {error}; run wandb login, or leave the flag "
+                         f"out") from error

@@ -3,16 +3,23 @@
     python sample.py                                    the class grid of the shipped model
     python sample.py --prompt "two red circles and a blue star" "a green ring above a red cross"
     python sample.py --ckpt runs/dit/last.pt --n 1000 --guidance 1 --out samples.npz
-    torchrun --nproc_per_node=8 -- sample.py --release imagenet256 --n 50000 --out all.npz
+    torchrun --nproc_per_node=8 sample.py --release imagenet256 --num_images 50000 --out all.npz
 
 Image number i is a function of (seed, i), whatever the batch size and the number of processes.
-Give the command of a killed run again, and it goes on.
+Give the command of a killed run again, and it goes on. `--num_images` is `--n`, which torchrun
+would take for a flag of its own.
 """
 import argparse
+import contextlib
+import difflib
 import hashlib
 import math
+import os
+import re
 import shutil
 import time
+import zipfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
@@ -22,14 +29,15 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import release
 import runtime
+from data import parse_specs
 from model import time_shift
 from release import PUBLISHED_DITS, PUBLISHED_T2I, SHIPPED_DIT, SHIPPED_T2I
 from runtime import at_least
-from t2i import VERIFIERS, load_t2i
+from shapes import unknown_words
+from t2i import VERIFIERS, check_prompt, load_t2i
 
 
 # ---------------------------------------------------------------------------- time grids
@@ -150,11 +158,12 @@ def noise(shape, seed, indices, step=0):
 
 
 @torch.no_grad()
-def draw(model, y, args, indices, weak=None):                           # [S4]
+def draw(model, y, args, indices, weak=None, bar=None):                 # [S4]
     """Draw latents b c h w from conditions y.
 
     y: class ids b or text conditions b n d. args: sampling flags. indices: b image numbers, for the
-    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance.
+    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. bar: progress bar
+    that each evaluation of the velocity advances.
     """
     def noise_of_step(k):
         shape = (model.in_channels, model.grid, model.grid)
@@ -168,6 +177,8 @@ def draw(model, y, args, indices, weak=None):                           # [S4]
         velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
         velocity = cfg(model, y, null, 1, args.interval)                # y is null already
+    if bar is not None:
+        velocity = counted(velocity, bar)
     shift = math.sqrt(x[0].numel() / model.shift_base)
     times = time_grid(args.sampling_steps, shift, args.release_grid)
     if args.solver == "euler_maruyama":
@@ -175,27 +186,41 @@ def draw(model, y, args, indices, weak=None):                           # [S4]
     return SOLVERS[args.solver](velocity, x, times)
 
 
-def draw_prompts(t2i, prompts, args, indices):
+def counted(velocity, bar):
+    """The same velocity, each evaluation of which advances a progress bar."""
+    def velocity_and_count(x, t):
+        bar.update()
+        return velocity(x, t)
+    return velocity_and_count
+
+
+def evaluations(args):
+    """How often a solver evaluates the velocity for a batch of images."""
+    steps = args.sampling_steps - 1 if args.release_grid else args.sampling_steps
+    return 2 * steps - 1 if args.solver == "heun" else steps
+
+
+def draw_prompts(t2i, prompts, args, indices, bar=None):
     """Latents b c h w of b prompts. indices: b image numbers, for the noise and the plans."""
     if not t2i.plan:
         unique = list(dict.fromkeys(prompts))                           # each prompt is read once
         conditions = t2i.conditions(unique)                             # u n d
         y = conditions[[unique.index(prompt) for prompt in prompts]]    # b n d
-        return draw(t2i.dit, y, args, indices)
+        return draw(t2i.dit, y, args, indices, bar=bar)
     # Plans of the same prompt differ: each of its tokens is drawn with a number in [0,1).
     normal = noise((t2i.plan,), args.seed, indices, step=10 ** 6)       # a step no solver reaches
     uniform = torch.special.ndtr(normal).clamp(max=1 - 1e-7)            # b plan
-    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices)
+    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices, bar=bar)
 
 
-def best_of(t2i, prompts, args, indices):
+def best_of(t2i, prompts, args, indices, bar=None):
     """Latents b c h w of b prompts: of --best_of candidates each, the one that --verifier likes
     best.
     """
     n = args.best_of
     candidates = [prompt for prompt in t2i.fit(prompts) for _ in range(n)]
     numbers = [i * n + j for i in indices for j in range(n)]
-    latents = draw_prompts(t2i, candidates, args, numbers)              # b*n c h w
+    latents = draw_prompts(t2i, candidates, args, numbers, bar)         # b*n c h w
     if n == 1:
         return latents
     scores = VERIFIERS[args.verifier](t2i, latents, candidates)
@@ -207,54 +232,101 @@ def best_of(t2i, prompts, args, indices):
 
 @torch.no_grad()
 def to_images(rae, latents):
-    """Images uint8 b H W 3 on the CPU, decoded from latents b c h w."""
+    """Images uint8 b H W 3 on the CPU, decoded from latents b c h w.
+
+    Raises ValueError if a number is not finite: its image would be black.
+    """
     images = rae.decode(latents).float()                                # b 3 H W in [0,1]
+    for name, numbers in (("latents", latents), ("pixels", images)):
+        if not numbers.isfinite().all():
+            raise ValueError(f"the model draws {name} that are not finite: a training that "
+                             f"diverged, a damaged checkpoint, or too much --guidance; try an "
+                             f"earlier checkpoint, or --guidance 1")
     return rearrange((images * 255).round().byte(), "b c h w -> b h w c").cpu()
 
 
-def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
+def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32", bar=None):
     """Draw images uint8 b H W 3 of b class ids (num_classes: unconditional).
 
     args: sampling flags. indices: image numbers, for the noise (default: 0, 1, ...). weak: DiT of
-    AutoGuidance. dtype: precision of matmuls.
+    AutoGuidance. dtype: precision of matmuls. bar: progress bar, as in draw().
     """
     if indices is None:
         indices = range(len(labels))
     device = rae.pixel_mean.device
     y = torch.as_tensor(labels, device=device)
     with runtime.autocast(device, dtype):
-        return to_images(rae, draw(model, y, args, indices, weak))
+        return to_images(rae, draw(model, y, args, indices, weak, bar))
 
 
-def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32"):
+def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", bar=None):
     """Draw images uint8 b H W 3 of b prompts. As generate; args also has best_of and verifier."""
     if indices is None:
         indices = range(len(prompts))
     with runtime.autocast(rae.pixel_mean.device, dtype):
-        return to_images(rae, best_of(t2i, prompts, args, indices))
+        return to_images(rae, best_of(t2i, prompts, args, indices, bar))
 
 
-def draw_grid(images, captions, columns=12):
+# ---------------------------------------------------------------------------- grids
+LETTER, LINE, MARGIN = 6, 12, 2            # pixels, of the 11 px font and between images
+GRID_COLUMNS = 12
+CAPTION_LINES = 4                          # of longer captions the beginning is shown
+# Pixels along each side of a grid. Viewers and browsers show larger pictures badly or not at all,
+# as their textures end at 8192 or 16384.
+GRID_SIDE = 8192
+
+
+def grid_shape(n, captions, width, height):
+    """How much of n images under captions fits in a grid: (columns, captions, images of each).
+
+    width, height: of an image, pixels.
+    """
+    columns = min(GRID_COLUMNS, captions, max(1, GRID_SIDE // (width + MARGIN)))
+    head = 4 + LINE * CAPTION_LINES
+    bands = max(1, GRID_SIDE // (head + height + 2 * MARGIN))           # with one image each
+    captions = min(captions, columns * bands)
+    band = GRID_SIDE // math.ceil(captions / columns)
+    return columns, captions, max(1, (band - head - MARGIN) // (height + MARGIN))
+
+
+def shown_in_grid(n, captions, width, height):
+    """Numbers of the images that fit in a grid, and how many captions: all, if there are few.
+
+    n images, of which image i has caption i % captions. width, height: of an image, pixels.
+    """
+    _, num_captions, rows = grid_shape(n, captions, width, height)
+    numbers = [i for i in range(min(n, rows * captions)) if i % captions < num_captions]
+    return numbers, num_captions
+
+
+def caption_lines(text, width):
+    """A caption as the lines to print above an image `width` pixels wide, without odd characters.
+    """
+    letters = max(4, width // LETTER)
+    text = text[:CAPTION_LINES * letters * 4].replace("_", " ")         # a book would take long
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return wrap(text, letters, max_lines=CAPTION_LINES, placeholder="...")
+
+
+def draw_grid(images, captions):
     """A PIL picture of uint8 images n H W 3; image i stands under caption i % len(captions)."""
-    letter, line, margin = 6, 12, 2                                     # pixels, of the 11 px font
-    side = images.shape[1] + margin
-    captions = [text.replace("_", " ") for text in captions[:len(images)]]
-    captions = [wrap(text, images.shape[1] // letter) for text in captions]
-    columns = min(columns, len(captions))
-    head = 4 + line * max(len(lines) for lines in captions)
+    height, width = images.shape[1:3]
+    captions = [caption_lines(text, width) for text in captions[:len(images)]]
+    columns, _, _ = grid_shape(len(images), len(captions), width, height)
+    head = 4 + LINE * max(len(lines) for lines in captions)
     per_caption = math.ceil(len(images) / len(captions))
-    band = head + per_caption * side + margin                           # height of a caption's row
-    size = (columns * side + margin, math.ceil(len(captions) / columns) * band)
+    band = head + per_caption * (height + MARGIN) + MARGIN              # height of a caption's row
+    size = (columns * (width + MARGIN) + MARGIN, math.ceil(len(captions) / columns) * band)
     sheet = Image.new("RGB", size, "white")
     page = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
     for i, image in enumerate(np.asarray(images)):
         number, place = divmod(i, len(captions))                        # of the images of a caption
-        left = place % columns * side + margin
+        left = place % columns * (width + MARGIN) + MARGIN
         top = place // columns * band + head
-        sheet.paste(Image.fromarray(image), (left, top + number * side))
+        sheet.paste(Image.fromarray(image), (left, top + number * (height + MARGIN)))
         if number == 0:
-            centre = (left - margin / 2 + side / 2, top - head / 2)
+            centre = (left + width / 2, top - head / 2)
             text = "\n".join(captions[place])
             page.multiline_text(centre, text, "black", font, "mm", 1, "center")
     return sheet
@@ -265,13 +337,26 @@ def draw_grid(images, captions, columns=12):
 SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
                          interval=[0.0, 1.0], release_grid=False, release_dir=None)
 MODEL_DEFAULTS = dict(SAMPLING_DEFAULTS, seed=0, ckpt=None, release=None, weak_ckpt=None,
-                      weights="ema", batch=72, dtype="fp32", compile=False)
+                      weights="ema", batch=72, dtype="fp32", compile=False, best_of=1,
+                      verifier="answer")
 PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of both papers
+# Bounds that catch a slip of the keyboard before it fills the memory: far beyond any use, as papers
+# draw 50,000 images in 50 steps.
+MOST_IMAGES, MOST_STEPS, MOST_CANDIDATES = 10 ** 6, 10 ** 4, 10 ** 4
+# What --out can be: suffix -> how Pillow saves a grid; an .npz of arrays; or a folder.
+PICTURES = {
+    ".png": dict(format="png"),
+    ".jpg": dict(format="jpeg", quality=95),
+    ".jpeg": dict(format="jpeg", quality=95),
+    ".webp": dict(format="webp", lossless=True),
+}
+OUT_SUFFIXES = [*PICTURES, ".npz", ""]
 
 
 def add_sampling_flags(p):
     """The flags that draw() reads, shared by all scripts that sample."""
-    p.add_argument("--sampling_steps", type=at_least(1), help="Steps of the solver; papers: 50.")
+    p.add_argument("--sampling_steps", type=at_least(1, MOST_STEPS + 1),
+                   help="Steps of the solver; papers: 50.")
     p.add_argument("--solver", choices=SOLVERS, help="Solver of the ODE or SDE; papers: euler.")
     p.add_argument("--guidance", type=at_least(1.0),
                    help="Scale of classifier-free guidance or AutoGuidance; 1: none.")
@@ -304,7 +389,7 @@ def add_model_flags(p, classes=True, text=True):
         releases += PUBLISHED_DITS
         p.add_argument("--weak_ckpt",
                        help="Weaker model on the same latents, for AutoGuidance instead of "
-                            "classifier-free guidance.")
+                            "classifier-free guidance (default: none; that of the --release).")
     if text:
         scripts.append("train_t2i.py")
         releases += PUBLISHED_T2I
@@ -325,14 +410,18 @@ def add_model_flags(p, classes=True, text=True):
 
 def add_verifier_flags(p):
     """The flags of choosing the best of several candidates, for text to image."""
-    p.add_argument("--best_of", type=at_least(1), default=1,
-                   help="Candidates for each image of a prompt (default: 1).")
-    p.add_argument("--verifier", choices=VERIFIERS, default="answer",
-                   help="What chooses among them, looking at latents (default: answer).")
+    p.add_argument("--best_of", type=at_least(1, MOST_CANDIDATES + 1),
+                   help="Candidates for each image of a prompt.")
+    p.add_argument("--verifier", choices=VERIFIERS,
+                   help="What chooses among the candidates of --best_of, looking at latents.")
 
 
 def resolve_model_flags(args, text):
-    """A copy of args with the flags of add_model_flags filled in. text: draw from prompts."""
+    """A copy of args with the flags of add_model_flags filled in. text: draw from prompts.
+
+    Raises ValueError for given flags that would do nothing.
+    """
+    check_acting_flags(args)
     values = dict(MODEL_DEFAULTS)
     if args.release in PUBLISHED_DITS:
         values |= PAPER_SAMPLING
@@ -348,6 +437,22 @@ def resolve_model_flags(args, text):
     else:
         values["ckpt"] = str(SHIPPED_DIT)
     return argparse.Namespace(**(vars(args) | values | runtime.given_flags(args)))
+
+
+def check_acting_flags(args):
+    """Raise ValueError for given flags that would do nothing. args: None where none was given."""
+    given = runtime.given_flags(args)
+    for name in ("weak_ckpt", "interval"):
+        if name in given and args.guidance == 1:
+            raise ValueError(f"--{name} does nothing without guidance, at --guidance 1; leave one "
+                             f"of them out")
+    if "verifier" in given and given.get("best_of", 1) == 1:
+        raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
+                         "add --best_of 8, or leave it out")
+    has_guide = "weak_ckpt" in given or args.release in PUBLISHED_DITS
+    if given.get("labels") == ["none"] and given.get("guidance", 1) != 1 and not has_guide:
+        raise ValueError(f"--guidance {args.guidance} does nothing with --labels none, which it "
+                         f"would push away from; leave it out")
 
 
 def check_model_flags(args, text):
@@ -375,11 +480,12 @@ def parse_args(argv=None):
                       "release eight classes.")
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
-    p.add_argument("--n", type=at_least(1),
+    p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
                    help="Number of images (default: 3 for each label or prompt).")
-    p.add_argument("--out", default="samples.png",
-                   help="X.png: a grid; X.npz: arr_0 and labels; else a folder of PNG files "
-                        "(default: samples.png).")
+    p.add_argument("--out",
+                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.npz: arr_0 and labels; "
+                        f"without a suffix: a folder of PNG files (default: samples.png, with "
+                        f"--prompt prompts.png).")
     add_model_flags(p)
     add_verifier_flags(p)
     return p.parse(argv, resolve, check_flags)
@@ -387,7 +493,10 @@ def parse_args(argv=None):
 
 def resolve(args):
     """A copy of args in which every flag has its value."""
-    return resolve_model_flags(args, text=args.prompt is not None)
+    args = resolve_model_flags(args, text=args.prompt is not None)
+    if args.out is None:
+        args.out = "samples.png" if args.prompt is None else "prompts.png"
+    return args
 
 
 def check_flags(args):
@@ -397,9 +506,7 @@ def check_flags(args):
         raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
                          f"images with prompts")
     for prompt in args.prompt or []:
-        if not prompt.strip() or "<image>" in prompt:
-            raise ValueError(f"--prompt {prompt!r} must say what to draw, in words and without "
-                             f"<image>")
+        check_prompt(prompt)
 
 
 # ---------------------------------------------------------------------------- models and labels
@@ -467,23 +574,58 @@ def parse_labels(labels, class_names, dropout):
     num_classes = len(class_names)
     if labels in (["balanced"], ["random"]):
         return list(range(num_classes))
-    names = [name.replace(" ", "_") for name in class_names]
-    known = {str(i): i for i in range(num_classes)}
+    known = {}
+    counts = Counter(name.replace(" ", "_") for name in class_names)
+    for i, name in enumerate(class_names):
+        name = name.replace(" ", "_")
+        if counts[name] == 1:
+            known[name] = i
+    known |= {str(i): i for i in range(num_classes)}
     if dropout:
         known["none"] = num_classes
-    for i, name in enumerate(names):
-        if names.count(name) == 1:
-            known[name] = i
     labels = [label.replace(" ", "_") for label in labels]
     unknown = [label for label in labels if label not in known]
     if unknown:
+        reasons = [label_advice(label, list(counts), num_classes) for label in unknown]
         raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
-                         f"classes, 0 to {num_classes - 1} or {class_names[0]} ...; `none`, the "
-                         f"null class, needs label dropout")
+                         f"classes, 0 to {num_classes - 1} or {class_names[0]} ...; "
+                         f"{'; '.join(reasons)}")
     return [known[label] for label in labels]
 
 
+def label_advice(label, names, num_classes):
+    """What to give in place of a label that the model does not know, or why it can't be given.
+
+    names: of the classes, each once.
+    """
+    if re.fullmatch(r"-?\d+", label):
+        return f"{label} is not in 0 to {num_classes - 1}"
+    if label in ("balanced", "random"):
+        return f"{label} must stand alone"
+    if label == "none":
+        return "`none`, the null class, needs a model trained with label dropout"
+    if label in names:
+        return f"{label} is the name of several classes, so give its number"
+    near = [name for name in names if label.lower() in name.lower()]
+    near += difflib.get_close_matches(label, names, n=3)
+    near = list(dict.fromkeys(near))[:3]
+    if near:
+        return f"in place of {label}, try {' or '.join(near)}"
+    return f"no name is like {label}"
+
+
 # ---------------------------------------------------------------------------- files
+PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
+
+
+def check_output(out):
+    """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
+    runtime.check_out(out)
+    runtime.check_suffix(out, OUT_SUFFIXES)
+    if out.is_dir() or out.suffix == "" and out.exists():
+        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+
+
 def parts_folder(out, args, rae, *models):
     """Folder beside `out` for the images drawn so far, so that a killed run can go on.
 
@@ -496,97 +638,133 @@ def parts_folder(out, args, rae, *models):
         dit = getattr(model, "dit", model)                              # a T2I has one inside
         biases.append(dit.final_layer.linear.bias.tolist())
     depends_on = repr((flags, rae.latent_std.mean(), biases))
-    digest = hashlib.sha1(depends_on.encode()).hexdigest()[:8]
+    digest = hashlib.sha1(depends_on.encode("utf-8", "replace")).hexdigest()[:8]
     out = Path(out)
     return out.with_name(f"{out.name}.{digest}.parts")
 
 
+def stale_parts(parts):
+    """Folders that killed runs with other flags or weights have left beside the folder `parts`."""
+    name = parts.name.rsplit(".", 2)[0]                                 # of the output
+    pattern = re.escape(name) + r"\.[0-9a-f]{8}\.parts"
+    folders = []
+    for folder in sorted(parts.parent.iterdir()):
+        if folder != parts and folder.is_dir() and re.fullmatch(pattern, folder.name):
+            folders.append(folder)
+    return folders
+
+
+def report_stale_parts(parts):
+    """Say which folders finish_parts() is going to delete."""
+    for folder in stale_parts(parts):
+        print(f"{folder} has images of a run with other flags or weights that was stopped; it is "
+              f"deleted when this run is done (to keep it, stop now and name another --out)")
+
+
+def delete_parts(parts):
+    """Delete the folder of a finished run, and those that stopped runs with other flags have left.
+    """
+    for folder in [*stale_parts(parts), parts]:
+        shutil.rmtree(folder, ignore_errors=True)                       # it may be renamed already
+
+
 def save_png(image, path):
     """Write a PIL image as a PNG file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     runtime.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
 
 
-def draw_files(files, draw_images, batch, rank=0, world=1):
+def save_picture(image, path):
+    """Write a PIL image in the format of its suffix, which is one of PICTURES."""
+    options = PICTURES[Path(path).suffix.lower()]
+    runtime.write_whole(path, lambda f: image.save(f, **options))
+
+
+def is_drawn(path):
+    """True if a PNG file is there, to its end."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as f:
+        f.seek(0, os.SEEK_END)
+        f.seek(max(0, f.tell() - len(PNG_END)))
+        return f.read() == PNG_END
+
+
+def draw_files(files, draw_images, batch, rank=0, world=1, evaluations=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
+    draw_images: (list of numbers, progress bar) -> images uint8 b H W 3. Each process draws its
+    part. evaluations: how often a batch advances the bar.
     """
-    batches = runtime.split_numbers(len(files), batch, rank, world)
-    for numbers in tqdm(batches, disable=True if rank > 0 else None):
-        missing = [i for i in numbers if not files[i].exists()]
-        if not missing:
-            continue
-        for i, pixels in zip(missing, draw_images(missing).numpy(), strict=True):
-            save_png(Image.fromarray(pixels), files[i])
-    if world > 1:
-        dist.barrier()
+    batches = []
+    for numbers in runtime.split_numbers(len(files), batch, rank, world):
+        missing = [i for i in numbers if not is_drawn(files[i])]
+        if missing:
+            batches.append(missing)
+    with says_what_is_kept(files):
+        with runtime.progress_bar(len(batches) * evaluations, "draw", rank) as bar:
+            for numbers in batches:
+                images = draw_images(numbers, bar).numpy()
+                for i, pixels in zip(numbers, images, strict=True):
+                    save_png(Image.fromarray(pixels), files[i])
+        if world > 1:
+            dist.barrier()
 
 
-def collect(files, out, labels, captions):
-    """Write the drawn files as one: an .npz of arr_0 and labels, or a grid under captions."""
-    folder = files[0].parent
+@contextlib.contextmanager
+def says_what_is_kept(files):
+    """Context in which whoever stops the run is told how many of these files it has drawn."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        num_drawn = sum(is_drawn(file) for file in files)
+        if num_drawn == 0:
+            raise KeyboardInterrupt("stopped before an image was drawn; nothing is kept") from None
+        raise KeyboardInterrupt(f"stopped; {num_drawn} of {len(files)} images are kept, and it "
+                                f"goes on when the command is given again") from None
+
+
+def save_npz(f, files, labels):
+    """Write images and labels to an open file as np.savez does, one image at a time: 50,000 of 256
+    px are 10 GB.
+    """
     width, height = Image.open(files[0]).size
-    # Mapped to disk: 50,000 images of 256 px are 10 GB.
-    images = np.memmap(folder / "all", np.uint8, "w+", shape=(len(files), height, width, 3))
-    for i, file in enumerate(files):
-        images[i] = Image.open(file)
-    if out.suffix == ".npz":
-        runtime.write_whole(out, lambda f: np.savez(f, arr_0=images, labels=labels))
-    else:
-        draw_grid(images, captions).save(out)
-    shutil.rmtree(folder)
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
+    with zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for file in files:
+                member.write(np.asarray(Image.open(file)).tobytes())
+        with archive.open("labels.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, labels)
 
 
-def main(args):
-    rank, world, device = runtime.setup()
-    start = time.time()
-    out = Path(args.out)
-    is_folder = out.suffix not in (".png", ".npz")
-    if out.is_dir() or is_folder and out.exists():
-        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+def save_grid(out, files, captions):
+    """Write a grid of the drawn files under their captions, and say what it does not show."""
+    numbers, num_captions = shown_in_grid(len(files), len(captions), *Image.open(files[0]).size)
+    if len(numbers) < len(files):
+        print(f"{out} shows {len(numbers)} of the {len(files)} images, as a grid has at most "
+              f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
+    images = np.stack([np.asarray(Image.open(files[i])) for i in numbers])
+    sheet = draw_grid(images, captions[:num_captions])
+    save_picture(sheet, out)
 
-    # ---------------------------------------------------------------- models, and what to draw
-    if args.prompt:
-        model, rae, state = load_t2i_models(args, device)
-        weak = None
-        captions = args.prompt
-        labels = list(range(len(captions)))                             # numbers of prompts
-        n = args.n or 3 * len(labels)
-        if rank == 0:
-            report_cut_prompts(model, captions)
-    else:
-        model, rae, state, weak = load_models(args, device)
-        class_names = state["class_names"]
-        names = args.labels or (EIGHT_CLASSES if args.release else ["balanced"])
-        labels = parse_labels(names, class_names, state["args"]["class_dropout"])
-        n = args.n or 3 * len(labels)
-        if names == ["random"]:
-            rng = np.random.default_rng((args.seed, 0, 0, 1))           # apart from the noise's
-            labels = rng.integers(len(labels), size=n)
-        captions = [[*class_names, "none"][label] for label in labels]
-    labels = np.resize(labels, n)                                       # in turn, if n is larger
 
-    # ---------------------------------------------------------------- images
-    def draw_images(numbers):
-        if args.prompt:
-            prompts = [args.prompt[i] for i in labels[numbers]]
-            return generate_prompts(model, rae, prompts, args, numbers, args.dtype)
-        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype)
+# ---------------------------------------------------------------------------- main
+def choose_classes(args, state):
+    """Class ids of the n images, an array, and the captions of the first ones, which repeat.
 
-    models = [model, weak] if weak else [model]
-    parts = parts_folder(out, args, rae, *models)
-    parts.mkdir(parents=True, exist_ok=True)
-    files = [parts / f"{i:06d}.png" for i in range(n)]
-    draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
-
-    # ---------------------------------------------------------------- output
-    if rank == 0:
-        if is_folder:
-            parts.rename(out)
-        else:
-            collect(files, out, labels, captions)
-        seconds = time.time() - start
-        print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
+    state: dict of the model's checkpoint.
+    """
+    class_names = state["class_names"]
+    names = args.labels or (EIGHT_CLASSES if args.release else ["balanced"])
+    labels = parse_labels(names, class_names, state["args"]["class_dropout"])
+    n = args.n or 3 * len(labels)
+    if names == ["random"]:
+        rng = np.random.default_rng((args.seed, 0, 0, 1))               # apart from the noise's
+        labels = rng.integers(len(labels), size=n)
+    captions = [[*class_names, "none"][label] for label in labels]
+    return np.resize(labels, n), captions                               # in turn, if n is larger
 
 
 def report_cut_prompts(t2i, prompts):
@@ -596,6 +774,81 @@ def report_cut_prompts(t2i, prompts):
     if cut:
         print(f"{cut} prompts are longer than the model's context of {t2i.context} tokens allows, "
               f"and cut")
+
+
+def report_unknown_words(prompts, state):
+    """Warn of prompts that ask for what the model has never seen, if it has only seen shapes.
+
+    state: dict of the model's checkpoint.
+    """
+    paths, _ = parse_specs(state["args"].get("data", []))
+    if any(path != "shapes" for own_paths in paths.values() for path in own_paths):
+        return
+    unknown = [word for prompt in prompts for word in unknown_words(prompt)]
+    if unknown:
+        print(f"the model has only ever seen coloured shapes, and draws some in place of "
+              f"{', '.join(list(dict.fromkeys(unknown))[:5])}")
+
+
+def main(args):
+    out = Path(args.out)
+    check_output(out)
+    rank, world, device = runtime.setup()
+    with runtime.locked(out):
+        sample_to(out, args, rank, world, device)
+
+
+def sample_to(out, args, rank, world, device):
+    """Draw the images of the flags, and write them to `out`."""
+    start = time.time()
+    if rank == 0:
+        print(f"loading {args.ckpt}", flush=True)
+
+    # ---------------------------------------------------------------- models, and what to draw
+    if args.prompt:
+        model, rae, state = load_t2i_models(args, device)
+        models = [model]
+        captions = args.prompt
+        n = args.n or 3 * len(captions)
+        labels = np.resize(range(len(captions)), n)                     # numbers of prompts
+    else:
+        model, rae, state, weak = load_models(args, device)
+        models = [model, weak] if weak else [model]
+        labels, captions = choose_classes(args, state)
+        n = len(labels)
+
+    def draw_images(numbers, bar):
+        if args.prompt:
+            prompts = [args.prompt[i] for i in labels[numbers]]
+            return generate_prompts(model, rae, prompts, args, numbers, args.dtype, bar)
+        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype, bar)
+
+    # ---------------------------------------------------------------- images
+    parts = parts_folder(out, args, rae, *models)
+    files = [parts / f"{i:06d}.png" for i in range(n)]
+    if rank == 0:
+        report_stale_parts(parts)
+        if args.prompt:
+            report_cut_prompts(model, captions)
+            report_unknown_words(captions, state)
+        if n < len(captions):
+            print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
+    draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world,
+               evaluations(args))
+
+    # ---------------------------------------------------------------- output
+    if rank > 0:
+        return
+    with says_what_is_kept(files):
+        if out.suffix == "":
+            parts.rename(out)
+        elif out.suffix.lower() == ".npz":
+            runtime.write_whole(out, lambda f: save_npz(f, files, labels))
+        else:
+            save_grid(out, files, captions)
+    delete_parts(parts)
+    seconds = time.time() - start
+    print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,15 @@ from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
-from data import batches, check_batch, load_images, open_data, resize_images
+from data import (
+    batches,
+    check_amounts,
+    check_batch,
+    fit_defaults,
+    load_images,
+    open_data,
+    resize_images,
+)
 from eval_decoder import evaluate_reconstruction, reconstruction_picture
 from model import (
     DECODER_SIZES,
@@ -36,7 +44,14 @@ from model import (
     build_decoder,
     check_heads,
 )
-from release import load_encoder, load_release, load_strict, load_vit, pixel_statistics
+from release import (
+    load_encoder,
+    load_release,
+    load_strict,
+    load_vit,
+    pixel_statistics,
+    warn_of_tiny_encoder,
+)
 from runtime import at_least
 
 # ---------------------------------------------------------------------------- flags
@@ -50,7 +65,7 @@ DEFAULTS = dict(
     tau=0.2, noise_law="half_normal", lpips=None, gram=0.0, feature=0.0, kl=1e-4,
     gan=0.0, gan_start=None, disc=None, disc_start=None, disc_lr=None, disc_warmup=100,
     diffaug="on", cutout=0.0,
-    recipe=None, steps=2000, optimizer="muon", lr=7e-3, lr_end=0.02, warmup=100, weight_decay=0.0,
+    recipe=None, steps=2000, optimizer="muon", lr=7e-3, lr_end=0.02, warmup=None, weight_decay=0.0,
     clip=1.0, ema=0.99,
     log_every=100, save_every=1000, preview_every=1000,
     eval_every=1000, eval_n=200, eval_features=None)
@@ -89,7 +104,8 @@ def parse_args(argv=None):
                    help="Side of the images given to the encoder, in pixels (default: 256; for "
                         f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
-                   help="Images of each source kept for evaluation (default: eval_n).")
+                   help="Images of each source kept for evaluation (default: eval_n, or a tenth "
+                        "of few images).")
     p.add_argument("--stats_n", type=at_least(0),
                    help="Images whose latents are measured; 0: all.")
     # model
@@ -178,6 +194,7 @@ def resolve(args):
         stored = runtime.flags_of_run(out, "train_decoder.py", "disc")
         values |= stored
     else:
+        values |= fit_defaults(args, DEFAULTS)
         values |= RECIPES.get(args.recipe, {})
         decoder = args.decoder or values["decoder"]
         values |= DECODER_SIZES[decoder]
@@ -193,12 +210,12 @@ def resolve(args):
         resolved.disc = "tiny" if is_small else "dino-s8"
     if resolved.disc_lr is None:
         resolved.disc_lr = 3e-3 if resolved.disc == "tiny" else 2e-4
+    if resolved.warmup is None:
+        resolved.warmup = runtime.default_warmup(resolved.steps)
     if resolved.gan_start is None:
         resolved.gan_start = resolved.steps // 2
     if resolved.disc_start is None:
         resolved.disc_start = resolved.gan_start * 3 // 4
-    if resolved.hold_out is None:
-        resolved.hold_out = resolved.eval_n
     if resolved.micro_batch is None:
         resolved.micro_batch = runtime.default_micro_batch(resolved.batch)
     if args.resume:
@@ -209,6 +226,7 @@ def resolve(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     metrics.check_feature_name(args.eval_features, "--eval_features")
     pixel_statistics(args.encoder)                          # knows all names
     check_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
@@ -238,7 +256,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, devic
     stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
     for _, _, images, _, _ in stream:
         latents = encoder.encode(images.to(device).float() / 255)       # b c h w
-        latents = latents.double().cpu()
+        latents = latents.cpu().double()                                # some GPUs have no fp64
         mean = latents.mean(0)                                          # c h w
         scatter = (latents - mean).square().sum(0)                      # c h w
         moments = merge_moments(moments, (len(latents), mean, scatter))
@@ -904,19 +922,10 @@ def statistics_size(args, data):
     return max(args.batch, n // args.batch * args.batch)
 
 
-def warn_of_tiny_encoder(log, args, data):
-    """Warn, on the screen and in the log, if the shipped encoder meets images unknown to it."""
-    is_built_in = [data.is_built_in(source) for source in range(len(data.domains))]
-    if args.encoder == "tiny" and not all(is_built_in):
-        warning = ("the shipped encoder has only seen coloured shapes; its latents say little "
-                   "about photographs: use --encoder dinov2-b")
-        log.say(f"warning: {warning}")
-        log.write(dict(warning=warning))
-
-
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
+    lock = runtime.lock(args.out, is_folder=True)
     resumed = runtime.load_resumable(args) if args.resume else None
 
     # ---------------------------------------------------------------- data
@@ -928,6 +937,10 @@ def main(args, data=None):
                                     hold_out=args.hold_out, objects=1)
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
+    change_of_data = None
+    if resumed:
+        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(),
+                                                 args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:
@@ -962,14 +975,16 @@ def main(args, data=None):
         for optimizer, state in zip(all_optimizers, resumed["opt"], strict=True):
             optimizer.load_state_dict(state)
         start = resumed["step"]
-    elif rank == 0:
-        runtime.clear_run(args.out)
 
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
-    log = runtime.Log(args, rank, device, start, parameters)
+    log = runtime.Log(args, rank, device, start, parameters, data)
+    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
+    stop = runtime.StopRequest()
     meter = LossMeter(data, device)
-    warn_of_tiny_encoder(log, args, data)
+    log.warn(change_of_data)
+    runtime.warn_of_late_steps(log, args)
+    warn_of_tiny_encoder(log, args.encoder, data)
 
     def measure_latents():
         n = statistics_size(args, statistics_data)
@@ -985,24 +1000,21 @@ def main(args, data=None):
         latent_mean, latent_var = measure_latents()
     rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
 
-    def save(step):
+    def save(step, is_stop):
         packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
                           latent_var=latent_var, decoder=networks.ema[0].state_dict())
         if encoder.trainable:                               # its latents have changed
             packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
             packed_rae["encoder_weights"] = networks.ema[1].state_dict()
-        if rank > 0:
-            return
         flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
-        runtime.save_checkpoint(
-            f"{args.out}/last.pt", **networks.state(), rae=packed_rae, step=step, args=flags,
-            opt=[optimizer.state_dict() for optimizer in all_optimizers])
+        checkpoints.save(
+            step, is_stop, **networks.state(), rae=packed_rae, args=flags,
+            opt=[optimizer.state_dict() for optimizer in all_optimizers], data=data.identity())
 
     def preview(step):
         if rank > 0:
             return
-        picture = reconstruction_picture(rae, load_images(val_data, range(12)))
-        picture.save(f"{args.out}/preview_{step:07d}.png")
+        log.picture(reconstruction_picture(rae, load_images(val_data, range(12))), step)
 
     def evaluate(step):
         for source, name in enumerate(val_data.domains):
@@ -1010,13 +1022,13 @@ def main(args, data=None):
                 rae, val_data, args.eval_n, rank, world, args.micro_batch, source=source,
                 vgg=networks.reconstruction_loss.vgg, features=features)
             log.write(dict(step=step, domain=name, **results))
-            log.say(f"step {step} | held-out {name} " + metrics.one_line(results))
+            log.say(f"step {step} | held out {name} {metrics.one_line(results)}")
 
     # ---------------------------------------------------------------- training
     trainer = Trainer(networks, meter, args, device, world)
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                      stop=args.steps)
-    for step, micro_batches in groupby(stream, key=itemgetter(0)):
+    for step, micro_batches in stop.catching(groupby(stream, key=itemgetter(0))):
         train_discriminator = args.gan > 0 and step >= args.disc_start
         if train_discriminator:
             networks.discriminator.update_spectral_norms()
@@ -1032,18 +1044,26 @@ def main(args, data=None):
         grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip,
                                            meter.last("loss"), step, lr)
         runtime.update_ema(networks.ema, networks.trained, args.ema, step)
+        disc_grad_norm = 0.0
         if train_discriminator:
             average_gradients(heads)
-            runtime.optimizer_step(disc_optimizers, heads, args.clip, meter.last("disc"), step,
-                                   disc_lr(args, step))
+            disc_grad_norm = runtime.optimizer_step(disc_optimizers, heads, args.clip,
+                                                    meter.last("disc"), step, disc_lr(args, step))
 
         done = step + 1
+        checkpoints.check(done, grad_norm, disc_grad_norm)
         is_end = done == args.steps
+        is_stop = stop.asked()
+        if step == start:
+            log.first_step()
         if done % args.log_every == 0 or is_end:
             means = meter.means()
             log.step(done, means.pop("loss"), grad_norm, lr, **means)
-        if done % args.save_every == 0 or is_end:
-            save(done)
+        if checkpoints.is_due(done, is_stop):
+            save(done, is_stop)
+        if is_stop and not is_end:
+            checkpoints.say_stopped(stop)
+            break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
             preview(done)
         if args.eval_every and (done % args.eval_every == 0 or is_end):

@@ -21,7 +21,7 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_batch, open_data
+from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_fid import evaluate_generation
 from model import (
     DIT_SIZES,
@@ -41,7 +41,7 @@ DEFAULTS = dict(
     data=["shapes"], hold_out=0, flip="on", cache=0, rae=None, init=None, recipe=None,
     model=None, width=128, depth=4, heads=4, head_width=192, head_depth=1, head_heads=4,
     class_dropout=0.1, label_std=1.0, compile=False,
-    steps=2400, lr=3e-3, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
+    steps=2400, lr=3e-3, lr_end=0.02, warmup=None, decay_start=None, decay_end=None,
     weight_decay=0.0, clip=1.0, ema=0.998, time_law="logit_normal",
     shift_base=4096, prediction="v",
     log_every=50, save_every=500, preview_every=500,
@@ -135,10 +135,13 @@ def resolve(args):
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
+        values |= fit_defaults(args, DEFAULTS)
         values |= presets(args)
     values |= given
     if values["micro_batch"] is None:
         values["micro_batch"] = runtime.default_micro_batch(values["batch"])
+    if values["warmup"] is None:
+        values["warmup"] = runtime.default_warmup(values["steps"])
     if values["decay_start"] is None:
         values["decay_start"] = max(values["warmup"], values["steps"] // 2)
     if values["decay_end"] is None:
@@ -164,6 +167,7 @@ def presets(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     sample.check_sampling_flags(args)
     metrics.check_feature_name(args.eval_features, "--eval_features")
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)
@@ -243,6 +247,7 @@ def build_model(args, channels, grid, num_classes, init):
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
+    lock = runtime.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
     resumed = runtime.load_resumable(args) if args.resume else None
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
@@ -254,6 +259,10 @@ def main(args, data=None):
         data = open_data(args.data, packed_rae["size"], args.seed, flip=args.flip == "on",
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
+    change_of_data = None
+    if resumed:
+        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(),
+                                                 args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
@@ -284,28 +293,28 @@ def main(args, data=None):
     if resumed:
         optimizer.load_state_dict(resumed["opt"])
         start = resumed["step"]
-    elif rank == 0:
-        runtime.clear_run(args.out)
     parameters = sum(p.numel() for p in model.parameters())
-    log = runtime.Log(args, rank, device, start, parameters)
+    log = runtime.Log(args, rank, device, start, parameters, data)
+    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
+    stop = runtime.StopRequest()
+    log.warn(change_of_data)
+    runtime.warn_of_late_steps(log, args)
+    release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     loss_by_time = runtime.LossByTime(device)
 
-    def save(step):
-        if rank > 0:
-            return
-        runtime.save_checkpoint(
-            f"{args.out}/last.pt", model=model.state_dict(), ema=ema.state_dict(),
-            opt=optimizer.state_dict(), step=step, rae=packed_rae,
-            args=runtime.flags_as_dict(args), num_classes=data.num_classes,
-            class_names=data.class_names, latent_shape=[channels, grid])
+    def save(step, is_stop):
+        checkpoints.save(
+            step, is_stop, model=model.state_dict(), ema=ema.state_dict(),
+            opt=optimizer.state_dict(), rae=packed_rae, args=runtime.flags_as_dict(args),
+            num_classes=data.num_classes, class_names=data.class_names,
+            latent_shape=[channels, grid], data=data.identity())
 
     def preview(step):
         if rank > 0:
             return
         labels = list(range(min(36, data.num_classes)))
         images = sample.generate(ema, rae, labels + labels, args)
-        picture = sample.draw_grid(images, data.class_names[:36])
-        picture.save(f"{args.out}/preview_{step:07d}.png")
+        log.picture(sample.draw_grid(images, data.class_names[:36]), step)
 
     def evaluate(step):
         results = evaluate_generation(ema, rae, val_data, args, args.eval_n, rank, world,
@@ -319,7 +328,7 @@ def main(args, data=None):
     else:
         stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                          stop=args.steps)
-    for step, micro_batches in groupby(stream, key=itemgetter(0)):
+    for step, micro_batches in stop.catching(groupby(stream, key=itemgetter(0))):
         for _, micro, x0, labels, _ in micro_batches:
             is_last = micro // world == accumulation - 1
             x0, labels = x0.to(device).float(), labels.to(device)
@@ -344,12 +353,19 @@ def main(args, data=None):
         runtime.update_ema(ema, model, args.ema, step)
 
         done = step + 1
+        checkpoints.check(done, grad_norm)
         is_end = done == args.steps
+        is_stop = stop.asked()
+        if step == start:
+            log.first_step()
         if done % args.log_every == 0 or is_end:
             mean_loss, by_time = loss_by_time.means()
             log.step(done, mean_loss, grad_norm, lr, loss_by_t=by_time)
-        if done % args.save_every == 0 or is_end:
-            save(done)
+        if checkpoints.is_due(done, is_stop):
+            save(done, is_stop)
+        if is_stop and not is_end:
+            checkpoints.say_stopped(stop)
+            break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
             preview(done)
         if args.eval_every and (done % args.eval_every == 0 or is_end):

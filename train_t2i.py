@@ -35,7 +35,7 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_batch, open_data
+from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_t2i import evaluate_prompts
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
@@ -54,14 +54,14 @@ DEFAULTS = dict(
     llm=None, llm_width=128, llm_depth=3, llm_heads=4, freeze_llm=False, connector="linear",
     model=None, wide_head=False, width=128, depth=4, heads=4,
     head_width=192, head_depth=1, head_heads=4, class_dropout=0.1,
-    plan=0, regression=0.0, llm_start=0, flow_weight=2.0, draws=2,
+    plan=0, regression=0.0, llm_start=None, flow_weight=2.0, draws=2,
     time_law="logit_normal", shift_base=4096, prediction="v",
-    steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=100, decay_start=None, decay_end=None,
+    steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=None, decay_start=None, decay_end=None,
     weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
 # What a small language model from scratch needs: it says where things are before it draws them,
 # its queries also learn from the latents directly, and the DiT waits until they mean something.
-FROM_SCRATCH = dict(plan=40, regression=1.0, llm_start=500)
+FROM_SCRATCH = dict(plan=40, regression=1.0)
 # The tiny encoder's tokens repeat each other, so it takes more noise to hide an image, and few
 # dimensions of the latents vary, so x0 is easier to predict than v.
 TINY_LATENTS = dict(shift_base=340, prediction="x0")
@@ -169,8 +169,8 @@ def add_training_flags(p):
                         "latents. As in --init; for a language model from scratch "
                         f"{FROM_SCRATCH['regression']:g}.")
     p.add_argument("--llm_start", type=at_least(0),
-                   help="Step from which prompts condition the DiT; for a language model from "
-                        f"scratch {FROM_SCRATCH['llm_start']}.")
+                   help="Step from which prompts condition the DiT (default: 0; for a language "
+                        "model from scratch steps / 3).")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rates, law of t, and sampling.")
@@ -206,6 +206,8 @@ def resolve(args):
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
+        fitting = fit_defaults(args, DEFAULTS | {"hold_out": 0}, with_conversations=True)
+        values["batch"] = fitting["batch"]
         values |= presets(args, from_scratch)
     values |= given
 
@@ -213,6 +215,10 @@ def resolve(args):
         values["micro_batch"] = runtime.default_micro_batch(values["batch"])
     if values["llm_lr"] is None:
         values["llm_lr"] = values["lr"] / (3 if from_scratch else 10)
+    if values["llm_start"] is None:
+        values["llm_start"] = values["steps"] // 3 if from_scratch else 0
+    if values["warmup"] is None:
+        values["warmup"] = runtime.default_warmup(values["steps"])
     if values["decay_start"] is None and args.recipe:
         values["decay_start"] = values["warmup"]
     elif values["decay_start"] is None:
@@ -255,6 +261,7 @@ def flags_of_init(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, with_conversations=True)
     sample.check_sampling_flags(args)
     check_heads(args.llm_width, args.llm_heads, "--llm_width", "--llm_heads", multiple=2)
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)
@@ -335,12 +342,11 @@ class Counts(NamedTuple):
     understood: int          # images
 
 
-def count_batch(micro_batches, device):
+def count_batch(micro_batches):
     """Counts of a step's batch, from this process's micro-batches."""
-    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    counts = torch.zeros(3, dtype=torch.float64)            # on the CPU, as the counts are
     for micro in micro_batches:
-        own = [micro.num_tokens, micro.num_drawn, micro.num_understood]
-        counts += torch.tensor(own, device=device)
+        counts += torch.tensor([micro.num_tokens, micro.num_drawn, micro.num_understood])
     tokens, drawn, understood = runtime.all_sum(counts).tolist()
     return Counts(round(tokens), round(drawn), round(understood))
 
@@ -503,6 +509,7 @@ def main(args, data=None, conversation=None):
     -> [(role, text), ...] about a scene of shapes, in place of converse().
     """
     rank, world, device = runtime.setup()
+    lock = runtime.lock(args.out, is_folder=True)
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
     resumed = runtime.load_resumable(args) if args.resume else None
@@ -525,6 +532,9 @@ def main(args, data=None, conversation=None):
         data = open_data(args.data, packed_rae["size"], args.seed, objects=OBJECTS,
                          conversation=conversation)
     check_batch(data, args.batch)
+    change_of_data = None
+    if resumed:
+        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(), 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
         prompts = preview_prompts(args, packed_rae["size"])
@@ -556,27 +566,27 @@ def main(args, data=None, conversation=None):
     if resumed:
         load_moments(t2i, optimizer, resumed["opt"])
         start = resumed["step"]
-    elif rank == 0:
-        runtime.clear_run(args.out)
     parameters = sum(p.numel() for p in t2i.parameters())
-    log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters)
+    log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
+    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
+    stop = runtime.StopRequest()
+    log.warn(change_of_data)
+    runtime.warn_of_late_steps(log, args)
+    release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     losses = Losses(args, device)
 
-    def save(step):
+    def save(step, is_stop):
         state = whole_state(t2i, ema, optimizer)            # all processes take part
-        if rank == 0:
-            runtime.save_checkpoint(
-                f"{args.out}/last.pt", **state, step=step, asked=asked,
-                rae=packed_rae, args=flags, llm=t2i.llm.config, tokenizer=t2i.tokenizer.json,
-                latent_shape=latent_shape)
+        checkpoints.save(
+            step, is_stop, **state, asked=asked, rae=packed_rae, args=flags, llm=t2i.llm.config,
+            tokenizer=t2i.tokenizer.json, latent_shape=latent_shape, data=data.identity())
 
     # Previews and ShapesEval draw one image of a prompt, so nothing is to choose from.
     drawing = argparse.Namespace(**dict(vars(args), batch=72, best_of=1, verifier="answer"))
 
     def preview(step):
         images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
-        picture = sample.draw_grid(images, prompts)
-        picture.save(f"{args.out}/preview_{step:07d}.png")
+        log.picture(sample.draw_grid(images, prompts), step)
         t2i.train()                                         # it is the EMA itself with --ema 0
 
     def evaluate(step):
@@ -588,8 +598,9 @@ def main(args, data=None, conversation=None):
     # ---------------------------------------------------------------- loop
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                      stop=args.steps)
-    for step, micro_batches in training_steps(stream, t2i.tokenizer, t2i.n, context):
-        counts = count_batch(micro_batches, device)
+    steps = training_steps(stream, t2i.tokenizer, t2i.n, context)
+    for step, micro_batches in stop.catching(steps):
+        counts = count_batch(micro_batches)
         asked += counts.understood
         for i, micro in enumerate(micro_batches, start=1):
             is_last = i == len(micro_batches)
@@ -626,11 +637,18 @@ def main(args, data=None, conversation=None):
             runtime.update_ema(ema, t2i, args.ema, step)
 
         done = step + 1
+        checkpoints.check(done, grad_norm)
         is_end = done == args.steps
+        is_stop = stop.asked()
+        if step == start:
+            log.first_step()
         if done % args.log_every == 0 or is_end:
             losses.write(log, done, grad_norm, lr, context)
-        if done % args.save_every == 0 or is_end:
-            save(done)
+        if checkpoints.is_due(done, is_stop):
+            save(done, is_stop)
+        if is_stop and not is_end:
+            checkpoints.say_stopped(stop)
+            break
         if prompts and (done % args.preview_every == 0 or is_end):
             preview(done)
         if args.eval_every and (done % args.eval_every == 0 or is_end):

@@ -11,6 +11,7 @@ from shapes.language import (
     listing,
     reword,
     shapes_eval_prompts,
+    unknown_words,
 )
 from shapes.letters import LETTERS, Text
 from shapes.reader import read_scene
@@ -38,4 +39,5 @@ __all__ = [
     "read_scene",
     "reword",
     "shapes_eval_prompts",
+    "unknown_words",
 ]

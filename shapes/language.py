@@ -5,12 +5,13 @@ stands for the picture: the user shows it to the model, the assistant draws it.
 `rng` is always a NumPy generator; one in the same state gives the same words.
 """
 import re
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
 
-from shapes.scene import CLASSES, COLOURS, SHAPES, Object, Scene
+from shapes.scene import CLASSES, COLOURS, SHAPES, SIZES, Object, Scene
 
 NUMBERS = (
     "no", "one", "two", "three", "four", "five", "six",
@@ -568,3 +569,37 @@ def fulfils(objects, names, relation):
         if (shown_names[i], shown_word, shown_names[j]) == (name, word, other_name):
             return True
     return False
+
+
+# ---------------------------------------------------------------- words that no scene can show
+def words_of(texts):
+    """Return the words in texts in lower case, and other letters and signs beyond ASCII, each once.
+
+    Single letters are left out: "a", and the columns of a plan's board.
+    """
+    words = re.findall(r"[^\W\d_]+|[^\x00-\x7f]", " ".join(texts).lower())
+    return [word for word in dict.fromkeys(words) if not re.fullmatch("[a-z]", word)]
+
+
+@cache
+def vocabulary():
+    """Return two sets of words: of a request for a picture, and of what the picture shows."""
+    replacements = [replacement for _, replacement in REWORDINGS]
+    nouns = ["object", *SHAPES]
+    things = [*nouns, *map(plural, nouns), *COLOURS, *SIZES, *NUMBERS, *POSITIONS]
+    things += [test.prompt for test in shapes_eval_prompts()]
+    return set(words_of([*REQUESTS, *TEMPLATES, *replacements])), set(words_of(things))
+
+
+def unknown_words(prompt):
+    """Return what a prompt asks for that is not of this world, if that is half of it or more.
+
+    "draw a red otter on a grey background" asks for red, which is known, and for otter: ["otter"].
+    Words of the request itself do not count.
+    """
+    request_words, known_words = vocabulary()
+    asked_for = [word for word in words_of([prompt]) if word not in request_words]
+    unknown = [word for word in asked_for if word not in known_words]
+    if 2 * len(unknown) < len(asked_for):
+        return []
+    return unknown

@@ -258,7 +258,7 @@ def test_other_features_change_the_distance_alone():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--n", "1"], "--n: 1 must be at least 2"),
+    (["--n", "1"], "--n/--num_images: 1 must be at least 2"),
     (["--features", "vae:8:16"], "--features vae:8:16 can't be used here"),
     (["--features", "nope"], "--features nope is neither one of"),
 ])

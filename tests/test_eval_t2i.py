@@ -73,11 +73,11 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     generate_prompts = eval_t2i.sample.generate_prompts
     drawn = []
 
-    def generate_and_die(t2i, rae, texts, args, numbers, dtype):
+    def generate_and_die(t2i, rae, texts, args, numbers, *rest):
         if len(drawn) == 3:
             raise KeyboardInterrupt
         drawn.extend(numbers)
-        return generate_prompts(t2i, rae, texts, args, numbers, dtype)
+        return generate_prompts(t2i, rae, texts, args, numbers, *rest)
 
     monkeypatch.setattr(eval_t2i.sample, "generate_prompts", generate_and_die)
     with pytest.raises(KeyboardInterrupt):
@@ -85,9 +85,9 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert drawn == [0, 1, 2]
     assert not (tmp_path / "dpg").exists()
 
-    def generate_and_record(t2i, rae, texts, args, numbers, dtype):
+    def generate_and_record(t2i, rae, texts, args, numbers, *rest):
         drawn.extend(numbers)
-        return generate_prompts(t2i, rae, texts, args, numbers, dtype)
+        return generate_prompts(t2i, rae, texts, args, numbers, *rest)
 
     monkeypatch.setattr(eval_t2i.sample, "generate_prompts", generate_and_record)
     run_script(eval_t2i, *argv)
@@ -176,4 +176,4 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 def test_every_category_needs_an_image(capsys):
     with pytest.raises(SystemExit):
         eval_t2i.parse_args(["--n", "5"])
-    assert "--n: 5 must be at least 6" in capsys.readouterr().err
+    assert "--n/--num_images: 5 must be at least 6" in capsys.readouterr().err

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_release.py
 """
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -583,7 +584,7 @@ def test_a_killed_process_leaves_only_whole_images(tmp_path):
 
     run_script(sample, "--n", 4, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
     assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 4
-    assert len(list(parts[0].glob("*.png"))) == len(files)
+    assert not list(tmp_path.glob("*.parts"))          # what nobody will go on with is deleted
 
 
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
@@ -688,14 +689,14 @@ def test_wrong_statistics_are_told(hub):
 
 
 @pytest.mark.parametrize("label, message", [
-    (1000, "--labels 1000: not among the model's 1000 classes, .*`none`"),
-    ("crane", "--labels crane: not among")])           # two classes have that name
+    (1000, "--labels 1000: not among the model's 1000 classes, .*1000 is not in 0 to 999"),
+    ("crane", "--labels crane: not among .* crane is the name of several classes")])
 def test_unknown_labels_are_told(hub, label, message):
     with pytest.raises(ValueError, match=message):
         run_script(sample, "--release", "imagenet256", "--release_dir", hub, "--labels", label)
 
 
-@pytest.mark.parametrize("out", ["assets", "README.md", "assets/../assets"])
+@pytest.mark.parametrize("out", ["assets", "LICENSE", "assets/../assets"])
 def test_an_output_that_exists_is_told(out):
     with pytest.raises(ValueError, match=f"--out {out} exists; delete it, or name another"):
         run_script(sample, "--out", out)
@@ -737,6 +738,7 @@ def test_ctrl_c_ends_in_one_line_and_neighbours_are_left_alone(tmp_path):
     process.join(60)
 
     last_line = (tmp_path / "errors").read_text().splitlines()[-1]
-    assert "stopped; it goes on when" in last_line
+    kept = re.search(r"stopped; (\d+) of 5000 images are kept, and it goes on when", last_line)
+    assert int(kept[1]) >= 1
     run_script(sample, "--n", 2, "--sampling_steps", 1, "--out", tmp_path / "x.npz")
     assert (tmp_path / "x.tmp").read_text() == "precious"

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_sample.py
 """
 import argparse
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import runtime
 import sample
-from conftest import SHIPPED, run_script
+from conftest import SHIPPED, run_script, start
 from release import load_dit
 from sample import (
     autoguidance,
@@ -257,6 +258,59 @@ def test_images_depend_on_the_seed(solver):
     assert (images.int() - others.int()).abs().max() > 20
 
 
+def test_images_that_are_not_finite_are_refused():
+    """They would be black."""
+    _, rae, _ = load_dit(SHIPPED)
+    latents = torch.zeros(2, 192, 4, 4)
+    latents[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="the model draws latents that are not finite"):
+        to_images(rae, latents)
+    with torch.no_grad():
+        rae.decoder.decoder_pred.bias[0] = math.nan
+    with pytest.raises(ValueError, match="the model draws pixels that are not finite"):
+        to_images(rae, torch.zeros(1, 192, 4, 4))
+
+
+# ---------------------------------------------------------------------------- grids
+def test_a_long_caption_is_cut_to_four_lines():
+    lines = sample.caption_lines("a red star and " * 1000, 64)
+    assert len(lines) == 4
+    assert lines[0] == "a red star"
+    assert lines[3].endswith("...")
+    assert max(len(line) for line in lines) <= 10      # letters of 6 px
+
+
+@pytest.mark.parametrize("text", [
+    "two\nlines\r\n\ttab", "nul\0 bell\a escape\x1b[31m", "\U0001f9a6\u200d\u2642\ufe0f otter",
+    "half a pair \udcff", "\u202eright to left", "", "x" * 400_000, "\u732b" * 50])
+def test_any_caption_can_be_drawn(text):
+    images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    sheet = sample.draw_grid(images, [text, "a red star"])
+    assert sheet.size[0] == 2 * 66 + 2
+    assert sheet.size[1] <= 4 + 4 * 12 + 66 + 2
+
+
+@pytest.mark.parametrize("n, captions, width, height", [
+    (100_000, 36, 64, 64),                             # many images of a class
+    (100_000, 100_000, 64, 64),                        # `random`: a caption for each
+    (50_000, 1000, 256, 256),
+    (48, 12, 1024, 1024),
+    (30, 3, 64, 3000),
+])
+def test_a_grid_is_bounded_and_shows_every_image_in_its_place(n, captions, width, height):
+    numbers, num_captions = sample.shown_in_grid(n, captions, width, height)
+    assert 0 < len(numbers) < n
+    for place, i in enumerate(numbers):                # draw_grid() puts it there
+        assert place % num_captions == i % captions
+    tiny = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(numbers), height, width, 3)
+    sheet = sample.draw_grid(tiny, ["a caption of many, many words " * 9] * num_captions)
+    assert max(sheet.size) <= sample.GRID_SIDE
+
+
+def test_a_small_grid_shows_all():
+    assert sample.shown_in_grid(108, 36, 64, 64) == (list(range(108)), 36)
+
+
 # ---------------------------------------------------------------------------- the script
 QUICK = ["--sampling_steps", 2, "--labels", "red_circle", 35, "--n", 5]
 
@@ -274,6 +328,167 @@ def test_script_writes_grid_folder_and_npz(tmp_path):
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)]
     images = np.stack([np.asarray(Image.open(f)) for f in files])
     assert np.abs(images.astype(int) - arrays["arr_0"]).max() <= 1
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.webp", "WEBP")])
+def test_the_suffix_chooses_the_format_of_a_grid(tmp_path, name, kind):
+    run_script(sample, "--labels", 0, "--n", 1, "--sampling_steps", 1, "--out", tmp_path / name)
+    picture = Image.open(tmp_path / name)
+    assert picture.format == kind
+    assert picture.size == (68, 28 + 66 + 2 - 12)      # the caption takes a line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.npy", "x.tar.gz", "runs/v1.2"])
+def test_other_suffixes_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"use one of .png .jpg .jpeg .webp .npz, or a folder"):
+        run_script(sample, "--out", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_an_npz_holds_what_numpy_writes(tmp_path):
+    files = []
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
+    for i, image in enumerate(images):
+        files.append(tmp_path / f"{i}.png")
+        sample.save_png(Image.fromarray(image), files[i])
+    with open(tmp_path / "x.npz", "wb") as f:
+        sample.save_npz(f, files, np.arange(3))
+    arrays = np.load(tmp_path / "x.npz")
+    assert np.array_equal(arrays["arr_0"], images)
+    assert arrays["labels"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def draws_one_batch(monkeypatch):
+    """A function after which sampling is stopped in its second batch."""
+    original = sample.generate
+
+    def stop_in_the_second_batch():
+        batches = []
+
+        def generate_or_stop(*arguments):
+            batches.append(1)
+            if len(batches) == 2:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        monkeypatch.setattr(sample, "generate", generate_or_stop)
+
+    yield stop_in_the_second_batch
+    monkeypatch.setattr(sample, "generate", original)
+
+
+def test_half_an_image_of_a_stopped_run_is_drawn_again(tmp_path, draws_one_batch):
+    flags = [*QUICK, "--batch", 3, "--out"]
+    run_script(sample, *flags, tmp_path / "whole.npz")
+    draws_one_batch()
+    message = "stopped; 3 of 5 images are kept, and it goes on when the command is given again"
+    with pytest.raises(KeyboardInterrupt, match=message):
+        run_script(sample, *flags, tmp_path / "cut.npz")
+    first = next(tmp_path.glob("*.parts")) / "000000.png"
+    first.write_bytes(first.read_bytes()[:100])
+
+    run_script(sample, *flags, tmp_path / "cut.npz")
+
+    whole, cut = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "cut.npz")
+    assert np.abs(whole["arr_0"].astype(int) - cut["arr_0"]).max() <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "whole.npz"]
+
+
+def test_a_run_that_is_stopped_at_once_keeps_nothing(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", stop)
+    with pytest.raises(KeyboardInterrupt, match="stopped before an image was drawn; nothing is"):
+        run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_stopped_runs_do_not_pile_up(tmp_path, draws_one_batch, capsys):
+    (tmp_path / "x.npz.mine.parts").mkdir()            # not one of ours
+    for seed in (1, 2):
+        draws_one_batch()
+        with pytest.raises(KeyboardInterrupt):
+            run_script(sample, *QUICK, "--batch", 3, "--seed", seed, "--out", tmp_path / "x.npz")
+    draws_one_batch()
+    with pytest.raises(KeyboardInterrupt):
+        run_script(sample, *QUICK, "--batch", 3, "--out", tmp_path / "y.npz")
+
+    capsys.readouterr()
+    run_script(sample, *QUICK, "--batch", 5, "--seed", 2, "--out", tmp_path / "x.npz")
+
+    assert capsys.readouterr().out.count("it is deleted when this run is done") == 1
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[:2] == ["x.npz", "x.npz.mine.parts"]
+    assert len(left) == 3 and left[2].startswith("y.npz.")
+
+
+@pytest.mark.parametrize("limit, name", [(1000, "000000.png"), (20_000, "x.npz")])
+def test_a_full_disk_is_one_line_with_the_path(tmp_path, limit, name):
+    """A limit on the size of files stands in for the disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=name):
+            run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "x.npz").exists()
+
+    run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path):
+    flags = ["--n", 2000, "--sampling_steps", 2, "--batch", 4, "--out", tmp_path / "x.npz"]
+    first = start(sample, *flags)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("*.parts/*.png")) and time.time() < deadline:
+        time.sleep(0.05)
+    try:
+        with pytest.raises(ValueError, match="another process is writing to .*x.npz"):
+            run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    finally:
+        first.kill()
+        first.join()
+    run_script(sample, *QUICK, "--out", tmp_path / "x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_what_a_grid_leaves_out_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "GRID_SIDE", 200)      # pixels: one image of each of 3 classes
+    run_script(sample, "--n", 12, "--sampling_steps", 1, "--out", tmp_path / "x.png")
+    assert "x.png shows 3 of the 12 images" in capsys.readouterr().out
+    assert max(Image.open(tmp_path / "x.png").size) <= 200
+
+
+@pytest.mark.parametrize("prompt, named", [
+    ("a photo of an otter", "in place of otter\n"),
+    ("two red circles and a blue star", ""),
+    ("draw a small green ring above a cross", ""),
+])
+def test_prompts_beyond_the_world_of_the_model_are_told(tmp_path, capsys, prompt, named):
+    run_script(sample, "--prompt", prompt, "--n", 1, "--sampling_steps", 1, "--out",
+               tmp_path / "x.png")
+    output = capsys.readouterr().out
+    assert named in output
+    assert ("has only ever seen coloured shapes" in output) == (named != "")
+
+
+def test_a_model_of_other_images_may_know_any_word(capsys):
+    state = dict(args=dict(data=["a=shapes:0.5", "b=photos.tar:0.5"]))
+    sample.report_unknown_words(["a photo of an otter"], state)
+    assert capsys.readouterr().out == ""
+
+
+def test_classes_that_are_not_drawn_are_told(tmp_path, capsys):
+    run_script(sample, "--labels", 0, 1, 2, "--n", 2, "--sampling_steps", 1, "--out",
+               tmp_path / "x.png")
+    assert "--n 2 draws the first 2 of 3 classes or prompts" in capsys.readouterr().out
 
 
 def test_script_draws_unconditionally(tmp_path):
@@ -295,7 +510,7 @@ def test_autoguidance_of_a_model_by_itself_changes_nothing(tmp_path):
     (["--sampling_steps", "-3"], "--sampling_steps: -3 must be at least 1"),
     (["--guidance", "0.5"], "--guidance: 0.5 must be at least 1"),
     (["--interval", "0.7", "0.2"], "--interval 0.7 0.2 must be two times"),
-    (["--n", "0"], "--n: 0 must be at least 1"),
+    (["--n", "0"], "--n/--num_images: 0 must be at least 1"),
     (["--seed", "-1"], "--seed: -1 must be at least 0"),
     (["--guid", "2"], "unrecognized arguments: --guid"),
 ])
@@ -311,6 +526,33 @@ def test_resolving_flags_leaves_the_given_ones_as_they_are():
     resolved = sample.resolve_model_flags(given, text=False)
     assert vars(given) == before
     assert resolved.sampling_steps == 48 and resolved.solver == "euler_maruyama"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--weak_ckpt", "x.pt", "--guidance", "1"], "--weak_ckpt does nothing without guidance"),
+    (["--interval", "0", "0.5", "--guidance", "1"], "--interval does nothing without guidance"),
+    (["--prompt", "a star", "--verifier", "confidence"], "--verifier chooses among the candidates"),
+    (["--labels", "none", "--guidance", "2"], "--guidance 2.0 does nothing with --labels none"),
+    (["--best_of", "4"], "--best_of 4 needs --prompt"),
+    (["--prompt", " "], "must say what to draw"),
+    (["--prompt", "word " * 80_000], "a prompt has 400000 characters"),
+    (["--prompt", "a \udcff star"], "is no valid UTF-8"),
+])
+def test_flags_that_do_nothing_and_prompts_that_say_nothing_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_a_release_brings_its_guide_whether_or_not_it_acts():
+    args = sample.parse_args(["--release", "imagenet256", "--guidance", "1"])
+    assert args.weak_ckpt == "imagenet256/guide"
+
+
+def test_prompts_and_classes_have_files_of_their_own():
+    assert sample.parse_args([]).out == "samples.png"
+    assert sample.parse_args(["--prompt", "a star"]).out == "prompts.png"
+    assert sample.parse_args(["--prompt", "a star", "--out", "x"]).out == "x"
 
 
 def test_weak_checkpoint_must_share_the_latents(tmp_path):
@@ -334,9 +576,29 @@ def test_guidance_needs_label_dropout_in_training(tmp_path):
         run_script(sample, "--ckpt", tmp_path / "no_dropout.pt")
 
 
-def test_bad_labels_are_named():
-    with pytest.raises(ValueError, match="--labels pink_circle: not among the model's 36 classes"):
-        run_script(sample, "--labels", "pink_circle")
+@pytest.mark.parametrize("label, advice", [
+    ("36", "36 is not in 0 to 35"),
+    ("-1", "-1 is not in 0 to 35"),
+    ("pink_circle", "in place of pink_circle, try .*red_circle"),
+    ("Blue Star", "in place of Blue_Star, try blue_star"),
+    ("balanced", "balanced must stand alone"),
+    ("xyz", "no name is like xyz"),
+])
+def test_bad_labels_are_named_with_what_was_meant(label, advice):
+    names = load_dit(SHIPPED)[2]["class_names"]
+    message = f"--labels {label.replace(' ', '_')}: not among the model's 36 classes.*{advice}"
+    with pytest.raises(ValueError, match=message):
+        sample.parse_labels([label, "red circle"], names, dropout=0.1)
+
+
+def test_part_of_a_name_finds_it():
+    names = ["n01440764_tench", "n01443537_goldfish", "twin", "twin"]
+    with pytest.raises(ValueError, match="in place of tench, try n01440764_tench"):
+        sample.parse_labels(["tench"], names, dropout=0.1)
+    with pytest.raises(ValueError, match="twin is the name of several classes"):
+        sample.parse_labels(["twin"], names, dropout=0.1)
+    with pytest.raises(ValueError, match="`none`, the null class, needs a model trained with"):
+        sample.parse_labels(["none"], names, dropout=0)
 
 
 def test_bad_checkpoints_are_named(tmp_path):

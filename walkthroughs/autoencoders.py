@@ -7,14 +7,21 @@ All train by the scripts of the three stages; finished runs are kept, so that a 
 on. The papers' models are a thousand times larger: what is seen here may differ.
 """
 # %% Set-up
-import argparse
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from study import RepeatedImages, Study, check_names, command_line, run_study
+from study import (
+    RepeatedImages,
+    Study,
+    check_names,
+    command_line,
+    run_study,
+    train_to_the_end,
+)
 
 import runtime
 import sample
@@ -32,32 +39,31 @@ from t2i import load_t2i
 
 STUDIES = ("noise", "text", "losses", "spaces", "finetune")
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("names", nargs="*", metavar="STUDY",
-                    help=f"Studies to make: {' '.join(STUDIES)} (default: all).")
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
-                    help="Seeds of each training (default: 0 1 2).")
-parser.add_argument("--data", nargs="+", default=["shapes"],
-                    help="Images of the study losses (default: shapes).")
-parser.add_argument("--encoder", default="tiny",
-                    help="Encoder of the study losses (default: tiny).")
-parser.add_argument("--steps", type=runtime.at_least(20), default=600,
-                    help="Steps of each decoder's training (default: 600).")
-parser.add_argument("--dit_steps", type=runtime.at_least(20), default=800,
-                    help="Steps of each DiT's training (default: 800).")
-parser.add_argument("--pairs", type=runtime.at_least(64), default=128,
-                    help="Images with prompts to finetune on (default: 128).")
-parser.add_argument("--n", type=runtime.at_least(36), default=360,
-                    help="Images of each kind that are judged (default: 360).")
-parser.add_argument("--out", type=Path, default=Path("runs/autoencoders"),
-                    help="Folder of runs and pictures (default: runs/autoencoders).")
-options = parser.parse_args()
-check_names(parser, options.names, STUDIES)
-tiny_features = EncoderFeatures(load_encoder("tiny"))       # of every Frechet distance
-
 IMAGE_SIZE = 64                # side of all images, pixels
 HOLD_OUT = 1000                # photographs that are measured, and not trained on
+
+
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("names", nargs="*", metavar="STUDY",
+                   help=f"Studies to make: {' '.join(STUDIES)} (default: all).")
+    p.add_argument("--seeds", type=runtime.at_least(0), nargs="+", default=[0, 1, 2],
+                   help="Seeds of each training.")
+    p.add_argument("--data", nargs="+", default=["shapes"], help="Images of the study losses.")
+    p.add_argument("--encoder", default="tiny", help="Encoder of the study losses.")
+    p.add_argument("--steps", type=runtime.at_least(20), default=600,
+                   help="Steps of each decoder's training.")
+    p.add_argument("--dit_steps", type=runtime.at_least(20), default=800,
+                   help="Steps of each DiT's training.")
+    p.add_argument("--pairs", type=runtime.at_least(64), default=128,
+                   help="Images with prompts to finetune on.")
+    p.add_argument("--n", type=runtime.at_least(36), default=360,
+                   help="Images of each kind that are judged.")
+    p.add_argument("--out", type=Path, default=Path("runs/autoencoders"),
+                   help="Folder of runs and pictures.")
+    options = p.parse_args(argv)
+    check_names(p, options.names, STUDIES)
+    return options
 
 
 # %% Trainings, by the scripts of the stages
@@ -70,23 +76,29 @@ def train(script, folder, seed, flags, **main_arguments):
     if not done.exists():
         run_flags = dict(seed=seed, out=folder, preview_every=0, save_every=10 ** 6, overwrite=True)
         args = script.parse_args(command_line(flags | run_flags))
-        script.main(args, **main_arguments)
+        train_to_the_end(script, args, **main_arguments)
         done.touch()
     return folder / "last.pt"
 
 
-def train_one_decoder(folder, seed, flags):
+def train_one_decoder(options, folder, seed, flags):
     defaults = dict(steps=options.steps, eval_every=0, hold_out=HOLD_OUT, stats_n=2000)
     return train(train_decoder, folder, seed, defaults | flags)
 
 
 # %% What is measured
+@cache
+def tiny_features():
+    """The features of every Frechet distance."""
+    return EncoderFeatures(load_encoder("tiny"))
+
+
 def measure_reconstruction(path, specs):
     """PSNR, SSIM and distance of reconstructions; for the built-in world what is readable, %."""
     is_built_in = specs[0] in ("shapes", "text")
     n = 200 if is_built_in else HOLD_OUT
     val = open_data(specs, IMAGE_SIZE, split="val", hold_out=HOLD_OUT)
-    results = evaluate_reconstruction(load_rae(path), val, n, features=tiny_features)
+    results = evaluate_reconstruction(load_rae(path), val, n, features=tiny_features())
     measured = {"PSNR": results["psnr"], "SSIM": results["ssim"],
                 "distance": results["frechet_distance"]}
     if is_built_in:
@@ -94,11 +106,14 @@ def measure_reconstruction(path, specs):
     return measured
 
 
-def measure_generation(model, rae, guidance):
-    """Samples in the right colour, and colour and shape, %; their distance to held-out scenes."""
+def measure_generation(model, rae, guidance, n):
+    """Samples in the right colour, and colour and shape, %; their distance to held-out scenes.
+
+    n: samples.
+    """
     val = open_data("shapes", IMAGE_SIZE, split="val", objects=1)
     args = sample.parse_args(["--guidance", str(guidance)])
-    results = evaluate_generation(model, rae, val, args, options.n, features=tiny_features)
+    results = evaluate_generation(model, rae, val, args, n, features=tiny_features())
     return {"colour": 100 * results["right_colour"],
             "right": 100 * results["right_colour_and_shape"],
             "distance": results["frechet_distance"]}
@@ -108,13 +123,13 @@ def measure_generation(model, rae, guidance):
 TRAIN_ON = dict(init=SHIPPED_RAE, decoder_depth=4, lr=3e-3)
 
 
-def run_noise(folder, seed, arm):
+def run_noise(options, folder, seed, arm):
     tau = arm.removeprefix("tau ")
-    path = train_one_decoder(folder, seed, {"tau": tau, **TRAIN_ON})
+    path = train_one_decoder(options, folder, seed, {"tau": tau, **TRAIN_ON})
     model, rae, _ = load_dit(SHIPPED_DIT, with_encoder=True)
     rae.decoder = load_rae(path, with_encoder=False).decoder
     reconstruction = measure_reconstruction(path, ["shapes"])
-    generation = measure_generation(model, rae, guidance=1)
+    generation = measure_generation(model, rae, guidance=1, n=options.n)
     return {"PSNR": reconstruction["PSNR"], "readable": reconstruction["readable"],
             "drawn_right": generation["right"], "drawn_distance": generation["distance"]}
 
@@ -128,8 +143,8 @@ NOISE = Study("noise costs reconstruction a little and helps generation",
 TEXT_DATA = {"shapes": ["shapes"], "shapes and text": ["a=shapes:0.5", "b=text:0.5"]}
 
 
-def run_text(folder, seed, arm):
-    path = train_one_decoder(folder, seed, {"data": TEXT_DATA[arm], **TRAIN_ON})
+def run_text(options, folder, seed, arm):
+    path = train_one_decoder(options, folder, seed, {"data": TEXT_DATA[arm], **TRAIN_ON})
     results = {}
     for domain in ("shapes", "text"):
         measured = measure_reconstruction(path, [domain])
@@ -154,9 +169,9 @@ LOSS_FLAGS = {
 }
 
 
-def run_losses(folder, seed, arm):
+def run_losses(options, folder, seed, arm):
     images = dict(data=options.data, encoder=options.encoder, size=IMAGE_SIZE)
-    path = train_one_decoder(folder, seed, images | LOSS_FLAGS[arm])
+    path = train_one_decoder(options, folder, seed, images | LOSS_FLAGS[arm])
     return measure_reconstruction(path, options.data)
 
 
@@ -174,19 +189,19 @@ SAME_FOR_ALL = dict(shift_base=340, prediction="x0", ema=0.99)
 HEADS = {"": 0, ", wide head": 256}                    # ending of the arm's name -> width
 
 
-def train_autoencoder(space):
+def train_autoencoder(options, space):
     """The checkpoint of a space's autoencoder, the same for all runs."""
     folder = options.out / "decoders" / f"{space}_{options.steps}"
-    return train_one_decoder(folder, 0, SPACES[space])
+    return train_one_decoder(options, folder, 0, SPACES[space])
 
 
-def run_spaces(folder, seed, arm):
+def run_spaces(options, folder, seed, arm):
     space = arm.removesuffix(", wide head")
     head_width = HEADS[arm.removeprefix(space)]
-    flags = dict(rae=train_autoencoder(space), cache=20_000, steps=options.dit_steps, width=128,
-                 head_width=head_width, **SAME_FOR_ALL)
+    flags = dict(rae=train_autoencoder(options, space), cache=20_000, steps=options.dit_steps,
+                 width=128, head_width=head_width, **SAME_FOR_ALL)
     model, rae, _ = load_dit(train(train_dit, folder, seed, flags), with_encoder=True)
-    return measure_generation(model, rae, guidance=1.5)
+    return measure_generation(model, rae, guidance=1.5, n=options.n)
 
 
 SPACES_STUDY = Study("RAE trains faster than VAE and pixels, and only there the wide head helps",
@@ -228,8 +243,8 @@ def relative_error(t2i, rae, data):
     return float(sum(errors) / 8 / x0.square().mean())
 
 
-def run_finetune(folder, seed, arm):
-    pretraining = dict(TOY, rae=train_autoencoder(arm), llm_width=96, llm_depth=2, plan=0,
+def run_finetune(options, folder, seed, arm):
+    pretraining = dict(TOY, rae=train_autoencoder(options, arm), llm_width=96, llm_depth=2, plan=0,
                        llm_start=100, steps=options.dit_steps // 2)
     before = train(train_t2i, folder / "before", seed, pretraining,
                    data=open_scenes(seed), conversation=describe)
@@ -257,9 +272,17 @@ FINETUNE = Study("with many epochs of few pairs, VAE overfits, RAE hardly does "
                   for epochs in (0, *EPOCHS)], run_finetune)
 
 # %% All runs of each study, its table and its picture
-runtime.setup()
-studies = dict(noise=NOISE, text=TEXT, losses=LOSSES, spaces=SPACES_STUDY, finetune=FINETUNE)
-for name in STUDIES:
-    if not options.names or name in options.names:
-        study = studies[name]
-        run_study(name, study._replace(claim=f"the papers: {study.claim}"), options)
+def main(options):
+    runtime.check_out(options.out)
+    runtime.setup()
+    studies = dict(noise=NOISE, text=TEXT, losses=LOSSES, spaces=SPACES_STUDY, finetune=FINETUNE)
+    for name in STUDIES:
+        if not options.names or name in options.names:
+            study = studies[name]
+            study = study._replace(claim=f"the papers: {study.claim}",
+                                   run=partial(study.run, options))
+            run_study(name, study, options)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

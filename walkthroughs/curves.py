@@ -6,75 +6,109 @@ Reads the log.jsonl that each training script writes, and draws a panel for each
 the runs has logged.
 """
 # %% Set-up
-import argparse
 import json
 import math
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
-parser.add_argument("--out", default="curves.png", help="Picture to write (default: curves.png).")
-options = parser.parse_args()
-for run in options.runs:
-    if not (run / "log.jsonl").is_file():
-        parser.error(f"{run}/log.jsonl does not exist; name the folder of a run")
+import runtime
+import sample
 
-# %% The numbers that a log repeats, by step
+# Numbers that a log repeats and that are no terms of a loss.
 NO_TERMS = ("step", "n", "img_per_s", "gib", "eta_h", "lr", "cut")
 MOST_COLUMNS = 4
 
 
-def read_log(run):
-    """The records of a run's log.jsonl that belong to a step: dicts of step and terms."""
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
+    p.add_argument("--out", default="curves.png", help="Picture to write.")
+    return p.parse_args(argv)
+
+
+# %% The terms of each run, by step
+def read_records(path):
+    """The records of a log.jsonl that belong to a step: dicts.
+
+    Lines that are cut short, as by a full disk, or of another program are passed over and counted.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name the folder of a run")
     records = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "step" not in record:                       # flags and versions
-            continue
-        terms = {"step": record["step"]}
-        for name, value in record.items():
-            if isinstance(value, float) and name not in NO_TERMS:
-                domain = record.get("domain")          # the source of a mixture that it is about
-                terms[f"{name} {domain}" if domain else name] = value
-        records.append(terms)
+    foreign = 0
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):           # no JSON, or too deep
+            record = None
+        if not isinstance(record, dict):
+            foreign += 1
+        elif isinstance(record.get("step"), int):      # others have flags and versions
+            records.append(record)
+    if foreign:
+        print(f"{path}: {foreign} lines are no records of a log, and passed over")
+    if not records:
+        raise ValueError(f"{path} has logged no step so far; wait for the run's first lines")
     return records
 
 
-logs = {run: read_log(run) for run in options.runs}
-terms = []
-for records in logs.values():
+def terms_of(record):
+    """The terms of a loss in a record: a dict of name -> value."""
+    terms = {}
+    for name, value in record.items():
+        if isinstance(value, float) and math.isfinite(value) and name not in NO_TERMS:
+            domain = record.get("domain")              # the source of a mixture that it is about
+            terms[f"{name} {domain}" if domain else name] = value
+    return terms
+
+
+def curves_of(records):
+    """For each term, its (step, value) points: a dict of lists."""
+    curves = {}
     for record in records:
-        for name in record:
-            if name != "step" and name not in terms:
-                terms.append(name)
-if not terms:
-    parser.error(f"{options.runs[0]} has logged no step so far")
+        for term, value in terms_of(record).items():
+            curves.setdefault(term, []).append((record["step"], value))
+    return curves
+
 
 # %% A panel each
-columns = min(MOST_COLUMNS, len(terms))
-rows = math.ceil(len(terms) / columns)
-figure, panels = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                              figsize=(3.2 * columns, 2.4 * rows))
-for panel, term in zip(panels.flat, terms, strict=False):
-    for run, records in logs.items():
-        steps = [record["step"] for record in records if term in record]
-        values = [record[term] for record in records if term in record]
-        panel.plot(steps, values, ".-", label=str(run))
-    panel.set_title(term, fontsize=10)
-for panel in panels.flat[len(terms):]:
-    panel.axis("off")
-if len(logs) > 1:
-    lines, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center")
-figure.savefig(options.out, dpi=80)
+def draw_panels(path, curves_of_runs):
+    """Draw a panel for each term of any run. curves_of_runs: run -> its curves."""
+    terms = list(dict.fromkeys(term for curves in curves_of_runs.values() for term in curves))
+    if not terms:
+        raise ValueError("the runs have logged no term that is a finite number so far")
+    columns = min(MOST_COLUMNS, len(terms))
+    rows = math.ceil(len(terms) / columns)
+    figure, panels = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                  figsize=(3.2 * columns, 2.4 * rows))
+    for panel, term in zip(panels.flat, terms, strict=False):
+        for run, curves in curves_of_runs.items():
+            points = curves.get(term, [])
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            panel.plot(steps, values, ".-", label=str(run))
+        panel.set_title(term, fontsize=10)
+    for panel in panels.flat[len(terms):]:
+        panel.axis("off")
+    if len(curves_of_runs) > 1:
+        lines, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center")
+    suffix = Path(path).suffix.lower()
+    runtime.write_whole(path, lambda f: figure.savefig(f, dpi=80, format=suffix[1:]))
 
-# %% The last value of each term
-for run, records in logs.items():
-    last = {}
-    for record in records:
-        last |= record
-    values = [f"{term} {last[term]:.4g}" for term in terms if term in last]
-    print(f"{run}: {', '.join(values)}")
+
+def main(options):
+    runtime.check_out(options.out)
+    runtime.check_suffix(options.out, sample.PICTURES)
+    curves_of_runs = {run: curves_of(read_records(run / "log.jsonl")) for run in options.runs}
+    draw_panels(options.out, curves_of_runs)
+    for run, curves in curves_of_runs.items():
+        values = [f"{term} {points[-1][1]:.4g}" for term, points in curves.items()]
+        print(f"{run}: {', '.join(values)}")
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -5,8 +5,6 @@
 Each stage is one command of the README. Ends with a table of numbers and three pictures.
 """
 # %% Set-up
-import argparse
-import json
 import math
 import os
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import curves
 from PIL import Image, ImageDraw, ImageFont
 
 import eval_decoder
@@ -35,21 +34,24 @@ EXPECTED = {
     "minutes in all": (12.8, 10),
 }
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--out", type=Path, default=Path("runs/demo"),
-                    help="Folder of pictures and runs (default: runs/demo).")
-parser.add_argument("--decoder_steps", type=runtime.at_least(1), default=1400,
-                    help="Steps of the decoder's training (default: 1400).")
-parser.add_argument("--dit_steps", type=runtime.at_least(1), default=2800,
-                    help="Steps of the DiT's training (default: 2800).")
-options = parser.parse_args()
-out = options.out
-start_of_demo = time.time()
-minutes = {}                        # stage -> minutes it took
+TRAINING_FLAGS = ("--preview_every", 0, "--workers", 0, "--overwrite")
+
+
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("--out", type=Path, default=Path("runs/demo"),
+                   help="Folder of pictures and runs.")
+    p.add_argument("--decoder_steps", type=runtime.at_least(1), default=1400,
+                   help="Steps of the decoder's training.")
+    p.add_argument("--dit_steps", type=runtime.at_least(1), default=2800,
+                   help="Steps of the DiT's training.")
+    return p.parse_args(argv)
 
 
 # %% How the stages are run
+minutes = {}                        # stage -> minutes it took
+
+
 def run_script(stage, module, *words):
     """Run a script's main with the flags `words` in this process. Returns what main returns."""
     start = time.time()
@@ -61,33 +63,39 @@ def run_script(stage, module, *words):
 
 
 def run_training(stage, script, *words):
-    """Run a training script by torchrun, in one process per core, at most two."""
+    """Run a training script by torchrun, in one process per core, at most two.
+
+    Raises ValueError if it fails, after its own message.
+    """
     start = time.time()
     processes = min(2, os.cpu_count() or 1)
     words = [str(word) for word in (f"--nproc_per_node={processes}", ROOT / script, *words)]
     print(f"\n{stage}: torchrun {' '.join(words)}", flush=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # Each process has a core of its own, so more threads would only wait for each other.
-    subprocess.run(torchrun + words, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    result = subprocess.run(torchrun + words, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if result.returncode:
+        raise ValueError(f"{script} ended with exit code {result.returncode}; its own message is "
+                         f"above")
     minutes[stage] = (time.time() - start) / 60
 
 
-# %% Stage 1: a decoder over the shipped frozen encoder
-run_training("decoder", "train_decoder.py", "--out", out / "decoder",
-             "--steps", options.decoder_steps, "--eval_every", 0, "--preview_every", 0,
-             "--workers", 0, "--overwrite")
-reconstruction = run_script("reconstruction", eval_decoder,
-                            "--rae", out / "decoder/last.pt", "--n", 200)
-
-# %% Stage 2: a DiT^DH on its latents
-run_training("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit",
-             "--steps", options.dit_steps, "--cache", 30_000, "--preview_every", 0,
-             "--workers", 0, "--overwrite")
-
-# %% Samples, three of each class, and the evaluation of ten of each class
-run_script("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108,
-           "--out", out / "samples.png")
-generation = run_script("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
+def run_stages(options):
+    """Train decoder and DiT, sample and evaluate. Returns the results of both evaluations."""
+    out = options.out
+    # Stage 1: a decoder over the shipped frozen encoder
+    run_training("decoder", "train_decoder.py", "--out", out / "decoder",
+                 "--steps", options.decoder_steps, "--eval_every", 0, *TRAINING_FLAGS)
+    reconstruction = run_script("reconstruction", eval_decoder,
+                                "--rae", out / "decoder/last.pt", "--n", 200)
+    # Stage 2: a DiT^DH on its latents
+    run_training("DiT^DH", "train_dit.py", "--rae", out / "decoder/last.pt", "--out", out / "dit",
+                 "--steps", options.dit_steps, "--cache", 30_000, *TRAINING_FLAGS)
+    # Samples, three of each class, and the evaluation of ten of each class
+    run_script("samples", sample, "--ckpt", out / "dit/last.pt", "--n", 108,
+               "--out", out / "samples.png")
+    generation = run_script("evaluation", eval_fid, "--ckpt", out / "dit/last.pt", "--n", 360)
+    return reconstruction, generation
 
 
 # %% Pictures
@@ -116,35 +124,49 @@ def draw_curve(sheet, left, points, title):
 def logged_losses(run):
     """The (step, loss) points in a run's log.jsonl."""
     points = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "loss" in record:
+    for record in curves.read_records(run / "log.jsonl"):
+        if isinstance(record.get("loss"), float):      # null: not finite
             points.append((record["step"], record["loss"]))
     return points
 
 
-rae = release.load_rae(out / "decoder/last.pt")
-images = load_images(open_data("shapes", 64, split="val"), range(12))
-picture = eval_decoder.reconstruction_picture(rae, images)
-picture.resize((1584, 264)).save(out / "reconstructions.png")               # twice the size
+def draw_pictures(out):
+    """Reconstructions and loss curves of the runs in a folder."""
+    rae = release.load_rae(out / "decoder/last.pt")
+    images = load_images(open_data("shapes", 64, split="val"), range(12))
+    picture = eval_decoder.reconstruction_picture(rae, images)
+    sample.save_picture(picture.resize((1584, 264)), out / "reconstructions.png")   # twice the size
 
-sheet = Image.new("RGB", (1100, 380), "white")
-draw_curve(sheet, 80, logged_losses(out / "decoder"), "decoder: L1 loss (log scale)")
-draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: weighted error of v (log scale)")
-sheet.save(out / "losses.png")
+    sheet = Image.new("RGB", (1100, 380), "white")
+    draw_curve(sheet, 80, logged_losses(out / "decoder"), "decoder: L1 loss (log scale)")
+    draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: weighted error of v (log scale)")
+    sample.save_picture(sheet, out / "losses.png")
 
-# %% Numbers
-figures = {
-    "reconstruction PSNR, dB": reconstruction["psnr"],
-    "guided: right colour, %": 100 * generation["right_colour"],
-    "guided: right colour and shape, %": 100 * generation["right_colour_and_shape"],
-    "minutes in all": (time.time() - start_of_demo) / 60,
-}
-print(f"\n{'':36}{'this run':>10}{'README':>10}{'aim':>10}")
-for name, value in figures.items():
-    in_readme, aim = EXPECTED[name]
-    print(f"{name:36}{value:10.1f}{in_readme:10.1f}{aim:>10}")
-by_stage = [f"{stage} {value:.1f}" for stage, value in minutes.items()]
-print(f"minutes by stage: {', '.join(by_stage)}")
-(out / "numbers.json").write_text(json.dumps(dict(figures=figures, minutes=minutes)) + "\n")
-print(f"look at {out}/reconstructions.png, {out}/samples.png, {out}/losses.png")
+
+# %% All of it, and the numbers
+def main(options):
+    runtime.check_out(options.out)
+    out = options.out
+    start = time.time()
+    reconstruction, generation = run_stages(options)
+    draw_pictures(out)
+
+    figures = {
+        "reconstruction PSNR, dB": reconstruction["psnr"],
+        "guided: right colour, %": 100 * generation["right_colour"],
+        "guided: right colour and shape, %": 100 * generation["right_colour_and_shape"],
+        "minutes in all": (time.time() - start) / 60,
+    }
+    print(f"\n{'':36}{'this run':>10}{'README':>10}{'aim':>10}")
+    for name, value in figures.items():
+        in_readme, aim = EXPECTED[name]
+        print(f"{name:36}{value:10.1f}{in_readme:10.1f}{aim:>10}")
+    by_stage = [f"{stage} {value:.1f}" for stage, value in minutes.items()]
+    print(f"minutes by stage: {', '.join(by_stage)}")
+    numbers = runtime.to_json(dict(figures=figures, minutes=minutes)) + "\n"
+    runtime.write_whole(out / "numbers.json", lambda f: f.write(numbers.encode()))
+    print(f"look at {out}/reconstructions.png, {out}/samples.png, {out}/losses.png")
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

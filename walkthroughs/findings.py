@@ -7,7 +7,6 @@ runs are kept, so that a stopped script goes on. The papers' models are a thousa
 what is seen here may differ.
 """
 # %% Set-up
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from study import RepeatedImages, Study, check_names, command_line, run_study
+from study import (
+    RepeatedImages,
+    Study,
+    check_names,
+    command_line,
+    run_study,
+    train_to_the_end,
+)
 
 import metrics
 import runtime
@@ -112,28 +118,30 @@ FINDINGS = {
         DENSE),
 }
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("names", nargs="*", default=list(FINDINGS), metavar="FINDING",
-                    help=f"Findings to look for: {' '.join(FINDINGS)} (default: all).")
-parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
-                    help="Seeds of each training (default: 0 1 2).")
-parser.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"],
-                    help=f"Steps of each training (default: {TOY['steps']}).")
-parser.add_argument("--n", type=runtime.at_least(36), default=144,
-                    help="Images of each kind that are judged (default: 144).")
-parser.add_argument("--out", type=Path, default=Path("runs/findings"),
-                    help="Folder of runs and pictures (default: runs/findings).")
-options = parser.parse_args()
-check_names(parser, options.names, FINDINGS)
+
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("names", nargs="*", default=list(FINDINGS), metavar="FINDING",
+                   help=f"Findings to look for: {' '.join(FINDINGS)} (default: all).")
+    p.add_argument("--seeds", type=runtime.at_least(0), nargs="+", default=[0, 1, 2],
+                   help="Seeds of each training.")
+    p.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"],
+                   help="Steps of each training.")
+    p.add_argument("--n", type=runtime.at_least(36), default=144,
+                   help="Images of each kind that are judged.")
+    p.add_argument("--out", type=Path, default=Path("runs/findings"),
+                   help="Folder of runs and pictures.")
+    options = p.parse_args(argv)
+    check_names(p, options.names, FINDINGS)
+    return options
 
 
 # %% One training
-def train(folder, seed, arm):
+def train(folder, seed, arm, steps):
     """Train an arm by train_t2i.py; folder/last.pt is its checkpoint."""
-    flags = {**TOY, "steps": options.steps, **arm.flags}
+    flags = {**TOY, "steps": steps, **arm.flags}
     if arm.init:
-        flags = finetuning_flags(flags, folder.parent / arm.init / "last.pt")
+        flags = finetuning_flags(flags, folder.parent / arm.init / "last.pt", steps // 2)
     words = command_line({**flags, "seed": seed, "out": folder, "overwrite": True})
     args = train_t2i.parse_args(words)
 
@@ -143,22 +151,22 @@ def train(folder, seed, arm):
     data = open_data("shapes", IMAGE_SIZE, seed, objects=(1, 2), conversation=conversation)
     if arm.init:
         data = RepeatedImages(data, FINETUNING_SCENES)
-    train_t2i.main(args, data=data, conversation=conversation)
+    train_to_the_end(train_t2i, args, data=data, conversation=conversation)
 
 
-def finetuning_flags(flags, init):
-    """Flags to train on from the checkpoint `init`, for half the steps at a tenth of the rate."""
+def finetuning_flags(flags, init, steps):
+    """Flags to train on from the checkpoint `init`, at a tenth of the rate."""
     kept = {}
     for name, value in flags.items():
         # The checkpoint brings its language model and its plan.
         if not name.startswith(("llm_", "plan", "steps")):
             kept[name] = value
-    return dict(kept, init=init, lr=3e-4, llm_lr=1e-4, steps=options.steps // 2, warmup=20)
+    return dict(kept, init=init, lr=3e-4, llm_lr=1e-4, steps=steps, warmup=20)
 
 
 # %% What its model draws and answers
-def judge(folder, columns):
-    """Numbers of a trained model: those of `columns` and a few more, as a dict.
+def judge(folder, columns, n):
+    """Numbers of a trained model: those of `columns` and a few more, as a dict. n: images.
 
     colour, colour_and_shape: images of one object that came out right, %. distance: Frechet
     distance of these images to real ones, in the tiny encoder's features. dense_*: the same of
@@ -166,7 +174,7 @@ def judge(folder, columns):
     """
     args = sample.parse_args(["--prompt", "-", "--ckpt", f"{folder}/last.pt", "--guidance", "2"])
     t2i, rae, _ = sample.load_t2i_models(args, "cpu", with_encoder=True)
-    labels = [i % len(CLASSES) for i in range(options.n)]
+    labels = [i % len(CLASSES) for i in range(n)]
     scenes = [Scene.random(1, SHAPES_VAL + i, 1, label) for i, label in enumerate(labels)]
     results = {}
     if "colour" in columns or "distance" in columns:
@@ -214,10 +222,10 @@ def judge_answers(t2i, rae):
 
 
 # %% All runs of each finding, its table and its picture
-def run_arm(finding, folder, seed, name):
+def run_arm(finding, options, folder, seed, name):
     """Train one arm of a finding and judge what it was trained for."""
-    train(folder, seed, finding.arms[name])
-    results = judge(folder, finding.columns)
+    train(folder, seed, finding.arms[name], options.steps)
+    results = judge(folder, finding.columns, options.n)
     if name == "understanding alone":                       # it was never taught to draw
         return {"answers": results["answers"]}
     if name == "drawing alone":                             # it was never asked a question
@@ -225,9 +233,15 @@ def run_arm(finding, folder, seed, name):
     return results
 
 
-runtime.setup()
-for name in options.names:
-    finding = FINDINGS[name]
-    study = Study(f"the paper: {finding.claim}", list(finding.arms), finding.columns,
-                  partial(run_arm, finding))
-    run_study(name, study, options)
+def main(options):
+    runtime.check_out(options.out)
+    runtime.setup()
+    for name in options.names:
+        finding = FINDINGS[name]
+        study = Study(f"the paper: {finding.claim}", list(finding.arms), finding.columns,
+                      partial(run_arm, finding, options))
+        run_study(name, study, options)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)

@@ -62,11 +62,32 @@ def command_line(flags):
     return words
 
 
+def train_to_the_end(script, args, **main_arguments):
+    """Run a training script. Raises KeyboardInterrupt if a signal has stopped it before its end."""
+    script.main(args, **main_arguments)
+    step = runtime.load_checkpoint(Path(args.out) / "last.pt")["step"]
+    if step < args.steps:
+        raise KeyboardInterrupt("stopped; finished runs are kept, and it goes on with the others "
+                                "when the command is given again")
+
+
 def check_names(parser, names, known):
     """End the script with a message unless all names are known."""
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"{' '.join(unknown)}: choose from {' '.join(known)}")
+
+
+def read_json(path):
+    """The dict in a file that an earlier run has written. Raises ValueError with its name."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete it, to run that part "
+                         f"again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no dict; delete it, to run that part again")
+    return content
 
 
 def run_study(name, study, options):
@@ -85,25 +106,26 @@ def run_study(name, study, options):
     values = {}                # (arm, column) -> the number of each seed, nan where it is missing
     for arm in study.arms:
         for column in study.columns:
-            values[arm, column] = [results[arm, seed].get(column, np.nan) for seed in options.seeds]
+            numbers = [results[arm, seed].get(column) for seed in options.seeds]
+            values[arm, column] = [np.nan if number is None else number for number in numbers]
     print_table(name, study, values)
     draw_bars(options.out / f"{name}.png", study, values)
 
 
 def check_same_options(folder, options):
-    """Keep the options beside the runs; end the script if finished runs were made with others."""
+    """Keep the options beside the runs. Raises ValueError if finished runs were made with others.
+    """
     wanted = {}
     for key, value in vars(options).items():
         if key not in NOT_OF_A_RUN:
             wanted[key] = str(value)
     path = folder / "flags.json"
     if any(folder.glob("*/*/result.json")):
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_json(path) if path.exists() else {}
         if kept != wanted:
-            raise SystemExit(f"error: {folder} has runs with {kept}, not {wanted}; give another "
-                             f"--out")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted))
+            raise ValueError(f"{folder} has runs with {kept}, not {wanted}; give another --out")
+    content = json.dumps(wanted).encode()
+    runtime.write_whole(path, lambda f: f.write(content))
 
 
 def run_once(folder, seed, arm, run):
@@ -112,9 +134,9 @@ def run_once(folder, seed, arm, run):
     result = place / "result.json"
     if not result.exists():
         place.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(run(place, seed, arm)).encode()
+        content = runtime.to_json(run(place, seed, arm)).encode()
         runtime.write_whole(result, lambda f: f.write(content))
-    return json.loads(result.read_text())
+    return read_json(result)
 
 
 def print_table(name, study, values):
@@ -143,5 +165,5 @@ def draw_bars(path, study, values):
             label = arm.replace(" ", "\n", 1)
             panel.bar(label, np.mean(numbers), color="lightsteelblue")
             panel.plot([label for _ in numbers], numbers, "k.")
-    figure.savefig(path, dpi=100)
+    runtime.write_whole(path, lambda f: figure.savefig(f, dpi=100))
     plt.close(figure)

@@ -8,19 +8,18 @@ alone, beside what it is taught otherwise. Ends with a curve, and how well it te
 latents that it was not taught.
 """
 # %% Set-up
-import argparse
 import copy
 import hashlib
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import runtime
 import sample
@@ -34,27 +33,19 @@ NUMBERS_OF_OBJECTS = (1, 1, 2, 2, 3, 4)       # of a scene, as train_t2i.py draw
 SCENE_SEED = 91                               # of the prompts, apart from every training's
 BATCH = 32                                    # latents of each kind, and conversations, of a step
 
-parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--ckpt", default=str(SHIPPED_T2I),
-                    help="Checkpoint of train_t2i.py (default: the shipped one).")
-parser.add_argument("--n", type=runtime.at_least(360), default=10_000,
-                    help="Latents to draw, a tenth of which is held out (default: 10000).")
-parser.add_argument("--steps", type=runtime.at_least(1), default=1000,
-                    help="Optimizer steps, of 64 latents each (default: 1000).")
-parser.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4,
-                    help="Peak learning rate (default: 5e-4).")
-parser.add_argument("--out", type=Path, default=Path("runs/verifier"),
-                    help="Folder of latents, checkpoint and curve (default: runs/verifier).")
-options = parser.parse_args()
-runtime.setup()
-# Few steps without guidance are quick, and more often wrong.
-args = sample.parse_args(["--prompt", "-", "--ckpt", options.ckpt, "--seed", "77",
-                          "--guidance", "1", "--sampling_steps", "24"])
-try:
-    model, rae, state = sample.load_t2i_models(args, "cpu", with_encoder=True)
-except (OSError, ValueError) as error:                 # no such file; a model of classes
-    parser.error(str(error))
+
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("--ckpt", default=str(SHIPPED_T2I),
+                   help="Checkpoint of train_t2i.py (default: the shipped one).")
+    p.add_argument("--n", type=runtime.at_least(360), default=10_000,
+                   help="Latents to draw, a tenth of which is held out.")
+    p.add_argument("--steps", type=runtime.at_least(1), default=1000,
+                   help="Optimizer steps, of 64 latents each.")
+    p.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4, help="Peak learning rate.")
+    p.add_argument("--out", type=Path, default=Path("runs/verifier"),
+                   help="Folder of latents, checkpoint and curve.")
+    return p.parse_args(argv)
 
 
 # %% Draw latents, and have the images read
@@ -88,8 +79,17 @@ def draw_prompt(number):
     return request.format(text), names, relation
 
 
-def draw_latents(numbers, path):
-    """Latents, prompts and whether they came out right, of these numbers; kept in a file."""
+class Drawn(NamedTuple):
+    """What the model has drawn."""
+    latents: torch.Tensor      # n c h w
+    is_right: torch.Tensor     # n, bool
+    prompts: list              # n texts
+
+
+def draw_part(model, rae, args, numbers, path):
+    """A dict of latents z, prompts and whether they came out right, of these numbers; kept in a
+    file.
+    """
     if not path.exists():
         wanted = [draw_prompt(number) for number in numbers]
         prompts = [prompt for prompt, _, _ in wanted]
@@ -98,111 +98,152 @@ def draw_latents(numbers, path):
         images = sample.to_images(rae, latents).numpy()
         for image, (_, names, relation) in zip(images, wanted, strict=True):
             is_right.append(fulfils(read_scene(image), names, relation))
-        drawn = dict(z=latents.half(), prompts=prompts, right=torch.tensor(is_right))
-        runtime.write_whole(path, lambda f: torch.save(drawn, f))
-    return torch.load(path, weights_only=True)
+        runtime.save_checkpoint(path, z=latents.half(), prompts=prompts,
+                                right=torch.tensor(is_right))
+    return runtime.load_checkpoint(path)
 
 
-# A folder for this checkpoint alone.
-sha1 = hashlib.sha1(Path(options.ckpt).read_bytes()).hexdigest()
-folder = options.out / f"drawn_{sha1[:8]}"
-folder.mkdir(parents=True, exist_ok=True)
-parts = []
-for numbers in tqdm(runtime.split_numbers(options.n, batch=72), "draw"):
-    parts.append(draw_latents(numbers, folder / f"{numbers[0]:06d}_{len(numbers)}.pt"))
-latents = torch.cat([part["z"] for part in parts]).float()              # n c h w
-is_right = torch.cat([part["right"] for part in parts])                 # n
-prompts = [prompt for part in parts for prompt in part["prompts"]]      # n
-num_taught = options.n * 9 // 10                                        # the rest is held out
-print(f"{options.n} latents drawn, {100 * is_right.float().mean():.1f}% right")
+def draw_all(model, rae, args, options):
+    """All that is Drawn; what a stopped run has drawn already is read from its files."""
+    # A folder for this checkpoint alone.
+    sha1 = hashlib.sha1(Path(options.ckpt).read_bytes()).hexdigest()
+    folder = options.out / f"drawn_{sha1[:8]}"
+    parts = []
+    for numbers in runtime.progress_bar(runtime.split_numbers(options.n, batch=72), "draw"):
+        path = folder / f"{numbers[0]:06d}_{len(numbers)}.pt"
+        parts.append(draw_part(model, rae, args, numbers, path))
+    is_right = torch.cat([part["right"] for part in parts])
+    print(f"{options.n} latents drawn, {100 * is_right.float().mean():.1f}% right")
+    return Drawn(torch.cat([part["z"] for part in parts]).float(), is_right,
+                 [prompt for part in parts for prompt in part["prompts"]])
+
+
+def split(drawn):
+    """Numbers of the latents that are taught, and of the last tenth, which is held out.
+
+    Raises ValueError if one of them lacks right or wrong latents.
+    """
+    n = len(drawn.prompts)
+    taught, held_out = torch.arange(n).split([n * 9 // 10, n - n * 9 // 10])
+    for numbers in (taught, held_out):
+        right = int(drawn.is_right[numbers].sum())
+        if right in (0, len(numbers)):
+            raise ValueError(f"of {len(numbers)} latents {right} are right, and there must be some "
+                             f"of both kinds; give a better --ckpt, or more --n")
+    return taught, held_out
 
 
 # %% How well the scores tell right from wrong
-def ranking_accuracy():
-    """Fraction of pairs of a right and a wrong held-out latent in which the right one wins."""
+def ranking_accuracy(model, drawn, numbers):
+    """Percentage of pairs of a right and a wrong one of these latents in which the right one wins.
+    """
     scores = []
-    for part in torch.arange(num_taught, options.n).split(256):
-        scores += answer_score(model, latents[part], [prompts[i] for i in part])
+    for part in numbers.split(256):
+        scores += answer_score(model, drawn.latents[part], [drawn.prompts[i] for i in part])
     scores = torch.tensor(scores)
-    held_out_is_right = is_right[num_taught:]
-    right, wrong = scores[held_out_is_right], scores[~held_out_is_right]
-    return float((right[:, None] > wrong[None]).float().mean())
+    is_right = drawn.is_right[numbers]
+    right, wrong = scores[is_right], scores[~is_right]
+    return 100 * float((right[:, None] > wrong[None]).float().mean())
 
 
-print(f"right before wrong, untaught: {100 * ranking_accuracy():.1f}% of pairs")
-
-# %% Train the language model; the EMA of its weights is the model from above
-teacher = copy.deepcopy(model).requires_grad_(True)
-teacher.dit.requires_grad_(False)                      # what it draws shall stay
-conversation = partial(converse, questions=0.7, plan=model.plan > 0)
-stream = open_data("shapes", 64, seed=5, objects=NUMBERS_OF_OBJECTS, conversation=conversation)
-parameters = [p for p in teacher.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                              fused=True)
-taught_wrong = (~is_right[:num_taught]).nonzero()[:, 0]
-taught_right = is_right[:num_taught].nonzero()[:, 0]
-latent_shape = latents.shape[1:]                                        # c h w
-
-
-def draw_rows():
+# %% What the language model is taught
+def draw_rows(drawn, taught):
     """Rows of BATCH wrong and BATCH right latents, as far more are right."""
     rows = []
-    for kind in (taught_wrong, taught_right):
+    for is_right in (False, True):
+        kind = taught[drawn.is_right[taught] == is_right]
         rows.append(kind[torch.randint(len(kind), (BATCH,))])
     return torch.cat(rows)
 
 
-def alignment_loss(rows):
+def alignment_loss(teacher, drawn, rows):
     """Cross-entropy of "yes" or "no" to whether latents align with their prompts, a mean."""
     conversations = []
     for i in rows:
-        question = f"<image>\n{ALIGN_QUESTION.format(prompts[i])}"
-        answer = "yes" if is_right[i] else "no"
+        question = f"<image>\n{ALIGN_QUESTION.format(drawn.prompts[i])}"
+        answer = "yes" if drawn.is_right[i] else "no"
         conversations.append([("user", question), ("assistant", answer)])
     ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n)
     # Nothing is drawn, so one time and one noise stand in for those of the DiT.
-    t, eps = torch.full((1,), 0.5), torch.zeros(1, *latent_shape)
-    loss, _, _ = teacher(ids, labels, latents[rows], tasks, t, eps)
+    t, eps = torch.full((1,), 0.5), torch.zeros_like(drawn.latents[:1])
+    loss, _, _ = teacher(ids, labels, drawn.latents[rows], tasks, t, eps)
     return loss / (labels >= 0).sum()
 
 
-def ordinary_losses(conversations, images):
+def ordinary_losses(teacher, rae, conversations, images):
     """Cross-entropy and flow matching loss of what train_t2i.py teaches, two means."""
-    ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n, model.context)
+    ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n, teacher.context)
     num_drawn = max(1, int((tasks != UNDERSTAND).sum()))
-    t = time_shift(torch.rand(num_drawn), latents[0].numel(), teacher.dit.shift_base)
     x0 = rae.encode(images.float() / 255)                               # b c h w
-    eps = torch.randn(num_drawn, *latent_shape)
+    t = time_shift(torch.rand(num_drawn), x0[0].numel(), teacher.dit.shift_base)
+    eps = torch.randn(num_drawn, *x0.shape[1:])
     cross_entropy, _, flow_loss = teacher(ids, labels, x0, tasks, t, eps)
     # times t^2: the error of x0, which the model predicts
     return cross_entropy / (labels >= 0).sum(), (flow_loss * t.square()).mean()
 
 
-losses = []
-micro_batches = batches(stream, BATCH, BATCH, workers=1, stop=options.steps)
-for step, _, images, _, conversations in tqdm(micro_batches, "train", total=options.steps):
-    torch.manual_seed(step)
-    answer_loss = alignment_loss(draw_rows())
-    cross_entropy, flow_loss = ordinary_losses(conversations, images)
-    (answer_loss + cross_entropy + flow_loss).backward()
-    lr = options.lr * runtime.lr_factor(step, 50, 50, options.steps, 0.02, "cosine")
-    runtime.optimizer_step([optimizer], teacher, 1.0, answer_loss, step, lr)
-    runtime.update_ema(model, teacher, 0.99, step)
-    losses.append(answer_loss.item())
-    if (step + 1) % 100 == 0 or step + 1 == options.steps:
-        tqdm.write(f"step {step + 1}: answers {np.mean(losses[-100:]):.3f}, right before wrong "
-                   f"{100 * ranking_accuracy():.1f}%, ordinary {cross_entropy.item():.3f}")
+# %% Train the language model
+def teach(model, rae, drawn, options):
+    """Teach the model, which becomes the EMA of what is trained. Returns the loss of each step."""
+    taught, held_out = split(drawn)
+    accuracy = ranking_accuracy(model, drawn, held_out)
+    print(f"right before wrong, untaught: {accuracy:.1f}% of pairs")
+    teacher = copy.deepcopy(model).requires_grad_(True)
+    teacher.dit.requires_grad_(False)                  # what it draws shall stay
+    conversation = partial(converse, questions=0.7, plan=model.plan > 0)
+    stream = open_data("shapes", 64, seed=5, objects=NUMBERS_OF_OBJECTS, conversation=conversation)
+    parameters = [p for p in teacher.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    losses = []
+    bar = runtime.progress_bar(options.steps, "train")
+    for step, _, images, _, conversations in batches(stream, BATCH, BATCH, workers=1,
+                                                     stop=options.steps):
+        torch.manual_seed(step)
+        answer_loss = alignment_loss(teacher, drawn, draw_rows(drawn, taught))
+        cross_entropy, flow_loss = ordinary_losses(teacher, rae, conversations, images)
+        (answer_loss + cross_entropy + flow_loss).backward()
+        lr = options.lr * runtime.lr_factor(step, 50, 50, options.steps, 0.02, "cosine")
+        runtime.optimizer_step([optimizer], teacher, 1.0, answer_loss, step, lr)
+        runtime.update_ema(model, teacher, 0.99, step)
+        losses.append(answer_loss.item())
+        bar.update()
+        if (step + 1) % 100 == 0 or step + 1 == options.steps:
+            accuracy = ranking_accuracy(model, drawn, held_out)
+            bar.write(f"step {step + 1}: answers {np.mean(losses[-100:]):.3f}, right before wrong "
+                      f"{accuracy:.1f}%, ordinary {cross_entropy.item():.3f}")
+    bar.close()
+    print(f"right before wrong, taught: {accuracy:.1f}% of pairs")
+    return losses
+
 
 # %% Keep the weights, and draw the curve
-kept = {}
-for name, value in state.items():
-    if name not in ("model", "opt", "level"):          # what only training needs
-        kept[name] = value
-kept["ema"] = model.state_dict()
-runtime.save_checkpoint(options.out / "last.pt", **kept)
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-axes.plot(np.convolve(losses, np.ones(20) / 20, "valid"))
-axes.set(xlabel="step", ylabel="cross-entropy of yes and no, mean of 20", title="right or wrong?")
-figure.savefig(options.out / "answers.png", dpi=120)
-print(f"right before wrong, taught: {100 * ranking_accuracy():.1f}% of pairs; "
-      f"{options.out}/last.pt")
+def save(options, state, model, losses):
+    kept = {}
+    for name, value in state.items():
+        if name not in ("model", "opt", "level"):      # what only training needs
+            kept[name] = value
+    kept["ema"] = model.state_dict()
+    runtime.save_checkpoint(options.out / "last.pt", **kept)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(np.convolve(losses, np.ones(20) / 20, "valid"))
+    axes.set(xlabel="step", ylabel="cross-entropy of yes and no, mean of 20",
+             title="right or wrong?")
+    runtime.write_whole(options.out / "answers.png", lambda f: figure.savefig(f, dpi=120))
+    print(f"{options.out}/last.pt, {options.out}/answers.png")
+
+
+def main(options):
+    runtime.check_out(options.out)
+    runtime.setup()
+    # Few steps without guidance are quick, and more often wrong.
+    args = sample.parse_args(["--prompt", "-", "--ckpt", options.ckpt, "--seed", "77",
+                              "--guidance", "1", "--sampling_steps", "24"])
+    model, rae, state = sample.load_t2i_models(args, "cpu", with_encoder=True)
+    drawn = draw_all(model, rae, args, options)
+    losses = teach(model, rae, drawn, options)
+    save(options, state, model, losses)
+
+
+if __name__ == "__main__":
+    runtime.run(main, parse_args)
