@@ -63,7 +63,8 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     real = FeatureSet(features, KEEP_REFERENCES)       # stays empty if there is a reference
     is_verified = val is not None and val.is_shapes    # read_scene() can read nothing else
     counts = torch.zeros(3, dtype=torch.float64)       # right colour, right class, unsure
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         labels = [number % model.num_classes for number in numbers]
         images = sample.generate(model, rae, labels, args, numbers, weak, dtype)       # b H W 3
         fake.add(images, numbers)
@@ -247,10 +248,10 @@ def parse_args(argv=None):
     source = p.add_mutually_exclusive_group()
     source.add_argument("--samples", nargs="+",
                         help="Images to measure in place of a model's: a folder, tars, or an .npz "
-                             "with arr_0, n H W 3 (default: none).")
+                             "with arr_0, n H W 3.")
     source.add_argument("--save_stats", metavar="X.npz",
                         help="File to write the statistics of --data to, which is then a --data "
-                             "itself (default: none).")
+                             "itself.")
     p.add_argument("--data", nargs="+",
                    help="Reference: images, or an .npz of statistics (default: what the model was "
                         "trained on).")
@@ -267,8 +268,7 @@ def parse_args(argv=None):
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
-    p.add_argument("--out", type=Path,
-                   help="File to write the line of JSON to as well (default: none).")
+    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)
     try:
