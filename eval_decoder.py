@@ -179,6 +179,8 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     size = encoder.image_size
     train = open_data(specs, size, split="train", hold_out=hold_out, objects=1)
     val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
+    metrics.report_data(train, rank)
+    metrics.report_data(val, rank)
     if not train.labelled:
         raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
     if n is None:
@@ -287,6 +289,7 @@ def reconstruct_all(args, rank, world, device):
     val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
     metrics.check_n(n, len(val))
+    metrics.report_data(val, rank)
     if rank == 0:
         metrics.report_reference(reference)
 

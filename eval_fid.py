@@ -232,6 +232,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
         return statistics
 
     data = metrics.open_images(specs, size)
+    metrics.report_data(data, rank)
     n = min(n or len(data), len(data))
     measured = metrics.measure_images(data, n, network, KEEP_REFERENCES, rank, world, batch)
     if statistics is None:
@@ -338,6 +339,7 @@ def evaluate_model(args, features, rank, world, device):
         val.size = size
         n = args.n or min(MODEL_N, len(val))
         metrics.check_n(n, len(val))
+        metrics.report_data(val, rank)
     if rank == 0:
         metrics.report_reference(reference)
 
@@ -393,6 +395,7 @@ def reference_size(args):
 def evaluate_samples(args, features, rank, world):
     """Compare the images of --samples with --data."""
     samples = metrics.open_images(args.samples)
+    metrics.report_data(samples, rank)
     n = args.n or len(samples)
     if n > len(samples):
         raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n "
