@@ -104,7 +104,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
     source_numbers = numbers_of_source(val, source, n)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for positions in metrics.progress_bar(batches, rank):
+    for positions in runtime.progress_bar(batches, "evaluate", rank):
         numbers = [source_numbers[position] for position in positions]
         x, y = reconstruct(rae, load_images(val, numbers), dtype)          # b 3 S S
         if not torch.isfinite(y).all():
@@ -157,7 +157,8 @@ def labelled_features(data, n, features, rank=0, world=1, batch=72):
     """Features n c and class ids n of the first n images, on all processes."""
     feature_set = FeatureSet(features, keep=n)
     labels = {}                                        # by number
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         items = [data[number] for number in numbers]
         feature_set.add(stack_images(items), numbers)
         for item in items:
@@ -178,6 +179,8 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     size = encoder.image_size
     train = open_data(specs, size, split="train", hold_out=hold_out, objects=1)
     val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
+    metrics.report_data(train, rank)
+    metrics.report_data(val, rank)
     if not train.labelled:
         raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
     if n is None:
@@ -194,15 +197,13 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runtime.Parser(__doc__, DEFAULTS)
     p.add_argument("--rae", metavar="CKPT",
                    help="Autoencoder: a checkpoint of train_decoder.py or train_dit.py, or a "
                         f"published one by name: {', '.join(release.PUBLISHED_RAES)} (default: "
                         "the shipped one).")
     p.add_argument("--probe", metavar="ENCODER",
-                   help="Encoder whose tokens to classify linearly, instead of reconstructions "
-                        "(default: none).")
+                   help="Encoder whose tokens to classify linearly, instead of reconstructions.")
     p.add_argument("--data", nargs="+",
                    help="Images: a folder, tars, or a mixture NAME=PATH:WEIGHT ...; to "
                         "reconstruct, also an .npz (default: those of training; to probe: "
@@ -217,23 +218,21 @@ def parse_args(argv=None):
     p.add_argument("--size", type=at_least(1),
                    help="Side of the images that a probed encoder sees, in pixels (default: as it "
                         "was trained).")
-    p.add_argument("--batch", type=at_least(1),
-                   help=f"Images per forward pass (default: {DEFAULTS['batch']}).")
+    p.add_argument("--batch", type=at_least(1), help="Images per forward pass.")
     p.add_argument("--features",
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: the autoencoder's own encoder).")
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
     p.add_argument("--lpips", action="store_true", default=None,
-                   help="Measure LPIPS as well, which needs the weights of VGG-16 (default: no).")
+                   help="Measure LPIPS as well, which needs the weights of VGG-16.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
-                   help=f"Precision of matmuls (default: {DEFAULTS['dtype']}).")
+                   help="Precision of matmuls.")
     p.add_argument("--seed", type=at_least(0),
-                   help=f"Seed of the probe's weights and batches (default: {DEFAULTS['seed']}).")
+                   help="Seed of the probe's weights and batches.")
     p.add_argument("--release_dir",
                    help="Folder with a copy of the hub's repository (default: download once).")
-    p.add_argument("--out", type=Path,
-                   help="File to write the line of JSON to as well (default: none).")
+    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     args = p.parse_args(argv)
     try:
         check_flags(args)
@@ -290,6 +289,7 @@ def reconstruct_all(args, rank, world, device):
     val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
     metrics.check_n(n, len(val))
+    metrics.report_data(val, rank)
     if rank == 0:
         metrics.report_reference(reference)
 

@@ -26,16 +26,11 @@ import metrics
 import runtime
 import sample
 from data import Arrays, load_images, open_data
-from metrics import (
-    BUILT_IN,
-    KEEP_REFERENCES,
-    KEEP_SAMPLES,
-    EncoderFeatures,
-    FeatureSet,
-    Moments,  # noqa: F401, as others import both from here
-    distance,  # noqa: F401
-)
+from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
+
+# What a FID is computed from, and by. They stand here, too, for those who look for them here.
+Moments, distance = metrics.Moments, metrics.distance
 
 MODEL_N = 720          # images of a model: 20 for each of the 36 classes of the built-in world
 PROTOCOL_N = 50_000    # samples that papers compare with a reference of as many images or more
@@ -68,7 +63,8 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     real = FeatureSet(features, KEEP_REFERENCES)       # stays empty if there is a reference
     is_verified = val is not None and val.is_shapes    # read_scene() can read nothing else
     counts = torch.zeros(3, dtype=torch.float64)       # right colour, right class, unsure
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         labels = [number % model.num_classes for number in numbers]
         images = sample.generate(model, rae, labels, args, numbers, weak, dtype)       # b H W 3
         fake.add(images, numbers)
@@ -236,6 +232,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
         return statistics
 
     data = metrics.open_images(specs, size)
+    metrics.report_data(data, rank)
     n = min(n or len(data), len(data))
     measured = metrics.measure_images(data, n, network, KEEP_REFERENCES, rank, world, batch)
     if statistics is None:
@@ -252,10 +249,10 @@ def parse_args(argv=None):
     source = p.add_mutually_exclusive_group()
     source.add_argument("--samples", nargs="+",
                         help="Images to measure in place of a model's: a folder, tars, or an .npz "
-                             "with arr_0, n H W 3 (default: none).")
+                             "with arr_0, n H W 3.")
     source.add_argument("--save_stats", metavar="X.npz",
                         help="File to write the statistics of --data to, which is then a --data "
-                             "itself (default: none).")
+                             "itself.")
     p.add_argument("--data", nargs="+",
                    help="Reference: images, or an .npz of statistics (default: what the model was "
                         "trained on).")
@@ -272,8 +269,7 @@ def parse_args(argv=None):
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
-    p.add_argument("--out", type=Path,
-                   help="File to write the line of JSON to as well (default: none).")
+    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)
     try:
@@ -343,6 +339,7 @@ def evaluate_model(args, features, rank, world, device):
         val.size = size
         n = args.n or min(MODEL_N, len(val))
         metrics.check_n(n, len(val))
+        metrics.report_data(val, rank)
     if rank == 0:
         metrics.report_reference(reference)
 
@@ -398,6 +395,7 @@ def reference_size(args):
 def evaluate_samples(args, features, rank, world):
     """Compare the images of --samples with --data."""
     samples = metrics.open_images(args.samples)
+    metrics.report_data(samples, rank)
     n = args.n or len(samples)
     if n > len(samples):
         raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n "

@@ -109,7 +109,8 @@ def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
     counts = torch.zeros(len(categories), 2, dtype=torch.float64)          # right, drawn
     own_answers = torch.zeros(2, dtype=torch.float64)                      # right, asked
     batch = max(1, args.batch // args.best_of)
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         batch_tests = [tests[number % len(tests)] for number in numbers]
         prompts = [test.prompt for test in batch_tests]
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
@@ -264,10 +265,10 @@ def parse_args(argv=None):
     p.add_argument("--prompts", metavar="PATH",
                    help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files, "
                         f"to draw {IMAGES_PER_PROMPT} images of each prompt into the folder --out, "
-                        "in place of ShapesEval (default: none).")
+                        "in place of ShapesEval.")
     p.add_argument("--out", type=Path,
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
-                        "draw into (default: none).")
+                        "draw into.")
     sample.add_model_flags(p, classes=False)
     sample.add_verifier_flags(p)
     args = p.parse_args(argv)

@@ -37,7 +37,6 @@ Moments are summed in fp64: batches and processes change a number only by fp32's
 features. samples_sha1 and reference_sha1 identify the pixels that were compared.
 """
 import hashlib
-import json
 import math
 import sys
 import zipfile
@@ -54,7 +53,6 @@ from scipy import ndimage
 from torchvision.models import Inception3, inception
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.functional import normalize
-from tqdm import tqdm
 
 import runtime
 from data import Arrays, load_images, open_data, parse_specs, resize_images
@@ -819,6 +817,12 @@ def overlap(files, others):
     return False
 
 
+def report_data(data, rank):
+    """Say, on stderr, which images are read."""
+    if rank == 0:
+        print(data.describe(), file=sys.stderr)
+
+
 def report_reference(reference):
     """Say, on stderr, that numbers are of images that the model knows."""
     if reference.split == TRAIN:
@@ -849,15 +853,10 @@ def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
 def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batch=72):
     """The merged FeatureSet of the first n images of ImageData or Arrays, on all processes."""
     feature_set = FeatureSet(network, keep)
-    for numbers in progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "measure", rank):
         feature_set.add(load_images(data, numbers), numbers)
     return feature_set.merge()
-
-
-def progress_bar(batches, rank):
-    """The batches, under a progress bar on rank 0, if that has a terminal."""
-    disable = True if rank > 0 else None               # None: tqdm looks for a terminal
-    return tqdm(batches, desc="evaluate", leave=False, disable=disable)
 
 
 # ---------------------------------------------------------------------------- checks and reports
@@ -930,29 +929,13 @@ def environment(device):
     return dict(commit=runtime.git_commit(), torch=torch.__version__, device=device.type)
 
 
-def to_json(record):
-    """A record as strict JSON: null for nan and inf, such as the PSNR of equal images."""
-    return json.dumps(without_nan(record), allow_nan=False)
-
-
-def without_nan(value):
-    """A copy of nested dicts and lists with None in place of nan and inf."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def report(results, seconds, path=None):
     """Print results as a table and as a line of JSON, and write that line to the file `path`."""
     for key, value in results.items():
         text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
         print(f"{key:>24}  {text}")
     print(f"{'seconds':>24}  {seconds:.1f}")
-    line = to_json(results)
+    line = runtime.to_json(results)                    # null for the PSNR of equal images
     print(line)
     if path:
         runtime.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
@@ -962,6 +945,7 @@ def prepare_output(path):
     """Make the folder of an output file: what fails, fails before the work. None: no output."""
     if path is None:
         return
+    runtime.check_out(path, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")

@@ -526,8 +526,8 @@ CHECKPOINTS = {                  # by the script that writes them
 }
 READERS = {                      # of these checkpoints
     "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
-    "train_dit.py": "sample.py and eval_fid.py",
-    "train_t2i.py": "sample.py --prompt and eval_t2i.py",
+    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
+    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
 }
 PUBLISHED = {                    # in the layout of these checkpoints
     "train_decoder.py": PUBLISHED_RAES,

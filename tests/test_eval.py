@@ -12,6 +12,7 @@ from PIL import Image
 
 import eval_decoder
 import eval_fid
+import eval_t2i
 import metrics
 import release
 import runtime
@@ -395,11 +396,24 @@ def test_one_image_is_refused_before_the_work(photos, tmp_path):
         run_script(eval_decoder, "--data", alone)
 
 
-def test_every_flag_of_eval_decoder_shows_its_default(capsys):
+@pytest.mark.parametrize("script", [eval_decoder, eval_fid, eval_t2i])
+def test_every_flag_shows_its_default(script, capsys):
     with pytest.raises(SystemExit):
-        eval_decoder.parse_args(["--help"])
+        script.parse_args(["--help"])
     _, _, options = capsys.readouterr().out.partition("options:")
     _, *flags = options.split("\n  --")
     assert len(flags) > 12
     for flag in flags:
-        assert "default:" in flag, flag
+        assert "default" in flag.lower(), flag
+
+
+def test_scripts_say_what_they_read(photos, trained_on_photos, capsys):
+    run_script(eval_decoder, "--data", photos, "--n", 4)
+    assert "images: 12 of 12" in capsys.readouterr().err
+    run_script(eval_decoder, "--probe", "pixel:16", "--n", 40, "--hold_out", 20, "--data", "shapes")
+    said = capsys.readouterr().err
+    assert "data shapes, train" in said and "data shapes, val" in said
+    evaluate("dit", trained_on_photos)
+    assert "images: 4 of 12" in capsys.readouterr().err
+    run_script(eval_fid, "--samples", photos, "--data", photos, "--features", "tiny")
+    assert capsys.readouterr().err.count("images: 12 of 12") == 2
