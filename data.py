@@ -619,7 +619,7 @@ def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
 
 # ---------------------------------------------------------------- data
 def open_data(specs, size, seed=0, crop="centre", flip=False, split="train", hold_out=0,
-              objects=(1, 2, 3, 4), conversation=None):
+              objects=(1, 2, 3, 4), chat=None):
     """List and check the images that --data names.
 
     specs: shapes, text, a folder, .tar shards or .jsonl; or several name=PATH:weight
@@ -630,7 +630,7 @@ def open_data(specs, size, seed=0, crop="centre", flip=False, split="train", hol
     split: train or val
     hold_out: images of each source that are in val, not in train; 0: all are in both
     objects: number of objects in a scene of shapes, or a tuple of numbers to draw from
-    conversation: function (scene, rng) -> [(role, text), ...] about a scene of shapes. If given,
+    chat: function (scene, rng) -> [(role, text), ...] about a scene of shapes. If given,
         the texts of files are conversations, too, and labels are ignored. None: captions
     Returns: ImageData
     Raises: FileNotFoundError, ValueError
@@ -642,19 +642,19 @@ def open_data(specs, size, seed=0, crop="centre", flip=False, split="train", hol
         first = SHAPES_VAL
         seed = 0
     # Stage 3, which has conversations, is tested on combinations of objects it never trains on.
-    skip_held_out = split == "train" and conversation is not None
+    skip_held_out = split == "train" and chat is not None
 
     sources = []
     for index, source_paths in enumerate(paths.values()):
         if source_paths == ["shapes"]:
-            source = SceneSource(seed, first, objects, conversation, skip_held_out)
+            source = SceneSource(seed, first, objects, chat, skip_held_out)
         elif source_paths == ["text"]:
-            if conversation:
+            if chat:
                 raise ValueError("--data text has no conversations; it is for train_decoder.py")
             source = TextSource(seed, first)
         else:
             source = FileSource(source_paths, split, hold_out, seed, index, crop, flip,
-                                with_conversations=conversation is not None)
+                                with_conversations=chat is not None)
         sources.append(source)
     return ImageData(sources, weights, size, seed)
 

@@ -256,13 +256,12 @@ def list_tar(path, with_conversations, passed_over):
 
 def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
     """List the images among files {name: (path, offset, size)}, by name, with their sidecars."""
+    files = only_training_split(path, files, passed_over)
     images = []
     used = set()                                  # names of sidecars
-    folders = set()                               # of all images
     class_folders = {}                            # of those whose class it is: the first image
     for name in sorted(filter(is_image, files)):
         folder = os.path.dirname(name)
-        folders.add(folder)
         sidecars = find_sidecars(files, name, sidecar_suffixes)
         used.update(sidecars.values())
         with error_context(path, name):
@@ -276,7 +275,6 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
                 label = parse_label(record, sidecars)
             texts = parse_texts(record, sidecars, with_conversations)
         images.append(ListedImage(*files[name], name, label, texts))
-    check_splits(path, folders)
     check_depths(path, class_folders)
     unused = [name for name in files if name not in used and not is_image(name)]
     count_unused(unused, sidecar_suffixes, passed_over)
@@ -410,26 +408,53 @@ def split_of(folder):
     return None if match is None else match[1]
 
 
-def check_splits(path, folders):
-    """Raises: ValueError if folders of images stand for splits, which would become classes.
+def only_training_split(path, files, passed_over):
+    """Take the files of train/ alone, if it lies beside val/ or test/ with the same class folders.
 
     One folder named test may well be a class; two, such as train/ beside test/, are splits.
+    Returns: files, by their names within train/
+    Raises: ValueError if splits lie beside each other in another way, and would become classes
     """
     splits = {}                                   # parent -> {"train": name of the folder, ...}
-    for folder in sorted(folders):
+    for folder in sorted({os.path.dirname(name) for name in filter(is_image, files)}):
         parts = folder.split("/")
         for depth, part in enumerate(parts):
             if split_of(part):
                 parent = "/".join(parts[:depth])
                 splits.setdefault(parent, {}).setdefault(split_of(part), part)
-    for parent, names in splits.items():
-        if len(names) > 1:
-            first = names.get("train", next(iter(names.values())))
-            meant = f"{parent}/{first}" if parent else first
-            raise ValueError(
-                f"--data {path} holds {' and '.join(sorted(names.values()))} side by side"
-                f"{' in ' + shown(parent) if parent else ''}, which would be mixed; "
-                f"{give_folder(path, meant)}")
+    splits = {parent: names for parent, names in splits.items() if len(names) > 1}
+    if not splits:
+        return files
+
+    parent, names = next(iter(splits.items()))
+    first = names.get("train", next(iter(names.values())))
+    meant = f"{parent}/{first}" if parent else first
+    classes = {}                                  # of each split
+    for name in names.values():
+        prefix = f"{parent}/{name}/" if parent else f"{name}/"
+        classes[name] = class_folders_in(prefix, files)
+    is_clear = "train" in names and all(classes[name] == classes[first] for name in classes)
+    if len(splits) > 1 or not is_clear or not classes[first]:
+        raise ValueError(
+            f"--data {path} holds {' and '.join(sorted(names.values()))} side by side"
+            f"{' in ' + shown(parent) if parent else ''}, which would be mixed; "
+            f"{give_folder(path, meant)}")
+    kept = {}
+    for name, place in sorted(files.items()):
+        if name.startswith(f"{meant}/"):
+            kept[name.removeprefix(f"{meant}/")] = place
+        elif is_image(name):
+            passed_over.add(f"images outside {meant}/", name)
+    return kept
+
+
+def class_folders_in(prefix, files):
+    """The folders of images below a prefix that ends in "/", without it."""
+    folders = set()
+    for name in filter(is_image, files):
+        if name.startswith(prefix):
+            folders.add(os.path.dirname(name.removeprefix(prefix)))
+    return folders - {""}
 
 
 def check_depths(path, class_folders):

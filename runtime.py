@@ -660,11 +660,11 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def flags_of_run(out, script, key):
+def flags_of_run(out, script, key, defaults):
     """The flags in OUT/last.pt, for --resume, as a dict.
 
-    script, key: the script whose checkpoint it must be, and a key that only these have.
-    Raises ValueError if there is no such checkpoint.
+    script, key: the script whose checkpoint it must be, and a key that only these have. defaults:
+    of its flags. Raises ValueError if there is no such checkpoint, or its flags are malformed.
     """
     path = Path(out) / "last.pt"
     if not path.exists():
@@ -673,11 +673,12 @@ def flags_of_run(out, script, key):
     state = load_checkpoint(path)
     if "args" not in state or key not in state:
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
+    check_stored_flags(state["args"], defaults, path)
     flags = dict(state["args"])
     for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
         flags.pop(name, None)
     # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
-    if flags.pop("balance", None) is not None and flags["prediction"] == "x0":
+    if flags.pop("balance", None) is not None and flags.get("prediction") == "x0":
         raise ValueError(f"{path} was trained with another weight of the loss by time (--balance), "
                          f"which no longer exists; start from its weights with --init {path}")
     if flags.get("decay_end") == flags["steps"]:       # a schedule follows --steps if it is raised
@@ -686,6 +687,25 @@ def flags_of_run(out, script, key):
         # There are more processes now. Another split of the batch draws other noise.
         flags["micro_batch"] = default_micro_batch(flags["batch"])
     return flags
+
+
+def check_stored_flags(flags, defaults, path):
+    """Raise ValueError unless the flags in a checkpoint are a dict of values of the right types.
+
+    defaults: values of those types; None says nothing of the type.
+    """
+    numbers = dict(steps=1, batch=1, micro_batch=1, warmup=0, decay_start=0, decay_end=0)
+    if not isinstance(flags, dict) or not {"steps", "batch", "micro_batch"} <= flags.keys():
+        raise ValueError(f"{path} has no flags of a run under args; start another run")
+    for name, example in (defaults | numbers).items():
+        value = flags.get(name)
+        if value is None or example is None:
+            continue
+        allowed = (int, float) if type(example) is float else type(example)
+        is_right = isinstance(value, allowed) and (type(value) is bool) == (type(example) is bool)
+        if not is_right or name in ("steps", "batch", "micro_batch") and value < 1:
+            raise ValueError(f"{path} has --{name} {value!r}, which the flag cannot be; start "
+                             f"another run")
 
 
 def check_unchanged(args, stored, fixed):
@@ -754,13 +774,36 @@ def load_resumable(args):
     return state
 
 
+def load_optimizer(optimizer, state):
+    """Load the state of an optimizer, as a checkpoint has it. Raises ValueError if it is of other
+    weights, or not finite.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint's optimizer does not fit ({error}); start another run "
+                         f"from its weights by --init") from error
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            fits = name == "step" or moment.shape == parameter.shape
+            if not fits or not moment.isfinite().all():
+                raise ValueError(f"the checkpoint's optimizer has a {name} of shape "
+                                 f"{tuple(moment.shape)} that does not fit or is not finite; start "
+                                 f"another run from its weights by --init")
+
+
 # What never happens in a run that ends before the step of a flag.
 EFFECTS = {"warmup": "the learning rate rises to the end",
            "llm_start": "prompts never condition the DiT, and the model will not follow them"}
 
 
-def warn_of_late_steps(log, args):
-    """Warn if the run ends before something that its flags set for a later step."""
+def warn_of_flags(log, args, resumed):
+    """Warn if the run ends before something that its flags set for a later step, or if it goes on
+    with other noise than one process would. resumed: the checkpoint, or None.
+    """
+    if resumed and resumed["args"]["micro_batch"] != args.micro_batch:
+        log.warn(f"with {world_size()} processes --micro_batch {resumed['args']['micro_batch']} "
+                 f"becomes {args.micro_batch}, so that the noise differs from here on")
     for name, effect in EFFECTS.items():
         step = getattr(args, name, 0)
         if step >= args.steps:

@@ -45,7 +45,11 @@ from model import (
     check_heads,
 )
 from release import (
+    PUBLISHED_RAES,
+    check_checkpoint,
+    is_published_rae,
     load_encoder,
+    load_packed_rae,
     load_release,
     load_strict,
     load_vit,
@@ -126,7 +130,8 @@ def parse_args(argv=None):
                    help="Pixels per token side that the decoder draws; twice the encoder's "
                         "upsamples by 2 (default: as the encoder).")
     p.add_argument("--init",
-                   help="Checkpoint whose EMA weights to start from, or an official model.pt.")
+                   help="Checkpoint whose EMA weights to start from, an official model.pt, or a "
+                        f"published autoencoder by name: {', '.join(PUBLISHED_RAES)}.")
     p.add_argument("--checkpoint_activations", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, a quarter more "
                         "time.")
@@ -191,7 +196,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_decoder.py", "disc")
+        stored = runtime.flags_of_run(out, "train_decoder.py", "disc", DEFAULTS)
         values |= stored
     else:
         values |= fit_defaults(args, DEFAULTS)
@@ -678,7 +683,11 @@ class Networks:
 
     def load_initial(self, path):
         """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
-        state = runtime.load_checkpoint(path)
+        if is_published_rae(path):
+            state = {"rae": load_packed_rae(path)}
+            state["ema"] = state["rae"]["decoder"]
+        else:
+            state = runtime.load_checkpoint(path)
         load_release(self.decoder, state, f"--init {path}")
         if self.encoder.trainable:
             weights = state.get("rae", {}).get("encoder_weights", {})
@@ -926,7 +935,10 @@ def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
-    resumed = runtime.load_resumable(args) if args.resume else None
+    resumed = None
+    if args.resume:
+        resumed = runtime.load_resumable(args)
+        check_checkpoint(resumed, "train_decoder.py", f"{args.out}/last.pt")
 
     # ---------------------------------------------------------------- data
     statistics_data = data
@@ -973,7 +985,7 @@ def main(args, data=None):
     start = 0
     if resumed:
         for optimizer, state in zip(all_optimizers, resumed["opt"], strict=True):
-            optimizer.load_state_dict(state)
+            runtime.load_optimizer(optimizer, state)
         start = resumed["step"]
 
     # ---------------------------------------------------------------- log and latent statistics
@@ -983,7 +995,7 @@ def main(args, data=None):
     stop = runtime.StopRequest()
     meter = LossMeter(data, device)
     log.warn(change_of_data)
-    runtime.warn_of_late_steps(log, args)
+    runtime.warn_of_flags(log, args, resumed)
     warn_of_tiny_encoder(log, args.encoder, data)
 
     def measure_latents():

@@ -131,7 +131,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes")
+        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes", DEFAULTS)
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
@@ -155,7 +155,7 @@ def presets(args):
     if args.init in release.PUBLISHED_DITS:
         values |= PUBLISHED_TRAINING | DIT_SIZES["DiTDH-XL"]
     elif args.init:
-        trained = runtime.load_checkpoint(args.init).get("args", {})
+        trained = release.read_dit(args.init)["args"]
         values |= {name: trained[name] for name in TINY_LATENTS if name in trained}
     elif release.encoder_name(args.rae) == "tiny":
         values |= TINY_LATENTS
@@ -249,7 +249,10 @@ def main(args, data=None):
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
-    resumed = runtime.load_resumable(args) if args.resume else None
+    resumed = None
+    if args.resume:
+        resumed = runtime.load_resumable(args)
+        release.check_checkpoint(resumed, "train_dit.py", f"{args.out}/last.pt")
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
     packed_rae = choose_autoencoder(args, resumed, init)
     channels, grid, _ = packed_rae["latent_var"].shape
@@ -291,14 +294,14 @@ def main(args, data=None):
                                   weight_decay=args.weight_decay, fused=True)
     start = 0
     if resumed:
-        optimizer.load_state_dict(resumed["opt"])
+        runtime.load_optimizer(optimizer, resumed["opt"])
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
     checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
     stop = runtime.StopRequest()
     log.warn(change_of_data)
-    runtime.warn_of_late_steps(log, args)
+    runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     loss_by_time = runtime.LossByTime(device)
 

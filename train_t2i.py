@@ -202,7 +202,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_t2i.py", "llm")
+        stored = runtime.flags_of_run(out, "train_t2i.py", "llm", DEFAULTS)
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
@@ -354,7 +354,7 @@ def count_batch(micro_batches):
 def preview_prompts(args, size, num_prompts=12):
     """Prompts of validation images that are to be drawn: the first ones among 60 images."""
     only_drawing = partial(converse, questions=0.0)
-    val_data = open_data(args.data, size, split="val", conversation=only_drawing)
+    val_data = open_data(args.data, size, split="val", chat=only_drawing)
     prompts = []
     for k in range(60):
         turns = val_data[k]["text"]
@@ -512,7 +512,10 @@ def main(args, data=None, conversation=None):
     lock = runtime.lock(args.out, is_folder=True)
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
-    resumed = runtime.load_resumable(args) if args.resume else None
+    resumed = None
+    if args.resume:
+        resumed = runtime.load_resumable(args)
+        release.check_checkpoint(resumed, "train_t2i.py", f"{args.out}/last.pt")
     init = resumed
     if args.init and not resumed:
         init = read_t2i(args.init, args.release_dir)
@@ -530,7 +533,7 @@ def main(args, data=None, conversation=None):
         conversation = partial(converse, questions=args.questions, plan=args.plan > 0)
     if data is None:
         data = open_data(args.data, packed_rae["size"], args.seed, objects=OBJECTS,
-                         conversation=conversation)
+                         chat=conversation)
     check_batch(data, args.batch)
     change_of_data = None
     if resumed:
@@ -571,7 +574,7 @@ def main(args, data=None, conversation=None):
     checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
     stop = runtime.StopRequest()
     log.warn(change_of_data)
-    runtime.warn_of_late_steps(log, args)
+    runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     losses = Losses(args, device)
 

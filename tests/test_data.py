@@ -618,7 +618,7 @@ def test_links_are_followed_but_no_folder_is_read_twice(tmp_path):
     os.symlink(tmp_path / "set", tmp_path / "other" / "b" / "back")
 
     passed_over = PassedOver()
-    names = walk(str(tmp_path / "set"), passed_over)
+    names = list(walk(str(tmp_path / "set"), passed_over))
 
     assert names == ["a/0000.png", "x/b/0000.png"]
     assert passed_over.counts == {"links to folders that are read elsewhere": 5}
@@ -673,9 +673,8 @@ def write_layout(path, names):
 
 
 @pytest.mark.parametrize("names, meant", [
-    (["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"], "train"),
     (["x/y/train/a/1.png", "x/y/train/b/2.png", "x/y/val/3.png", "x/y/test/4.png"], "x/y/train"),
-    (["Training/a/1.png", "Testing/a/2.png"], "Training"),
+    (["train/a/1.png", "train/b/2.png", "val/a/3.png"], "train"),
     (["train2017/1.png", "val2017/2.png"], "train2017"),
     (["validation/a/1.png", "test_set/a/2.png"], "test_set"),
     (["train/a/1.png", "train/b/2.png", "more/3.png"], "train"),
@@ -688,6 +687,18 @@ def test_layouts_that_mix_levels_are_refused_with_the_path_that_was_meant(names,
     with pytest.raises(ValueError, match=message):
         open_data(shard, 8)
     assert len(open_data(f"{folder}/{meant}", 8)) >= 1
+
+
+@pytest.mark.parametrize("names, train", [
+    (["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"], "train"),
+    (["x/Training/a/1.png", "x/Training/b/2.png", "x/Testing/a/3.png", "x/Testing/b/4.png"],
+     "x/Training")])
+def test_of_splits_with_the_same_classes_only_train_is_read(names, train, tmp_path):
+    for path in write_layout(tmp_path, names):
+        data = open_data(path, 8)
+        assert data.class_names == ["a", "b"]
+        assert len(data) == 2
+        assert f"images outside {train}/ 2" in data.describe()
 
 
 @pytest.mark.parametrize("names", [
@@ -714,7 +725,7 @@ def test_splits_beside_each_other_are_refused_in_stage_3(tmp_path):
     for name in ("train/1", "val/2"):
         files |= {f"{name}.png": plain_image(), f"{name}.txt": b"a cat"}
     with pytest.raises(ValueError, match="holds train and val side by side"):
-        open_data(write_tar(tmp_path / "a.tar", files), 8, conversation=lambda scene, rng: [])
+        open_data(write_tar(tmp_path / "a.tar", files), 8, chat=lambda scene, rng: [])
 
 
 # ---------------------------------------------------------------- class ids
@@ -1459,7 +1470,7 @@ for name, attempt in [
         ("thin", partial(first_pixel, "thin")),
         ("broken", partial(broken, "broken")),
         ("pipes.jsonl", partial(broken, "pipes.jsonl")),
-        ("texts", partial(open_data, "texts", 8, conversation=print)),
+        ("texts", partial(open_data, "texts", 8, chat=print)),
         ("label", lambda: open_data("label.tar", 8).num_classes),
         *[(path, partial(open_data, path, 8)) for path in
           ("deep.jsonl", "large.json", "line.jsonl", "pipe.tar", "pipe.jsonl", "size.tar",
@@ -1635,7 +1646,7 @@ def test_a_worker_that_hangs_is_reported(monkeypatch):
 def test_an_error_of_the_code_keeps_its_traceback():
     def divide(scene, rng):
         return 1 // 0
-    run = batches(open_data("shapes", 16, conversation=divide), 8, 8, workers=1)
+    run = batches(open_data("shapes", 16, chat=divide), 8, 8, workers=1)
     with pytest.raises(ZeroDivisionError, match=r"Original Traceback[\s\S]*in divide"):
         next(run)
 
@@ -1650,7 +1661,7 @@ def test_workers_leave_signals_to_the_main_process(monkeypatch):
     before = {}
     for number in (signal.SIGTERM, signal.SIGUSR1):               # as a trainer has them
         before[number] = signal.signal(number, lambda *_: None)
-    (_, _, _, _, texts), = batches(open_data("shapes", 16, conversation=say_handlers), 1, 1,
+    (_, _, _, _, texts), = batches(open_data("shapes", 16, chat=say_handlers), 1, 1,
                                    workers=1, stop=1)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -1668,7 +1679,7 @@ def test_workers_compute_on_one_thread_and_start_after_torch_has_used_its_own():
     for _ in range(3):
         x = torch.randn(300, 300, requires_grad=True) @ torch.randn(300, 300)
         x.square().sum().backward()
-        data = open_data("shapes", 16, conversation=say_number_of_threads)
+        data = open_data("shapes", 16, chat=say_number_of_threads)
         texts = [x[4] for x in batches(data, 4, 2, workers=2, stop=1)]
         assert texts == [[one_thread, one_thread], [one_thread, one_thread]]
     assert time.time() - started < 10

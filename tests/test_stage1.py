@@ -645,7 +645,7 @@ def test_what_an_image_of_a_mixture_shows_is_known():
 
 def test_text_has_no_conversations():
     with pytest.raises(ValueError, match="text has no conversations"):
-        open_data("text", 64, conversation=lambda scene, rng: [])
+        open_data("text", 64, chat=lambda scene, rng: [])
 
 
 def test_a_source_with_too_few_images_is_refused(tmp_path, capsys):

@@ -123,7 +123,7 @@ def conversations():
     """(scene, texts) for 1000 scenes, half of them to understand, in the words of captions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "reword", lambda text, rng: text)
-        data = open_data("shapes", 16, conversation=partial(converse, questions=0.5))
+        data = open_data("shapes", 16, chat=partial(converse, questions=0.5))
         found = []
         for k in range(1000):
             scene = Scene.random(0, k)
@@ -222,7 +222,7 @@ def test_no_training_text_names_what_is_held_out(monkeypatch):
     """Neither as a scene nor as a wrong prompt, which would teach that it is never right."""
     monkeypatch.setattr(language, "reword", lambda text, rng: text)
     monkeypatch.setattr(language, "altered", held_out_scene)
-    data = open_data("shapes", 16, seed=3, conversation=partial(converse, questions=0.6))
+    data = open_data("shapes", 16, seed=3, chat=partial(converse, questions=0.6))
 
     num_looking = 0
     for k in range(300):
@@ -236,12 +236,12 @@ def test_no_training_text_names_what_is_held_out(monkeypatch):
 
 
 def conversations_of_seed(seed):
-    data = open_data("shapes", 16, seed=seed, conversation=partial(converse, questions=0.25))
+    data = open_data("shapes", 16, seed=seed, chat=partial(converse, questions=0.25))
     return [data[k]["text"] for k in range(400)]
 
 
 def test_conversations_are_a_function_of_seed_and_number():
-    data = open_data("shapes", 16, seed=1, conversation=partial(converse, questions=0.25))
+    data = open_data("shapes", 16, seed=1, chat=partial(converse, questions=0.25))
     backwards = [data[k]["text"] for k in reversed(range(400))]
     conversations = conversations_of_seed(1)
     assert conversations == backwards[::-1]
@@ -879,7 +879,7 @@ def test_data_and_conversation_of_a_lesson_replace_the_flags(tmp_path):
         scenes.append(scene)
         return [("user", scene.caption()), ("assistant", "<image>")]
 
-    data = open_data("shapes", 64, seed=5, conversation=describe)
+    data = open_data("shapes", 64, seed=5, chat=describe)
     args = train_t2i.parse_args([*FLAGS, "--steps", "1", "--out", str(tmp_path / "data")])
     train_t2i.main(args, data=data)
     assert scenes[:8] == [data.scene_or_text(k) for k in range(8)]
@@ -1135,7 +1135,7 @@ def test_a_file_that_holds_no_autoencoder_is_refused(tmp_path, capsys):
 
 def test_a_checkpoint_of_classes_is_refused(tmp_path, capsys):
     run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path / "dit")
-    message = "dit/last.pt is a checkpoint of train_dit.py, for sample.py and eval_fid.py"
+    message = "dit/last.pt is a checkpoint of train_dit.py, for sample.py, eval_fid.py"
     with pytest.raises(ValueError, match=message):
         load_t2i(tmp_path / "dit" / "last.pt")
     with pytest.raises(SystemExit):
@@ -1156,15 +1156,10 @@ def test_images_without_text_are_refused(tmp_path):
         run_script(train_t2i, *FLAGS, "--data", tmp_path / "images", "--out", tmp_path / "run")
 
 
-def test_missing_weights_are_refused(tokenizer, tmp_path):
-    t2i = small_t2i(tokenizer)
-    flags = dict(width=32, depth=1, heads=2, head_width=0, class_dropout=0.0, connector="linear")
-    packed_rae = runtime.load_checkpoint(release.SHIPPED_RAE)
-    runtime.save_checkpoint(tmp_path / "ema.pt", ema=t2i.state_dict(), llm=t2i.llm.config,
-                            args=flags, latent_shape=[8, 4, 4], tokenizer=tokenizer.json,
-                            rae=packed_rae["rae"])
-    with pytest.raises(ValueError, match="ema.pt holds no weights model; use --weights ema"):
-        load_t2i(tmp_path / "ema.pt", weights="model")
+def test_missing_weights_are_refused():
+    """The shipped checkpoint has the EMA weights alone."""
+    with pytest.raises(ValueError, match="holds no weights model; use --weights ema"):
+        load_t2i(release.SHIPPED_T2I, weights="model")
 
 
 # ---------------------------------------------------------------------------- published models

@@ -34,7 +34,7 @@ def request_scene(scene, rng):
 
 
 def open_conversations(specs, size=8, **options):
-    return open_data(specs, size, **{"conversation": request_scene, **options})
+    return open_data(specs, size, **{"chat": request_scene, **options})
 
 
 def assert_refused(message, specs, **options):
@@ -372,7 +372,7 @@ def test_a_line_that_is_no_utf_8_and_an_empty_file(tmp_path):
     assert_refused("must hold images", write_jsonl(tmp_path / "b.jsonl", []))
     without_image = write_jsonl(tmp_path / "c.jsonl", [{"conversations": [ASK, TELL]}])
     assert len(open_conversations(without_image)) == 1
-    assert_refused("must hold images", without_image, conversation=None)
+    assert_refused("must hold images", without_image, chat=None)
     message = r"d\.jsonl does not exist; give shapes or text, .*\.jsonl"
     with pytest.raises(FileNotFoundError, match=message):
         open_conversations(str(tmp_path / "d.jsonl"))
@@ -428,13 +428,13 @@ def test_the_function_makes_the_conversation_of_a_scene(none_held_out):
 
     def plain_caption(scene, rng):
         return [("user", scene.caption())]
-    plain = open_data("shapes", 16, seed=4, conversation=plain_caption)
+    plain = open_data("shapes", 16, seed=4, chat=plain_caption)
     assert texts_of(plain, range(9)) == [[("user", Scene.random(4, k).caption())] for k in range(9)]
     assert all(plain[k]["image"].equal(data[k]["image"]) for k in range(9))
 
 
 def test_stage_3_asks_for_scenes_and_about_them(none_held_out):
-    data = open_data("shapes", 16, seed=4, conversation=partial(converse, questions=0.3))
+    data = open_data("shapes", 16, seed=4, chat=partial(converse, questions=0.3))
     asked = 0
     for k in range(100):
         turns = data[k]["text"]
@@ -451,7 +451,7 @@ def test_stage_3_asks_for_scenes_and_about_them(none_held_out):
     assert 12 < asked < 48                        # 30 +- 4.6
 
     only_requests = partial(converse, questions=0.0, plan=False)
-    data = open_data("shapes", 16, conversation=only_requests)
+    data = open_data("shapes", 16, chat=only_requests)
     assert all(data[k]["text"][1] == ("assistant", "<image>") for k in range(50))
 
 
@@ -486,8 +486,8 @@ def say_whether_held_out(scene, rng):
 
 
 def test_no_scene_of_training_is_one_that_is_held_out():
-    train = open_data("shapes", 16, conversation=say_whether_held_out)
-    val = open_data("shapes", 16, split="val", conversation=say_whether_held_out)
+    train = open_data("shapes", 16, chat=say_whether_held_out)
+    val = open_data("shapes", 16, split="val", chat=say_whether_held_out)
     plain = open_data("shapes", 16)
 
     assert {text[0][1] for text in texts_of(train, range(200))} == {False}

@@ -148,7 +148,7 @@ def train(folder, seed, arm, steps):
     conversation = arm.conversation
     if conversation is None:
         conversation = partial(converse, questions=args.questions, plan=False)
-    data = open_data("shapes", IMAGE_SIZE, seed, objects=(1, 2), conversation=conversation)
+    data = open_data("shapes", IMAGE_SIZE, seed, objects=(1, 2), chat=conversation)
     if arm.init:
         data = RepeatedImages(data, FINETUNING_SCENES)
     train_to_the_end(train_t2i, args, data=data, conversation=conversation)

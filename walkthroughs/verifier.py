@@ -191,7 +191,7 @@ def teach(model, rae, drawn, options):
     teacher = copy.deepcopy(model).requires_grad_(True)
     teacher.dit.requires_grad_(False)                  # what it draws shall stay
     conversation = partial(converse, questions=0.7, plan=model.plan > 0)
-    stream = open_data("shapes", 64, seed=5, objects=NUMBERS_OF_OBJECTS, conversation=conversation)
+    stream = open_data("shapes", 64, seed=5, objects=NUMBERS_OF_OBJECTS, chat=conversation)
     parameters = [p for p in teacher.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
