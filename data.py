@@ -13,34 +13,56 @@
 Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
 starting at a later k.
 """
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
+import lzma
+import math
 import multiprocessing
 import os
 import re
+import reprlib
 import signal
 import struct
 import sys
 import threading
 import time
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from listing import PassedOver, describe_passed_over, list_images, read_bytes, shown
+from listing import (
+    PassedOver,
+    count_images,
+    describe_passed_over,
+    list_images,
+    read_bytes,
+    shown,
+)
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
 SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
 PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
+SHARDS = 100_000           # of a range; the largest public sets have half as many
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
+THIN = 10                  # longer side / shorter side; panoramas have less
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # EXIF
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
+# Pillow warns of damaged metadata, and of images of over 89 million pixels. It refuses those of
+# over 179 million, which would take half a gigabyte as RGB.
+warnings.filterwarnings("ignore", module="PIL")
+SAVE_UNCOMPRESSED = "save them by np.savez, which are read in place"
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
 # slow network perhaps a minute, and two minutes are what a user waits without a word.
@@ -48,25 +70,88 @@ WORKER_TIMEOUT = 100
 
 
 # ---------------------------------------------------------------- images
-def to_rgb(image):
-    """Convert a PIL image of any mode to upright RGB, with transparent parts over white."""
-    image = ImageOps.exif_transpose(image)        # cameras store a tag instead of turning pixels
-    if image.mode.startswith("I"):                # 16 bits, which convert("RGB") would clip
-        pixels = np.asarray(image).clip(0, 65535)
-        pixels = np.rint(pixels / 257)            # 257 = 65535 / 255
-        image = Image.fromarray(pixels.astype(np.uint8))
-    elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
 def load_image(listed):
     """Load a ListedImage as PIL RGB. Raises: many kinds of exceptions if the file is broken"""
     if listed.path is None:
         return BLACK
     content = read_bytes(listed.path, listed.offset, listed.size)
-    return to_rgb(Image.open(io.BytesIO(content)))
+    if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        raise ValueError("is a PostScript program, not pixels")   # Pillow would run it
+    try:
+        return to_rgb(Image.open(io.BytesIO(content)))
+    except Exception:                             # Pillow's decoders raise a dozen kinds
+        without_metadata = pixels_of_png(content)
+        if without_metadata == content:
+            raise
+    return to_rgb(Image.open(io.BytesIO(without_metadata)))
+
+
+def pixels_of_png(content):
+    """Leave out of a PNG what is not needed for its pixels; return any other file as it is.
+
+    Pillow refuses texts and colour profiles of over a megabyte, and checksums of them that are
+    wrong. Source: the PNG specification, 5.3: length, type, data and checksum of each chunk.
+    """
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    kept = [content[:8]]
+    position = 8
+    while position + 8 <= len(content):
+        size, kind = struct.unpack(">I4s", content[position:position + 8])
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"):    # eXIf: orientation
+            kept.append(content[position:position + 12 + size])
+        position += 12 + size
+    return b"".join(kept)
+
+
+def to_rgb(image):
+    """Convert a PIL image of any mode to upright RGB, with transparent parts over white.
+
+    Raises: many kinds of exceptions if the file is broken
+    """
+    tiff_tags = getattr(image, "tag_v2", {})
+    image.load()
+    turn = TURNS.get(orientation_of(image))
+    if image.mode[0] in "IF":                     # 16 or 32 bits, which convert("RGB") would clip
+        image = to_8_bits(image, tiff_tags)
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    if turn is not None:
+        image = image.transpose(turn)
+    return image.convert("RGB")
+
+
+def orientation_of(image):
+    """Return the EXIF tag that cameras store instead of turning pixels; 1: upright."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:                             # broken EXIF raises many kinds; pixels count
+        return 1
+
+
+def to_8_bits(image, tiff_tags):
+    """Convert a PIL image of grey levels in 16 or 32 bits or in floats to mode "L".
+
+    White is 255 or 65535 (of floats also 1), whichever is the first to hold all levels.
+    Raises: ValueError if some are negative, larger, or not finite
+    """
+    levels = np.asarray(image).astype(np.float32)
+    transparent = levels == image.info.get("transparency")
+    whites = [255, 65535]
+    if image.mode == "F":
+        whites = [1, 255, 65535]
+    elif tiff_tags.get(BITS_PER_SAMPLE) == (12,):
+        whites = [4095]
+    if not 0 <= levels.min() <= levels.max() <= whites[-1]:       # nan is not, either
+        raise ValueError(f"has grey levels from {levels.min():.6g} to {levels.max():.6g}; store "
+                         "8 or 16 bits, or floats from 0 to 1")
+    white = next(white for white in whites if levels.max() <= white)
+    if tiff_tags.get(PHOTOMETRIC) == 0:           # white is 0
+        levels = white - levels
+    levels = np.rint(levels / white * 255).astype(np.uint8)
+    levels[transparent] = 255                     # over white
+    return Image.fromarray(levels)
 
 
 def square(image, size, rng=None):
@@ -87,15 +172,36 @@ def square(image, size, rng=None):
     old_width, old_height = image.size
     width = round(old_width * shorter_side / min(image.size))
     height = round(old_height * shorter_side / min(image.size))
-    image = image.resize((width, height), Image.BICUBIC)
-
     if rng is None:
         left = (width - size) // 2
         top = (height - size) // 2
     else:
         left = int(rng.integers(width - size + 1))
         top = int(rng.integers(height - size + 1))
+    if max(image.size) > THIN * min(image.size):
+        return resize_part(image, width, height, left, top, size)
+    image = image.resize((width, height), Image.BICUBIC)
     return image.crop((left, top, left + size, top + size))
+
+
+def resize_part(image, width, height, left, top, size):
+    """Return a part of image.resize((width, height)), size x size, without making the rest.
+
+    A line of 1 x 20,000 pixels would be enlarged to 256 x 5 million. The pixels are the same but
+    for rounding.
+    """
+    box = []                                      # of the part, in pixels of a window around it
+    window = []                                   # left, top, right, bottom
+    for start, new, old in ((left, width, image.width), (top, height, image.height)):
+        first = start * old / new
+        last = (start + size) * old / new
+        margin = math.ceil(2 * max(1, old / new))                 # bicubic: 2 pixels to each side
+        edge = max(0, math.floor(first) - margin)
+        window.append((edge, min(old, math.ceil(last) + margin)))
+        box.append((first - edge, last - edge))
+    image = image.crop((window[0][0], window[1][0], window[0][1], window[1][1]))
+    box = (box[0][0], box[1][0], box[0][1], box[1][1])
+    return image.resize((size, size), Image.BICUBIC, box)
 
 
 def resize_images(images, side):
@@ -113,8 +219,8 @@ def resize_images(images, side):
 # ---------------------------------------------------------------- sources
 # A source has class_names, labelled, its length (images in an epoch), and load(number, rng, size),
 # which returns image number = 0, 1, ... without end: pixels H W 3 uint8, the name of its class or
-# None, its text, and the names of broken files that this image replaces. summary() says what it
-# has, as a dict of JSON's types.
+# None, its text, and pairs (name, reason) of broken files that this image replaces. summary() says
+# what it has, as a dict of JSON's types.
 class SceneSource:
     """The scenes of shapes, labelled by their object if all have exactly one."""
     class_names = list(CLASSES)
@@ -231,9 +337,7 @@ class FileSource:
     def load(self, number, rng, size):
         # What is drawn from rng, in this order: other images for broken ones, crop, flip, text.
         epoch, position = divmod(number, len(self))
-        listed, image, broken = self.load_unbroken(self.shuffle(epoch)[position], rng)
-        if size is not None:
-            image = square(image, size, rng if self.crop == "random" else None)
+        listed, image, broken = self.load_unbroken(self.shuffle(epoch)[position], rng, size)
         if self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
 
@@ -254,32 +358,55 @@ class FileSource:
             self.epoch = epoch
         return self.permutation
 
-    def load_unbroken(self, index, rng):
+    def load_unbroken(self, index, rng, size):
         """Load images[index] or, as long as the file is broken, a random other image.
 
-        Returns: ListedImage, PIL RGB image, names of the broken files met
+        Returns: ListedImage, PIL RGB image, pairs (name, reason) of the broken files met
         Raises: ValueError if TRIES files in a row are broken
         """
         broken = []
         while len(broken) < TRIES:
             listed = self.images[index]
             try:
-                return listed, load_image(listed), broken
-            except Exception:                     # Pillow's decoders raise a dozen kinds
-                broken.append(listed.full_name())
+                image = load_image(listed)
+                if size is not None:
+                    image = square(image, size, rng if self.crop == "random" else None)
+                return listed, image, broken
+            except Exception as error:            # Pillow's decoders raise a dozen kinds
+                broken.append((listed.full_name(), reason_of(error)))
                 index = rng.integers(len(self))
         if get_worker_info() is None:
-            raise ValueError(f"--data has {TRIES} broken images in a row: {sorted(set(broken))}")
+            names = sorted({name for name, _ in broken})
+            raise ValueError(f"--data has {TRIES} broken images in a row ({broken[0][1]}): {names}")
         # In a worker, the error would come with a traceback of its own, so the main process raises
         # it: see BrokenFiles.report.
-        return listed, BLACK, broken
+        return listed, image_of_size(size), broken
+
+
+def reason_of(error):
+    """Say on one short line why an image could not be loaded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, (ValueError, OSError)):
+        reason = str(error)
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return " ".join(reason.split())[:200]
+
+
+def image_of_size(size):
+    """Return a black image, which no one will see; size None: of any size."""
+    return BLACK if size is None else BLACK.resize((size, size))
 
 
 def images_of_split(images, split, hold_out, path):
     """Return the images of train or val: all but `hold_out`, or these; 0: all are in both."""
     if not 0 <= hold_out < len(images):
-        raise ValueError(f"--hold_out {hold_out} must be below {path}'s {len(images)} images; "
-                         f"lower it, or --eval_n if that sets it")
+        raise ValueError(f"--hold_out {hold_out} must be below the {len(images)} images of {path} "
+                         f"(if it is not given, --eval_n sets it); try --hold_out "
+                         f"{len(images) // 10}")
     # The same images are held out for every --seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(images))
     if split == "train":
@@ -323,9 +450,9 @@ def missing_ids(labels):
     ids = sorted(label for label in labels if isinstance(label, int))
     for before, after in itertools.pairwise([-1, *ids]):
         if after - before == 2:
-            missing.append(f"{before + 1}")
+            missing.append(reprlib.repr(before + 1))              # an id may have 400 digits
         elif after - before > 2:
-            missing.append(f"{before + 1} to {after - 1}")
+            missing.append(f"{reprlib.repr(before + 1)} to {reprlib.repr(after - 1)}")
     if len(missing) > 10:
         missing[9:] = ["..."]
     return missing
@@ -338,15 +465,20 @@ class BrokenFiles:
         self.total = total                        # number of images of the source
         self.names = set()
 
-    def report(self, names):
-        """Print the names that are new. Raises: ValueError if there are too many."""
-        for name in sorted(set(names) - self.names):
+    def report(self, broken):
+        """Print the files that are new. Raises: ValueError if there are too many.
+
+        broken: list of pairs (name, reason)
+        """
+        for name, reason in sorted(broken):
+            if name in self.names:
+                continue
             self.names.add(name)
             count = len(self.names)
-            print(f"broken image {count}, replaced by another: {name}", file=sys.stderr)
-            if count > max(1, self.total // 100) or len(names) >= TRIES:
+            print(f"broken image {count}, replaced by another: {name} ({reason})", file=sys.stderr)
+            if count > max(1, self.total // 100) or len(broken) >= TRIES:
                 raise ValueError(
-                    f"--data has {count} broken images of {self.total}, such as {name}; "
+                    f"--data has {count} broken images of {self.total}, such as {name} ({reason}); "
                     "at most 1% may be; remove or mend those named above")
 
 
@@ -375,8 +507,8 @@ def parse_spec(spec):
     if not re.match(r"[\w-]+=", spec) or os.path.exists(spec):    # paths may contain "=", too
         return "", spec, 1.0
     # Digits and a point: no sign, nan or inf.
-    match = re.fullmatch(r"([\w-]+)=(.+):(\d*\.?\d+)", spec)
-    if match is None or float(match[3]) == 0:
+    match = re.fullmatch(r"([\w-]+)=(.+):(\d*\.?\d+)", spec, re.DOTALL)
+    if match is None or not 0 < float(match[3]) < math.inf:
         raise ValueError(f"--data {spec} must be name=PATH:weight, a number above 0")
     return match[1], match[2], float(match[3])
 
@@ -387,6 +519,9 @@ def expand_range(path):
     if match is None:
         return [path]
     first, last = sorted([int(match[1]), int(match[2])])
+    if last - first >= SHARDS:
+        raise ValueError(f"--data {path} stands for {last - first + 1:,} files; at most {SHARDS:,} "
+                         "may be")
     digits = len(match[1])
     return [path.replace(match[0], f"{number:0{digits}}") for number in range(first, last + 1)]
 
@@ -416,6 +551,68 @@ class Mixture:
         periods, position = divmod(k, PERIOD)
         source, turn = self.turns[position]
         return source, periods * self.counts[source] + turn
+
+
+# ---------------------------------------------------------------- amounts
+def count_sources(specs, at_most, with_conversations=False):
+    """Numbers of images of the sources of --data, where more than at_most count as at_most.
+
+    with_conversations: as of list_images
+    Raises: FileNotFoundError, ValueError, as open_data
+    """
+    paths, _ = parse_specs(specs)
+    counts = []
+    for source_paths in paths.values():
+        if source_paths in (["shapes"], ["text"]):                # which never end
+            counts.append(at_most)
+        else:
+            counts.append(count_images(source_paths, at_most, with_conversations))
+    return counts
+
+
+def fit_defaults(args, defaults, with_conversations=False):
+    """Defaults of --batch, --hold_out and --eval_n for data that may have few images.
+
+    args: flags, None where none was given. defaults: of the script; where its hold_out is None, as
+    many images are held out as are evaluated, and at most a tenth.
+    Returns: dict of the three, each at most its default
+    """
+    most = 10 * defaults["eval_n"]
+    counts = count_sources(args.data or defaults["data"], most, with_conversations)
+    n = min(counts)
+
+    hold_out = getattr(args, "hold_out", None)
+    if hold_out is None:
+        hold_out = defaults["hold_out"]
+    if hold_out is None:
+        hold_out = args.eval_n or min(defaults["eval_n"], max(2, n // 10))     # 2: a variance
+    eval_n = min(defaults["eval_n"], hold_out or n)
+
+    to_train_on = sum(counts) - len(counts) * hold_out
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch = min(defaults["batch"], max(1, to_train_on))
+    batch = max(world, batch // world * world)
+    return dict(batch=batch, hold_out=hold_out, eval_n=eval_n)
+
+
+def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
+    """Check that --data has enough images for the other flags. eval_n: 0 without evaluations.
+
+    Raises: ValueError that names all flags which are too large
+    """
+    at_most = hold_out + max(batch, eval_n) + 1
+    counts = count_sources(specs, at_most, with_conversations)
+    n = min(counts)
+    to_train_on = sum(counts) - len(counts) * hold_out
+    problems = []
+    if hold_out >= n:
+        problems.append(f"--hold_out {hold_out} must be below {n}")
+    elif batch > to_train_on:
+        problems.append(f"--batch {batch} must be at most the {to_train_on} to train on")
+    if eval_n > (hold_out or n):
+        problems.append(f"--eval_n {eval_n} must be at most the {hold_out or n} held out")
+    if problems:
+        raise ValueError(f"--data {' '.join(specs)} has {n} images: {'; '.join(problems)}")
 
 
 # ---------------------------------------------------------------- data
@@ -468,7 +665,7 @@ class ImageData(Dataset):
         text: caption, or conversation [(role, text), ...] with roles "user" and "assistant"
         label: class id; 0 if there are no labels
         number: k
-        broken: names of broken files that this image replaces
+        broken: pairs (name, reason) of broken files that this image replaces
     len(data) is the number of images in an epoch of each source.
     """
 
@@ -553,26 +750,20 @@ class ImageData(Dataset):
         index, number = self.mixture.locate(k)
         return self.sources[index].draw(number)
 
-    def report_broken(self, k, names):
+    def report_broken(self, k, broken):
         """Report the broken files that image k replaces. Raises: ValueError if over 1% are."""
-        self.broken_files[self.source_of(k)].report(names)
+        self.broken_files[self.source_of(k)].report(broken)
 
 
 def describe_source(name, summary):
     """Return the summary of a source as text; see ImageData.summary."""
     title = f"data {name}={summary['data']}" if name else f"data {summary['data']}"
-    classes = "no classes"
-    if summary["classes"]:
-        classes = f"{summary['classes']:,} class{'es' if summary['classes'] > 1 else ''}"
+    classes = f"classes: {summary['classes']:,}" if summary["classes"] else "no classes"
     if "images_in_all" not in summary:
-        return f"{title}, {summary['split']}: drawn when needed, {classes}"
-
-    if summary["held_out"] == 0:
-        images = f"all {summary['images']:,} images (none is held out of training)"
-    else:
-        images = (f"{summary['images']:,} of {summary['images_in_all']:,} images "
-                  f"({summary['held_out']:,} are held out of training)")
-    lines = [f"{title}, {summary['split']}: {images}, {classes}"]
+        return f"{title}, {summary['split']}: images are drawn when needed, {classes}"
+    lines = [f"{title}, {summary['split']}: images: {summary['images']:,} of "
+             f"{summary['images_in_all']:,} (held out of training: {summary['held_out']:,}), "
+             f"{classes}"]
     if summary["passed_over"]:
         lines.append(f"  passed over: {describe_passed_over(summary['passed_over'])}")
     if summary.get("missing_ids"):
@@ -580,8 +771,8 @@ def describe_source(name, summary):
                      "they are no classes")
     without = summary.get("classes_without_images")
     if without:
-        lines.append(f"  {len(without):,} classes have no image in this split: "
-                     f"{', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
+        lines.append(f"  classes without an image in this split: {len(without):,} "
+                     f"({', '.join(without[:10])}{' ...' if len(without) > 10 else ''})")
     return "\n".join(lines)
 
 
@@ -590,7 +781,7 @@ class Arrays:
 
     sample.py and ADM's evaluation suite write such files. They are mapped into memory rather than
     read, unless they are compressed.
-    Raises: ValueError if there are no such images
+    Raises: ValueError if there are no such images, or too many of them are compressed
     """
     is_shapes = False
     domains = ["images"]           # one source, as of an ImageData
@@ -600,32 +791,17 @@ class Arrays:
             raise ValueError(f"{path} is no whole .npz of arr_0, or mu and sigma; "
                              "write images by np.savez")
         self.path = path
-        self.images = self.open_array(path)
-        shape, dtype = self.images.shape, self.images.dtype
-        if len(shape) != 4 or shape[3] != 3 or not (dtype == np.uint8 or dtype.kind == "f"):
-            raise ValueError(f"{path} has arr_0 of {shape}, {dtype}; "
-                             "images are n H W 3, uint8 or floats")
+        self.images = open_array(path)
 
     @staticmethod
     def contains_images(path):
-        return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
-
-    @staticmethod
-    def open_array(path):
-        """Map arr_0 into memory, which np.load does for .npy files alone."""
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo("arr_0.npy")
-            with archive.open(info) as array:
-                np.lib.format.read_magic(array)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-                array_offset = array.tell()
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.load(path)["arr_0"]
-        # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
-        # name and of the extra field that follow. Source: PKWARE's APPNOTE.TXT, 4.3.7.
-        name_size, extra_size = struct.unpack("<HH", read_bytes(path, info.header_offset + 26, 4))
-        offset = info.header_offset + 30 + name_size + extra_size + array_offset
-        return np.memmap(path, dtype, "r", offset, shape)
+        if not os.path.isfile(path):
+            return False
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return "arr_0.npy" in archive.namelist()
+        except (zipfile.BadZipFile, NotImplementedError):         # the latter: of a later version
+            return False
 
     def __len__(self):
         return len(self.images)
@@ -643,9 +819,10 @@ class Arrays:
     def __getitem__(self, k):
         pixels = np.array(self.images[k])
         if pixels.dtype != np.uint8:
-            if not 0 <= pixels.min() <= pixels.max() <= 1:        # catches nan, too
-                raise ValueError(f"{self.path} has floats of {pixels.min():.3g} to "
-                                 f"{pixels.max():.3g}; scale them to [0,1], or store uint8")
+            low, high = float(pixels.min()), float(pixels.max())
+            if not 0 <= low <= high <= 1:         # nan is not, either
+                raise ValueError(f"{self.path} has floats of {low:.3g} to {high:.3g}; "
+                                 "scale them to [0,1], or store uint8")
             pixels = np.rint(pixels * 255).astype(np.uint8)
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         return dict(image=image, text="", label=0, number=k, broken=[])
@@ -661,6 +838,96 @@ class Arrays:
         return 0
 
 
+def open_array(path):
+    """Map arr_0 of an .npz into memory, which np.load does for .npy files alone.
+
+    Returns: n H W 3, uint8 or floats of any byte order
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("arr_0.npy")
+        with damage_of(path), archive.open(info) as file:
+            shape, is_fortran, dtype = read_array_header(file)
+            header_size = file.tell()
+        check_array(path, shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if info.file_size != header_size + size:
+            raise ValueError(f"{path} is damaged: arr_0 of {shape} has {info.file_size:,} bytes")
+        order = "F" if is_fortran else "C"
+        if info.compress_type != zipfile.ZIP_STORED:
+            check_compressed(path, size, info.compress_size)
+            with damage_of(path), archive.open(info) as file:
+                file.read(header_size)
+                return read_into_array(file, size).view(dtype).reshape(shape, order=order)
+    # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
+    # name and of the extra field that follow. Source: PKWARE's APPNOTE.TXT, 4.3.7.
+    name_size, extra_size = struct.unpack("<HH", read_bytes(path, info.header_offset + 26, 4))
+    offset = info.header_offset + 30 + name_size + extra_size + header_size
+    with damage_of(path):
+        return np.memmap(path, dtype, "r", offset, shape, order=order)
+
+
+@contextlib.contextmanager
+def damage_of(path):
+    """Turn what zipfile and numpy raise for a damaged file into a ValueError that names it."""
+    try:
+        yield
+    except MemoryError:                           # a limit of this process
+        raise ValueError(f"{path} has more compressed images than there is memory; "
+                         f"{SAVE_UNCOMPRESSED}") from None
+    # RuntimeError: it is encrypted, or compressed in another way; OSError: a wrong position
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
+            OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
+
+
+def read_array_header(file):
+    """Read the header of an .npy. Returns: shape, whether in Fortran's order, dtype"""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)              # 3.0 has other names of fields
+
+
+def check_array(path, shape, dtype):
+    """Raises: ValueError if arr_0 of an .npz holds no images"""
+    is_image = len(shape) == 4 and shape[3] == 3 and min(shape) > 0
+    if not is_image or not (dtype == np.uint8 or dtype.kind == "f"):
+        raise ValueError(f"{path} has arr_0 of {shape}, {dtype}; "
+                         "images are n H W 3, uint8 or floats, at least one")
+
+
+def check_compressed(path, size, compressed_size):
+    """Raises: ValueError if compressed images would take too much memory, or can't be that many"""
+    limit = memory_of_machine() // 2              # the rest is for models and features
+    if size > limit:
+        raise ValueError(f"{path} has {size / 1e9:,.1f} GB of compressed images, of which at most "
+                         f"{limit / 1e9:,.1f} GB can be read; {SAVE_UNCOMPRESSED}")
+    # 1000 times is more than images shrink, and about the most that deflate can do (1032).
+    if size > 1000 * compressed_size + 2**20:
+        raise ValueError(f"{path} has {size:,} bytes in {compressed_size:,}, which are no images; "
+                         f"{SAVE_UNCOMPRESSED}")
+
+
+def read_into_array(file, size):
+    """Read the next `size` bytes, which must be the last ones. Returns: array of uint8"""
+    content = np.empty(size, np.uint8)
+    position = 0
+    while position < size:
+        count = file.readinto(memoryview(content)[position:position + 2**24])
+        if count == 0:
+            raise EOFError("cut short")
+        position += count
+    file.read(1)                                  # at the end, zipfile compares checksums
+    return content
+
+
+def memory_of_machine():
+    """Return the bytes of memory that this machine has; 8 GB where they are unknown (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return 8 * 10**9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # ---------------------------------------------------------------- loading
 def load_images(data, numbers):
     """Load images by number, in order to measure something on them.
@@ -674,10 +941,11 @@ def load_images(data, numbers):
 
 def stack_images(items):
     """Stack the images of items data[k]; see load_images."""
-    broken = sorted({name for item in items for name in item["broken"]})
+    broken = dict(pair for item in items for pair in item["broken"])
     if broken:
-        raise ValueError(f"broken images can't be measured: {' '.join(broken)}; "
-                         "remove or mend them")
+        names = sorted(broken)
+        raise ValueError(f"broken images can't be measured: {' '.join(names)}; "
+                         f"remove or mend them ({broken[names[0]]})")
     sizes = {tuple(item["image"].shape[1:]) for item in items}
     if len(sizes) > 1:
         raise ValueError(f"images of different sizes, {sizes}; --size centre-crops those of --data")
@@ -688,7 +956,8 @@ def check_batch(data, batch):
     """Raises: ValueError if an epoch has fewer images than a batch."""
     if len(data) < batch:
         raise ValueError(
-            f"--batch {batch} must be at most the {len(data)} images of --data; lower it")
+            f"--batch {batch} must be at most the {len(data)} images of --data; lower it, "
+            "and --micro_batch with it")
 
 
 def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=sys.maxsize):
@@ -732,8 +1001,8 @@ def micro_batch_numbers(batch, micro_batch, start, stop, rank, world):
 def read_batches(data, loader, batch, micro_batch):
     """Yield what batches promises. Broken files are counted here, in the main process."""
     for lists in read_lists(loader):
-        for k, names in zip(lists["number"], lists["broken"], strict=True):
-            data.report_broken(k, names)
+        for k, broken in zip(lists["number"], lists["broken"], strict=True):
+            data.report_broken(k, broken)
         # The images of a micro-batch are consecutive, so the first one tells where it belongs.
         step, position = divmod(lists["number"][0], batch)
         micro = position // micro_batch

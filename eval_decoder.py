@@ -104,9 +104,12 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
     source_numbers = numbers_of_source(val, source, n)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for positions in metrics.progress_bar(batches, rank):
+    for positions in runtime.progress_bar(batches, "evaluate", rank):
         numbers = [source_numbers[position] for position in positions]
         x, y = reconstruct(rae, load_images(val, numbers), dtype)          # b 3 S S
+        if not torch.isfinite(y).all():
+            raise ValueError("the decoder gives pixels that are not finite: its training diverged, "
+                             "or --dtype bf16 overflows; take an earlier checkpoint, or fp32")
         if vgg:
             with torch.no_grad():
                 lpips_sum += vgg(x, y, normalize=True).sum().item()        # normalize: from [0,1]
@@ -154,7 +157,8 @@ def labelled_features(data, n, features, rank=0, world=1, batch=72):
     """Features n c and class ids n of the first n images, on all processes."""
     feature_set = FeatureSet(features, keep=n)
     labels = {}                                        # by number
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         items = [data[number] for number in numbers]
         feature_set.add(stack_images(items), numbers)
         for item in items:
@@ -175,11 +179,16 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     size = encoder.image_size
     train = open_data(specs, size, split="train", hold_out=hold_out, objects=1)
     val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
+    metrics.report_data(train, rank)
+    metrics.report_data(val, rank)
     if not train.labelled:
         raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
     if n is None:
         n = len(train)
     features = EncoderFeatures(encoder)
+    if n > len(train):
+        raise ValueError(f"--n {n} is more than the {len(train)} images to train on; try --n "
+                         f"{len(train)}, or leave it out")
     x, y = labelled_features(train, n, features, rank, world, batch)
     x_test, y_test = labelled_features(val, hold_out, features, rank, world, batch)
     accuracy = metrics.linear_probe(x, y, x_test, y_test, train.num_classes, seed=seed)
@@ -188,8 +197,7 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runtime.Parser(__doc__, DEFAULTS)
     p.add_argument("--rae", metavar="CKPT",
                    help="Autoencoder: a checkpoint of train_decoder.py or train_dit.py, or a "
                         f"published one by name: {', '.join(release.PUBLISHED_RAES)} (default: "
@@ -210,8 +218,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=at_least(1),
                    help="Side of the images that a probed encoder sees, in pixels (default: as it "
                         "was trained).")
-    p.add_argument("--batch", type=at_least(1),
-                   help=f"Images per forward pass (default: {DEFAULTS['batch']}).")
+    p.add_argument("--batch", type=at_least(1), help="Images per forward pass.")
     p.add_argument("--features",
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: the autoencoder's own encoder).")
@@ -220,9 +227,9 @@ def parse_args(argv=None):
     p.add_argument("--lpips", action="store_true", default=None,
                    help="Measure LPIPS as well, which needs the weights of VGG-16.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
-                   help=f"Precision of matmuls (default: {DEFAULTS['dtype']}).")
+                   help="Precision of matmuls.")
     p.add_argument("--seed", type=at_least(0),
-                   help=f"Seed of the probe's weights and batches (default: {DEFAULTS['seed']}).")
+                   help="Seed of the probe's weights and batches.")
     p.add_argument("--release_dir",
                    help="Folder with a copy of the hub's repository (default: download once).")
     p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
@@ -268,43 +275,26 @@ def resolve(args):
 
 
 # ---------------------------------------------------------------------------- main
-def open_reference(args, state, size):
-    """The specs and the images to reconstruct: --data, or the held-out images of training.
-
-    state: dict of the checkpoint. size: side of the images, pixels.
-    """
-    specs, hold_out = args.data, args.hold_out
-    if specs is None:
-        specs = state["args"]["data"]
-        if hold_out is None:
-            hold_out = state["args"].get("hold_out", 0)
-    # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
-    objects = 1 if "num_classes" in state else (1, 2, 3, 4)
-    return specs, metrics.open_images(specs, size, hold_out or 0, objects)
-
-
 def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
-    if release.is_published_rae(args.rae):
-        state = {"rae": release.load_packed_rae(args.rae, args.release_dir)}
-    else:
-        state = runtime.load_checkpoint(args.rae)
-    if "rae" not in state:
-        raise ValueError(f"{args.rae} is no checkpoint of train_decoder.py or train_dit.py; give "
-                         f"one of those")
+    state = release.read_rae(args.rae, args.release_dir)
+    reference = metrics.choose_reference(args, state, args.rae)
     packed_rae = state["rae"]
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     grid = packed_rae["latent_var"].shape[1]
     size = max(packed_rae["size"], grid * packed_rae["decoder_patch"])
-    specs, val = open_reference(args, state, size)
+    # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
+    objects = 1 if "num_classes" in state else (1, 2, 3, 4)
+    val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
-    if n > len(val):
-        raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n "
-                         f"{len(val)}")
+    metrics.check_n(n, len(val))
+    metrics.report_data(val, rank)
+    if rank == 0:
+        metrics.report_reference(reference)
 
     # ---------------------------------------------------------------- models
-    rae = release.unpack_rae(packed_rae).to(device)
+    rae = release.unpack_rae(packed_rae, source=args.rae).to(device)
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)
     else:
@@ -321,7 +311,7 @@ def reconstruct_all(args, rank, world, device):
     if len(by_source) == 1:
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
-                    reference=" ".join(specs))
+                    reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features
 
 

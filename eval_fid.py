@@ -13,8 +13,10 @@ report them. train_dit.py calls evaluate_generation() on its EMA weights, so the
 each number.
 """
 import hashlib
+import math
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,16 @@ import metrics
 import runtime
 import sample
 from data import Arrays, load_images, open_data
-from metrics import KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
+from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
+
+# What a FID is computed from, and by. They stand here, too, for those who look for them here.
+Moments, distance = metrics.Moments, metrics.distance
 
 MODEL_N = 720          # images of a model: 20 for each of the 36 classes of the built-in world
 PROTOCOL_N = 50_000    # samples that papers compare with a reference of as many images or more
 # The built-in worlds never end. As many of their images are taken as there are samples; for
 # --save_stats, BUILT_IN_N.
-BUILT_IN = ("shapes", "text")
 BUILT_IN_N = 10_000
 BUILT_IN_SIZE = 64     # side, pixels
 
@@ -59,7 +63,8 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     real = FeatureSet(features, KEEP_REFERENCES)       # stays empty if there is a reference
     is_verified = val is not None and val.is_shapes    # read_scene() can read nothing else
     counts = torch.zeros(3, dtype=torch.float64)       # right colour, right class, unsure
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         labels = [number % model.num_classes for number in numbers]
         images = sample.generate(model, rae, labels, args, numbers, weak, dtype)       # b H W 3
         fake.add(images, numbers)
@@ -98,16 +103,90 @@ def save_statistics(path, feature_set):
     runtime.write_whole(path, lambda f: np.savez(f, **arrays))
 
 
+# Statistics in an .npz: number of dimensions, and kinds of numbers in NumPy's letters.
+STATISTICS = {"mu": (1, "f"), "sigma": (2, "f"), "mu_s": (1, "f"), "sigma_s": (2, "f"),
+              "rows": (2, "f"), "n": (0, "iu"), "side": (1, "iu"), "features": (0, "U")}
+LARGEST_ARRAY = 2 ** 28          # bytes: a covariance of 5,792 features; Inception has 2048
+
+
+def read_statistics(path):
+    """The arrays of STATISTICS in an .npz, by name; none of them if mu or sigma is missing.
+
+    Raises ValueError for arrays that can't be statistics.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in STATISTICS:                    # ADM's file has 2 GB of images as well
+                if f"{name}.npy" in archive.namelist():
+                    arrays[name] = read_array(archive, name)
+    # What zip files and arrays that are cut short or foreign raise.
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, SyntaxError,
+            NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} has statistics that can't be read ({error}); copy or make them "
+                         f"again") from error
+    if "mu" not in arrays or "sigma" not in arrays:
+        return {}
+    check_statistics(arrays, path)
+    return arrays
+
+
+def read_array(archive, name):
+    """One array of an .npz. Its header is checked before memory is taken. Raises ValueError."""
+    num_dimensions, kinds = STATISTICS[name]
+    with archive.open(f"{name}.npy") as f:
+        version = np.lib.format.read_magic(f)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(f)
+    if len(shape) != num_dimensions or dtype.kind not in kinds or min(shape, default=1) < 1:
+        raise ValueError(f"{name} of {shape}, {dtype}")
+    if math.prod(shape) * dtype.itemsize > LARGEST_ARRAY:
+        raise ValueError(f"{name} of {shape}, more than {LARGEST_ARRAY} bytes")
+    with archive.open(f"{name}.npy") as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
+
+
+def check_statistics(arrays, path):
+    """Raise ValueError unless arrays of read_statistics() are a mean, a covariance, and features of
+    one network.
+    """
+    problem = None
+    for mean_name, cov_name in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean_name not in arrays or cov_name not in arrays:
+            continue
+        mean, cov = arrays[mean_name], arrays[cov_name]
+        f = len(mean)
+        if cov.shape != (f, f):
+            problem = f"{cov_name} of {cov.shape} for {f} features"
+        elif not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            problem = f"{mean_name} or {cov_name} with numbers that are not finite"
+        elif cov.diagonal().min() < 0:
+            problem = f"{cov_name} with negative variances"
+        elif np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max():     # more than rounding
+            problem = f"{cov_name} that is not symmetric"
+    if "rows" in arrays and arrays["rows"].shape[1] != len(arrays["mu"]):
+        problem = f"rows of {arrays['rows'].shape} for {len(arrays['mu'])} features"
+    elif "rows" in arrays and not np.isfinite(arrays["rows"]).all():
+        problem = "rows with numbers that are not finite"
+    if "n" in arrays and arrays["n"] < 2:
+        problem = f"n {arrays['n']}, less than 2 images"
+    if "side" in arrays and arrays["side"].shape != (2,):
+        problem = f"side of {arrays['side'].shape}, not height and width"
+    if problem is not None:
+        raise ValueError(f"{path} has {problem}; copy or make the statistics again")
+
+
 def load_statistics(path, network):
     """The FeatureSet of statistics in an .npz, or None if it has no mu and sigma.
 
     path: a file of save_statistics(), or of ADM's suite or pytorch-fid, whose features are those
-    of Inception. Raises ValueError if `network` is another network than that of the file.
+    of Inception. Raises ValueError if `network` is another network than that of the file, or the
+    arrays can't be statistics.
     """
-    with np.load(path) as f:
-        names = set(f) - {"arr_0"}                     # ADM's file has 2 GB of images as well
-        arrays = {name: f[name] for name in names}
-    if "mu" not in arrays or "sigma" not in arrays:
+    arrays = read_statistics(path)
+    if not arrays:
         return None
     name = str(arrays.get("features", "inception"))
     channels = len(arrays["mu"])
@@ -124,7 +203,7 @@ def load_statistics(path, network):
         set_moments(feature_set.spatial, n, arrays["mu_s"], arrays["sigma_s"])
     feature_set.features = torch.empty(0)
     if "rows" in arrays:
-        feature_set.features = torch.from_numpy(arrays["rows"])
+        feature_set.features = torch.from_numpy(arrays["rows"].astype(np.float32))
     if "side" in arrays:
         feature_set.image_size = tuple(arrays["side"].tolist())
     content = arrays["mu"].tobytes() + arrays["sigma"].tobytes()
@@ -134,8 +213,8 @@ def load_statistics(path, network):
 
 def set_moments(moments, n, mean, cov):
     """Give empty Moments the mean f and the covariance f f, two arrays, of n features."""
-    mean = torch.from_numpy(mean).double()
-    scatter = torch.from_numpy(cov).double() * (n - 1)
+    mean = torch.from_numpy(mean.astype(np.float64))
+    scatter = torch.from_numpy(cov.astype(np.float64)) * (n - 1)
     moments.combine(n, mean, scatter)
 
 
@@ -153,6 +232,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
         return statistics
 
     data = metrics.open_images(specs, size)
+    metrics.report_data(data, rank)
     n = min(n or len(data), len(data))
     measured = metrics.measure_images(data, n, network, KEEP_REFERENCES, rank, world, batch)
     if statistics is None:
@@ -236,47 +316,73 @@ def resolve(args):
 # FeatureSet of a reference that was given as such, or None.
 def evaluate_model(args, features, rank, world, device):
     """Draw images from a model, and compare them with held-out images or with --data."""
-    specs = args.data
-    uses_statistics = specs is not None and metrics.is_npz(specs)
-    val, reference = None, None
-    if specs and not uses_statistics:
+    uses_npz = args.data is not None and metrics.is_npz(args.data)
+    val, statistics = None, None
+    if args.data and not uses_npz:
         # Fail before a model is loaded; only that tells the size.
-        val = open_data(specs, None, split="val", hold_out=args.hold_out or 0, objects=1)
+        val = open_data(args.data, None, split="val", hold_out=args.hold_out or 0, objects=1)
 
     model, rae, state, weak = sample.load_models(args, device, with_encoder=True)
     if features is None:
         features = EncoderFeatures(rae.encoder)
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     size = max(rae.encoder.image_size, rae.decoder.image_size)
-
-    if specs is None:
-        specs = state["args"]["data"]
-        hold_out = args.hold_out
-        if hold_out is None:
-            hold_out = state["args"].get("hold_out", 0)
-        val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
-    if uses_statistics:
-        reference = load_reference(specs, None, features, None, rank, world, args.batch)
-        metrics.check_image_size(reference.image_size, (size, size))
+    reference = metrics.choose_reference(args, state, args.ckpt)
+    if uses_npz:
+        check_sizes(args.data, None, (size, size))
+        statistics = load_reference(args.data, None, features, None, rank, world, args.batch)
         n = args.n or MODEL_N
     else:
+        if val is None:
+            val = open_data(reference.specs, size, split="val", hold_out=reference.hold_out,
+                            objects=1)
         val.size = size
         n = args.n or min(MODEL_N, len(val))
-        if n > len(val):
-            raise ValueError(f"--n {n} is more than the {len(val)} reference images; try --n "
-                             f"{len(val)}")
+        metrics.check_n(n, len(val))
+        metrics.report_data(val, rank)
+    if rank == 0:
+        metrics.report_reference(reference)
 
     results = evaluate_generation(model, rae, val, args, n, rank, world, args.batch, weak,
-                                  args.dtype, features, reference)
+                                  args.dtype, features, statistics)
     results |= dict(interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
-                    reference=" ".join(specs))
-    return results, features, reference
+                    reference=" ".join(reference.specs), reference_split=reference.split)
+    return results, features, statistics
 
 
 def is_built_in(specs):
     """True if a built-in world is among the specs of --data."""
     return any(spec in BUILT_IN for spec in specs)
+
+
+def image_size(data):
+    """(H, W) of the first image of ImageData or an .npz."""
+    return tuple(data[0]["image"].shape[1:])
+
+
+def check_sizes(specs, size, drawn_size):
+    """Raise ValueError, before any features are computed, unless the images of --data, cropped to
+    `size`, have the (H, W) of those that are drawn or given.
+    """
+    height, width = drawn_size
+    arrays = {}
+    if metrics.is_npz(specs) and zipfile.is_zipfile(specs[0]):
+        arrays = read_statistics(specs[0])
+    if "side" in arrays:
+        real_size = tuple(arrays["side"].tolist())
+    elif arrays and not Arrays.contains_images(specs[0]):
+        return                                         # of pytorch-fid, which does not say
+    else:
+        real_size = image_size(metrics.open_images(specs, size))
+    if arrays:
+        advice = (f"make statistics of such images by --data IMAGES --size {width} --save_stats "
+                  f"X.npz, and give that by --data")
+    elif metrics.is_npz(specs):
+        advice = f"an .npz is not cropped: write {height} x {width} pixels to it"
+    else:
+        advice = f"crop the reference by --size {width}"
+    metrics.check_image_size(real_size, drawn_size, advice)
 
 
 def reference_size(args):
@@ -289,20 +395,17 @@ def reference_size(args):
 def evaluate_samples(args, features, rank, world):
     """Compare the images of --samples with --data."""
     samples = metrics.open_images(args.samples)
+    metrics.report_data(samples, rank)
     n = args.n or len(samples)
     if n > len(samples):
         raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n "
                          f"{len(samples)}")
-    if args.size is None and Arrays.contains_images(args.data[0]):
-        # Fail before any features are computed.
-        real_size = Arrays(args.data[0]).images.shape[1:3]
-        fake_size = tuple(samples[0]["image"].shape[1:])
-        metrics.check_image_size(real_size, fake_size)
+    check_sizes(args.data, reference_size(args), image_size(samples))
     reference_n = n if is_built_in(args.data) else None
     reference = load_reference(args.data, reference_size(args), features, reference_n, rank, world,
                                args.batch)
     fake = metrics.measure_images(samples, n, features, KEEP_SAMPLES, rank, world, args.batch)
-    results = dict(n=n, samples=" ".join(args.samples))
+    results = dict(n=n, samples=" ".join(args.samples), reference=" ".join(args.data))
     results |= metrics.compare(reference, fake)
     return results, features, reference
 

@@ -28,19 +28,37 @@ from einops import rearrange
 from PIL import Image
 
 import metrics
+import release
 import runtime
 import sample
-from data import SHAPES_VAL
+from data import SHAPES_VAL, parse_specs
 from runtime import at_least
 from shapes import Scene, fulfils, read_scene, shapes_eval_prompts
+from t2i import LONGEST_PROMPT, check_prompt
 
 IMAGES_PER_PROMPT = 4          # of ShapesEval, GenEval and DPG-Bench
 QUESTION_SCENES = 200          # held-out scenes that questions are asked about
 SCENES_PER_BATCH = 50
 QUESTIONS_PER_BATCH = 256      # of the language model
+LARGEST_FILE = 2 ** 24         # bytes of --prompts: 100 times GenEval's
 
 
 # ---------------------------------------------------------------------------- ShapesEval
+def check_world(state, source):
+    """Raise ValueError if a T2I was not trained on shapes, which are all that ShapesEval asks for.
+
+    state: dict of the checkpoint, from the file `source`. Published models know shapes, too.
+    """
+    specs, _ = release.training_data(state, source)
+    if not specs:
+        return
+    paths, _ = parse_specs(specs)
+    if ["shapes"] not in paths.values():
+        raise ValueError(f"{source} was trained on {' '.join(specs)}, without shapes: ShapesEval "
+                         f"would measure nothing; draw prompts of its own world by --prompts FILE, "
+                         f"or by sample.py --prompt")
+
+
 def count_right_answers(t2i, latents, scenes):
     """Ask a T2I all questions about b scenes, which latents b c h w show.
 
@@ -91,7 +109,8 @@ def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
     counts = torch.zeros(len(categories), 2, dtype=torch.float64)          # right, drawn
     own_answers = torch.zeros(2, dtype=torch.float64)                      # right, asked
     batch = max(1, args.batch // args.best_of)
-    for numbers in metrics.progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "evaluate", rank):
         batch_tests = [tests[number % len(tests)] for number in numbers]
         prompts = [test.prompt for test in batch_tests]
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
@@ -131,34 +150,56 @@ def read_prompts(path):
     """
     path = Path(path)
     prompts = read_dpg_bench(path) if path.is_dir() else read_geneval(path)
-    advice = "give a .jsonl, or a folder of .txt"
     if not prompts:
-        raise ValueError(f"--prompts {path}: no prompt in {path}; {advice}")
+        raise ValueError(f"--prompts {path}: no prompt in {path}; give a .jsonl, or a folder of "
+                         f".txt")
     for prompt in prompts:
-        if not prompt.text or "<image>" in prompt.text:
-            raise ValueError(f"--prompts {path}: no prompt in {prompt.name}; {advice}")
+        try:
+            check_prompt(prompt.text)
+        except ValueError as error:
+            raise ValueError(f"--prompts {path}, {prompt.name}: {error}") from error
     return prompts
+
+
+def read_text(path, largest):
+    """The text of a file of at most `largest` bytes. Raises FileNotFoundError, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path} is no file; give a .jsonl, or a folder of .txt")
+    size = path.stat().st_size
+    if size > largest:
+        raise ValueError(f"--prompts {path} has {size} bytes, more than prompts need; give a file "
+                         f"of at most {largest}")
+    try:
+        return path.read_text("utf-8-sig")             # sig: without the mark that Windows writes
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is no UTF-8 ({error.reason} at byte {error.start}); "
+                         f"convert it") from error
 
 
 def read_dpg_bench(folder):
     prompts = []
     for file in sorted(folder.glob("*.txt")):
-        prompts.append(Prompt(file.stem, file.read_text("utf-8").strip(), metadata=None))
+        # A character of UTF-8 has at most 4 bytes.
+        text = read_text(file, largest=4 * LONGEST_PROMPT)
+        prompts.append(Prompt(file.stem, text.strip(), metadata=None))
     return prompts
 
 
 def read_geneval(path):
+    # Not splitlines(): JSON may hold other ends of lines, inside a prompt.
+    lines = read_text(path, LARGEST_FILE).split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
     prompts = []
-    try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        for number, line in enumerate(lines):
-            text = json.loads(line)["prompt"]
-            if not isinstance(text, str):
-                raise TypeError(f"the prompt {text!r} is no text")
-            prompts.append(Prompt(f"{number:05d}", text, line))
-    except (ValueError, KeyError, TypeError) as error:     # no UTF-8, no JSON, no dict, no prompt
-        raise ValueError(f"--prompts {path}: {error!r}; every line must be JSON with a "
-                         f"prompt") from None
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # no JSON, or thousands of brackets
+            raise ValueError(f"--prompts {path}, line {number + 1}: {error}; every line must be "
+                             f"JSON with a prompt") from None
+        if not isinstance(record, dict) or "prompt" not in record:
+            raise ValueError(f"--prompts {path}, line {number + 1}: {line[:80]}; every line must "
+                             f"be JSON with a prompt")
+        prompts.append(Prompt(f"{number:05d}", record["prompt"], line))
     return prompts
 
 
@@ -257,7 +298,8 @@ def main(args):
             return draw_benchmark(args, rank, world, device)
     start = time.time()
     metrics.prepare_output(args.out)
-    t2i, rae, _ = sample.load_t2i_models(args, device, with_encoder=True)
+    t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)
+    check_world(state, args.ckpt)
     n = args.n or IMAGES_PER_PROMPT * len(shapes_eval_prompts())
     results = evaluate_prompts(t2i, rae, args, n, rank, world)
     results |= dict(solver=args.solver, interval=list(args.interval),

@@ -4,6 +4,7 @@ Nothing is decoded here. What is not read is counted with the reason: see Passed
 """
 import collections
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -61,13 +62,13 @@ class PassedOver:
 
 
 def describe_passed_over(summary):
-    """Return the summary of a PassedOver as text: "120 .heic, 1 broken links (cat/3.jpg)"."""
+    """Return the summary of a PassedOver as text: ".heic 120, broken links 1 (cat/3.jpg)"."""
     descriptions = []
     for reason, passed in list(summary.items())[:10]:             # one line is enough
         example = "" if re.fullmatch(r"\.\S+", reason) else f" ({passed['first']})"
-        descriptions.append(f"{passed['count']:,} {reason}{example}")
+        descriptions.append(f"{reason} {passed['count']:,}{example}")
     if len(summary) > 10:
-        descriptions.append(f"{len(summary) - 10} more kinds")
+        descriptions.append(f"and {len(summary) - 10} more kinds")
     return ", ".join(descriptions)
 
 
@@ -120,6 +121,23 @@ def list_images(path, with_conversations, passed_over):
     return images
 
 
+def count_images(paths, at_most, with_conversations):
+    """Number of images in folders, tars and .jsonl files; at_most, if there are more: the rest is
+    not listed then. with_conversations: as of list_images, which raises the same.
+    """
+    count = 0
+    for path in paths:
+        check_path(path)
+        if os.path.isdir(path):
+            names = filter(is_image, walk(path, PassedOver()))
+            count += sum(1 for _ in itertools.islice(names, at_most - count))
+        else:
+            count += len(list_images(path, with_conversations, PassedOver()))
+        if count >= at_most:
+            return at_most
+    return count
+
+
 def check_path(path):
     """Raises: ValueError or FileNotFoundError if a path of --data is no folder and no file"""
     if not path.strip():
@@ -149,11 +167,10 @@ def list_folder(path, with_conversations, passed_over):
 
 
 def walk(root, passed_over):
-    """Return the names of all files in a folder and its subfolders, but for hidden ones.
+    """Yield the names of all files in a folder and its subfolders, but for hidden ones.
 
     Links are followed, but no folder is read twice. Raises: OSError if the root can't be read
     """
-    names = []
     real_root = os.path.realpath(root)
     seen = set()                                  # real paths
     parent = os.path.dirname(real_root)
@@ -186,10 +203,9 @@ def walk(root, passed_over):
             elif kind == "folder":
                 folders.appendleft((name, os.path.join(real, entry.name)))
             elif kind == "file":
-                names.append(name)
+                yield name
             else:
                 passed_over.add(kind, name)
-    return names
 
 
 def kind_of(entry):
@@ -237,7 +253,7 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
     images = []
     used = set()                                  # names of sidecars
     folders = set()                               # of all images
-    class_folders = set()                         # of those whose class is their folder
+    class_folders = {}                            # of those whose class it is: the first image
     for name in sorted(filter(is_image, files)):
         folder = os.path.dirname(name)
         folders.add(folder)
@@ -248,7 +264,7 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
             record = parse_record(sidecars["json"]) if "json" in sidecars else {}
             label = None
             if not with_conversations and not has_label(record, sidecars):
-                class_folders.add(folder)
+                class_folders.setdefault(folder, name)
                 label = folder or None
             elif not with_conversations:
                 label = parse_label(record, sidecars)
@@ -293,15 +309,26 @@ def read_records(path):
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
         if start.startswith(b"["):
-            with error_context(path, "array"):
-                records = json.loads(read_bytes(path, limit=ARRAY_BYTES))
-            for number, record in enumerate(records, 1):
+            for number, record in enumerate(read_json_array(path), 1):
                 yield f"record {number}", record
             return
         lines = iter(lambda: file.readline(LINE_BYTES), b"")
         for number, line in enumerate(lines, 1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield f"line {number}", line
+
+
+def read_json_array(path):
+    """Read a .json that is one array. Returns: list of values"""
+    size = os.path.getsize(path)
+    try:
+        if size > ARRAY_BYTES:
+            raise MemoryError
+        with error_context(path, "array"):
+            return json.loads(read_bytes(path, limit=ARRAY_BYTES))
+    except MemoryError:
+        raise ValueError(f"--data {path} has {size:,} bytes, too many to read at once; make it a "
+                         f".jsonl: jq -c .[] {shlex.quote(path)} > x.jsonl") from None
 
 
 def is_hidden(name):
@@ -348,8 +375,10 @@ def error_context(path, name):
     """Turn what malformed sidecars and records raise into a ValueError that names the image."""
     try:
         yield
-    # JSON of any structure, depth or length
-    except (ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
+    # JSON of any structure
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            error = "is nested too deeply"
         raise ValueError(
             f"--data {path}: {shown(name)} {error}; .cls must be an integer >= 0, .txt UTF-8, "
             ".json(l) {label/class, caption(s)/text, image, "
@@ -387,25 +416,25 @@ def check_splits(path, folders):
 
 
 def check_depths(path, class_folders):
-    """Raises: ValueError if classes lie at several depths; some are then none, or parts of one."""
+    """Raises: ValueError if classes lie at several depths; some are then none, or parts of one.
+
+    class_folders: the folders that are classes, each with the name of an image in it
+    """
     by_depth = {}                                 # depth -> folders
     for folder in class_folders:
         depth = folder.count("/") + 1 if folder else 0
         by_depth.setdefault(depth, []).append(folder)
     if len(by_depth) < 2:
         return
+    examples = [shown(class_folders[min(by_depth[depth])]) for depth in sorted(by_depth)]
     most = max(by_depth, key=lambda depth: (len(by_depth[depth]), depth))
-    examples = []
-    for depth in sorted(by_depth):
-        example = min(by_depth[depth])
-        examples.append(f"{shown(example)}/" if example else "no folder")
     meant = os.path.commonpath([os.path.dirname(folder) for folder in by_depth[most]])
     if meant:
         advice = give_folder(path, meant)
     else:
         advice = "move or remove those at one of the depths"
-    raise ValueError(f"--data {path}: images in {' but others in '.join(examples)}; class folders "
-                     f"must be at one depth; {advice}")
+    raise ValueError(f"--data {path}: images lie at several depths ({', '.join(examples)}), but "
+                     f"class folders must be at one; {advice}")
 
 
 def give_folder(path, folder):
@@ -421,7 +450,8 @@ SAVE_ROWS = (
     "[os.makedirs('images/%s' % x['label'], exist_ok=True) or x['image'].save('images/%s/%d.png' "
     "% (x['label'], i)) for i, x in enumerate(rows)]\"")
 SAVE_ARRAY = (
-    "mkdir images; python -c \"import numpy as np; from PIL import Image; [Image.fromarray(x)"
+    "mkdir images; python -c \"import numpy as np; from PIL import Image; "
+    "[Image.fromarray(np.uint8(np.rint(x * (255 if x.dtype.kind == 'f' else 1))))"
     ".save('images/%07d.png' % i) for i, x in enumerate(np.load({text}){array})]\"")
 CONVERSIONS = [
     (b"\x1f\x8b", ".gz", "gunzip < {path} > images.tar"),
@@ -461,7 +491,7 @@ def advice_for_file(path, error):
         return "one image; give its folder, or a tar"
     if command is not None:
         return f"no uncompressed tar, folder or .jsonl; make one by: {command}"
-    return f"{error}; tars must be whole and uncompressed (gunzip them)"
+    return f"{error}; a file must be a .jsonl or a tar, whole and uncompressed"
 
 
 def advice_without_images(path, passed_over):

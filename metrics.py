@@ -37,10 +37,11 @@ Moments are summed in fp64: batches and processes change a number only by fp32's
 features. samples_sha1 and reference_sha1 identify the pixels that were compared.
 """
 import hashlib
-import json
+import math
 import sys
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import lpips
 import numpy as np
@@ -52,12 +53,11 @@ from scipy import ndimage
 from torchvision.models import Inception3, inception
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.functional import normalize
-from tqdm import tqdm
 
 import runtime
-from data import Arrays, load_images, open_data, resize_images
+from data import Arrays, load_images, open_data, parse_specs, resize_images
 from model import IMAGENET_PIXELS
-from release import load_encoder, load_vit, pixel_statistics
+from release import load_encoder, load_vit, pixel_statistics, training_data
 from shapes import CLASSES, read_scene
 
 # The weights that define FID, converted from TensorFlow's: one file under two names, of
@@ -71,6 +71,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 # Images whose features are kept, for precision, recall and KID: as many as ADM's suite compares.
 KEEP_REFERENCES = 10_000
 KEEP_SAMPLES = 50_000
+FEW = 100            # images, of which the Inception Score's ten parts have fewer than 10 each
+BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
 BLOCK = 1000         # features compared at a time: 1000 x 50,000 distances are 200 MB
 
 
@@ -331,6 +333,7 @@ class Moments:
         self.scatter = 0.0
 
     def add(self, features):                                               # b f
+        check_finite(features)
         features = features.double()
         mean = features.mean(0)                                            # f
         centred = features - mean                                          # b f
@@ -356,7 +359,19 @@ class Moments:
 
     @property
     def cov(self):
+        if self.n < 2:
+            raise ValueError(f"{self.n} image is too few for a covariance; give at least 2")
         return self.scatter / (self.n - 1)
+
+
+def check_finite(features):
+    """Raise ValueError unless all features, n f, or logits are finite numbers."""
+    finite = torch.isfinite(features).flatten(1).all(1)                    # n
+    if not finite.all():
+        raise ValueError(f"features of {int((~finite).sum())} of {len(features)} images are not "
+                         f"finite: the model that drew or encodes these images has diverged (one "
+                         f"whose weights are not finite draws black images); take an earlier "
+                         f"checkpoint")
 
 
 class FeatureSet:
@@ -415,18 +430,21 @@ class FeatureSet:
         return self
 
 
-def check_image_size(size, other):
-    """Raise ValueError if the (H, W) of two sets of images differ. None: unknown."""
+def check_image_size(size, other, advice="resize one of them"):
+    """Raise ValueError if the (H, W) of two sets of images differ. None: unknown.
+
+    advice: what to do about it, if the caller knows more.
+    """
     if size and other and size != other:
         raise ValueError(f"images of {size[0]} x {size[1]} and {other[0]} x {other[1]} pixels "
-                         f"can't be compared; crop the reference by --size, or resize one of them")
+                         f"can't be compared; {advice}")
 
 
 def compare(real, fake):
     """All distances of one FeatureSet to another, after merge(), as a dict.
 
     Precision, recall and the kernel distance need kept features, sFID spatial ones.
-    Raises ValueError if the images differ in size.
+    Raises ValueError if the images differ in size, or a number comes out that is not finite.
     """
     check_image_size(real.image_size, fake.image_size)
     network = fake.network
@@ -445,6 +463,10 @@ def compare(real, fake):
         mean, std = kernel_distance(real.features, fake.features)
         results[network.kernel_name] = mean
         results[f"{network.kernel_name}_std"] = std
+    for name, value in results.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, since features are too large for its formula; "
+                             f"choose other --features")
     results["reference_sha1"] = real.sha1
     results["samples_sha1"] = fake.sha1
     return results
@@ -462,7 +484,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
         |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
 
     mean1, mean2: f. cov1, cov2: f f, possibly rank-deficient. Arrays or tensors.
-    Raises ValueError if the shapes differ.
+    Raises ValueError if the shapes differ, or the numbers are not finite or no covariance.
     Source: arXiv 1706.08500
     """
     mean1 = torch.as_tensor(mean1, dtype=torch.float64)
@@ -472,16 +494,29 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     f = len(mean1)
     if len(mean2) != f or cov1.shape != (f, f) or cov2.shape != (f, f):
         raise ValueError(f"features of {f} and {len(mean2)} dimensions differ; use one encoder")
+    for mean, cov in ((mean1, cov1), (mean2, cov2)):
+        if not (mean.isfinite().all() and cov.isfinite().all()):
+            raise ValueError("means or covariances of features are not finite, so there is no "
+                             "distance; measure the images anew, with a model that has not "
+                             "diverged")
     # tr (A B)^(1/2) is the sum of the singular values of R1^T R2 for any R1 R1^T = A, R2 R2^T = B.
     # Unlike scipy.linalg.sqrtm(A @ B), this takes no square roots of rounding errors.
     root1, root2 = square_root(cov1), square_root(cov2)
     trace = torch.linalg.svdvals(root1.T @ root2).sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace)
+    squared = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
+    return max(0.0, float(squared))                    # below 0 by rounding, for equal images
 
 
 def square_root(cov):
-    """R, f r, with R R^T = cov, f f of rank r."""
-    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
+    """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
+    try:
+        values, vectors = torch.linalg.eigh(cov)       # cov = V D V^T, eigenvalues ascending
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"a covariance of features has no eigenvalues ({error}); measure the "
+                         f"images anew") from error
+    if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
+        raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
+                         f"measure the images anew")
     precision = values[-1] * len(values) * 2e-16       # 2e-16: of fp64
     is_positive = values > precision                   # the others are zeros, rounded
     return vectors[:, is_positive] * values[is_positive].sqrt()
@@ -491,11 +526,16 @@ def inception_score(logits, splits=10):
     """Inception Score exp(mean KL(p(y|x) || p(y))), over `splits` parts of the images.
 
     logits: n k. Returns mean and standard deviation over the parts.
+    Raises ValueError without images, or if logits are not finite.
     Source: arXiv 1606.03498; each part is ten percent, in the order of torch-fidelity
     """
+    logits = torch.as_tensor(logits)
+    check_finite(logits)
+    if len(logits) == 0:
+        raise ValueError("the Inception Score needs images, and there is none")
     # Shuffled, as parts of images sorted by class would have few classes each.
     order = np.random.RandomState(2020).permutation(len(logits))
-    logits = torch.as_tensor(logits).double()[order]
+    logits = logits.double()[order]
     ends = [len(logits) * i // splits for i in range(1, splits)]
     scores = []
     for part in logits.tensor_split(ends):
@@ -512,10 +552,24 @@ def precision_recall(real, fake, k=3):
     """Fraction of `fake` inside the manifold of `real` (precision), and the reverse (recall).
 
     real: n c. fake: m c. The manifold of a set is the union of the balls around its points, each
-    of which reaches to the k-th nearest other point of the set.
+    of which reaches to the k-th nearest other point of the set, or to the farthest of fewer.
+    Raises ValueError for sets of less than two, or features that are not finite.
     Source: arXiv 1904.06991, as in ADM's evaluator.py
     """
+    check_pair(real, fake)
     return fraction_inside(fake, real, k), fraction_inside(real, fake, k)
+
+
+def check_pair(real, fake):                                                # n c, m c
+    """Raise ValueError unless two sets of features can be compared pair by pair."""
+    check_finite(real)
+    check_finite(fake)
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"{len(real)} and {len(fake)} images are too few to compare in pairs; "
+                         f"give at least 2 of each")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"features of {real.shape[1]} and {fake.shape[1]} dimensions differ; use "
+                         f"one encoder")
 
 
 def fraction_inside(points, manifold, k):
@@ -539,8 +593,10 @@ def kernel_distance(real, fake, subsets=100, size=1000):
 
     over all pairs of a subset of `size` images x of real, n c, and y of fake, m c, without pairs
     of an image with itself, so that it is unbiased.
+    Raises ValueError for sets of less than two, or features that are not finite.
     Source: arXiv 1801.01401; the subsets are those of torch-fidelity
     """
+    check_pair(real, fake)
     rng = np.random.RandomState(2020)
     size = min(size, len(real), len(fake))
     distances = []
@@ -566,11 +622,13 @@ def extrapolate_distance(features, real_mean, real_cov):
     The bias of n samples falls like 1/n: the limit is where a straight line through the points
     (1/n, distance) meets 1/n = 0.
     features: n c, of the samples. real_mean: c. real_cov: c c.
-    Returns a list of ten (size, distance), and the limit.
+    Returns a list of ten (size, distance), and the limit. Raises ValueError for too few samples.
     Source: arXiv 1911.07023
     """
     features = features.double()
     n, channels = features.shape
+    if n < 4:                                          # half of them must have a covariance
+        raise ValueError(f"{n} samples are too few to extrapolate a distance; give at least 4")
     rng = np.random.default_rng(0)
     # Far fewer samples than dimensions do not lie on the line yet.
     smallest = max(n / 10, min(2 * channels, n / 2))
@@ -589,7 +647,13 @@ def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
 
     x: m c and y: m class ids, to train on. x_test: n c and y_test: n, to test on. Features are
     standardised; AdamW in fp32, on batches of 1000.
+    Raises ValueError if features are not finite, or a set is too small.
     """
+    check_finite(x)
+    check_finite(x_test)
+    if len(x) < 2 or len(x_test) < 1:
+        raise ValueError(f"{len(x)} images to train and {len(x_test)} to test a probe are too few; "
+                         f"give at least 2 and 1")
     mean = x.mean(0)                                                       # c
     std = x.std(0) + 1e-6                                                  # c
     x = (x - mean) / std
@@ -692,6 +756,81 @@ def verify(images, labels):
 
 
 # ---------------------------------------------------------------------------- images to measure
+HELD_OUT, TRAIN, OTHER = "held out", "train", "other data"
+
+
+class Reference(NamedTuple):
+    """The images that a model is compared with.
+
+    specs, hold_out: for open_data(). split: HELD_OUT of its training, TRAIN, or OTHER.
+    """
+    specs: list
+    hold_out: int
+    split: str
+
+
+def choose_reference(args, state, source):
+    """The Reference of --data and --hold_out, by default the images that training held out.
+
+    args: data and hold_out, each None if it was not given. state: dict of the checkpoint, from the
+    file `source`.
+    Raises ValueError if training held out fewer images than --hold_out.
+    """
+    trained_specs, trained_hold_out = training_data(state, source)
+    specs = args.data or trained_specs
+    if not specs:
+        raise ValueError(f"{source} does not say what it was trained on; give --data")
+    hold_out = args.hold_out
+    if hold_out is None:
+        hold_out = 0 if args.data else trained_hold_out
+
+    files = paths_of_files(specs)
+    trained_files = paths_of_files(trained_specs)
+    if not files:                                      # training never sees these built-in images
+        return Reference(specs, hold_out, HELD_OUT)
+    if not overlap(files, trained_files):
+        return Reference(specs, hold_out, OTHER)
+    if files != trained_files:                         # then it is not known which were held out
+        return Reference(specs, hold_out, TRAIN)
+    if hold_out > trained_hold_out:
+        raise ValueError(f"--hold_out {hold_out} is more than the {trained_hold_out} images that "
+                         f"the training of {source} held out: it has seen the others; give at "
+                         f"most --hold_out {trained_hold_out}, or other images by --data")
+    return Reference(specs, hold_out, HELD_OUT if hold_out > 0 else TRAIN)
+
+
+def paths_of_files(specs):
+    """The paths that --data names, without the built-in worlds: a set."""
+    if not specs or is_npz(specs):
+        return set(specs)
+    paths, _ = parse_specs(specs)
+    names = [name for of_source in paths.values() for name in of_source]
+    return {Path(name).resolve() for name in names if name not in BUILT_IN}
+
+
+def overlap(files, others):
+    """Whether a path of one set is in the other set, or inside a folder that is."""
+    for file in files:
+        for other in others:
+            if Path(file).is_relative_to(other) or Path(other).is_relative_to(file):
+                return True
+    return False
+
+
+def report_data(data, rank):
+    """Say, on stderr, which images are read."""
+    if rank == 0:
+        print(data.describe(), file=sys.stderr)
+
+
+def report_reference(reference):
+    """Say, on stderr, that numbers are of images that the model knows."""
+    if reference.split == TRAIN:
+        print("warning: the reference are images that the model was trained on, so the numbers "
+              "look too good; give other images by --data, or train with --hold_out N",
+              file=sys.stderr)
+
+
 def is_npz(specs):
     """True if --data or --samples names one .npz."""
     return len(specs) == 1 and (specs[0].endswith(".npz") or zipfile.is_zipfile(specs[0]))
@@ -714,15 +853,10 @@ def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
 def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batch=72):
     """The merged FeatureSet of the first n images of ImageData or Arrays, on all processes."""
     feature_set = FeatureSet(network, keep)
-    for numbers in progress_bar(runtime.split_numbers(n, batch, rank, world), rank):
+    batches = runtime.split_numbers(n, batch, rank, world)
+    for numbers in runtime.progress_bar(batches, "measure", rank):
         feature_set.add(load_images(data, numbers), numbers)
     return feature_set.merge()
-
-
-def progress_bar(batches, rank):
-    """The batches, under a progress bar on rank 0, if that has a terminal."""
-    disable = True if rank > 0 else None               # None: tqdm looks for a terminal
-    return tqdm(batches, desc="evaluate", leave=False, disable=disable)
 
 
 # ---------------------------------------------------------------------------- checks and reports
@@ -732,6 +866,15 @@ def check_feature_flags(args):
     if args.inception and args.features not in (None, "inception"):
         raise ValueError(f"--inception {args.inception} does nothing with --features "
                          f"{args.features}; leave one out")
+
+
+def check_n(n, available):
+    """Raise ValueError unless n images can be taken of those of a reference, and compared."""
+    if n > available:
+        raise ValueError(f"--n {n} is more than the {available} reference images; try --n "
+                         f"{available}")
+    if n < 2:
+        raise ValueError(f"{n} image is too few to measure a distance; give at least 2")
 
 
 def check_eval_n(args, val):
@@ -762,6 +905,8 @@ def warn_of_few_images(n, channels, protocol):
         reasons.append(f"distances of {n} images come out too large")
     if n <= channels:                                  # the covariance is singular
         reasons.append(f"{n} images give no full covariance of {channels} features")
+    if n < FEW:
+        reasons.append(f"precision, recall, KID and Inception Score of {n} images are mostly noise")
     if n != protocol:
         reasons.append(f"the reference's protocol has {protocol} images, not {n}")
     for reason in reasons:
@@ -790,7 +935,7 @@ def report(results, seconds, path=None):
         text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
         print(f"{key:>24}  {text}")
     print(f"{'seconds':>24}  {seconds:.1f}")
-    line = json.dumps(results)
+    line = runtime.to_json(results)                    # null for the PSNR of equal images
     print(line)
     if path:
         runtime.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
@@ -800,6 +945,7 @@ def prepare_output(path):
     """Make the folder of an output file: what fails, fails before the work. None: no output."""
     if path is None:
         return
+    runtime.check_out(path, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")

@@ -526,8 +526,8 @@ CHECKPOINTS = {                  # by the script that writes them
 }
 READERS = {                      # of these checkpoints
     "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
-    "train_dit.py": "sample.py and eval_fid.py",
-    "train_t2i.py": "sample.py --prompt and eval_t2i.py",
+    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
+    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
 }
 PUBLISHED = {                    # in the layout of these checkpoints
     "train_decoder.py": PUBLISHED_RAES,
@@ -672,13 +672,13 @@ def check_class_names(state, source):
 def training_data(state, source):
     """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
 
-    Returns ([], 0) for a published model, of which that is not known. Raises ValueError.
+    Returns ([], 0) if it does not say, as published models. Raises ValueError.
     """
     flags = state.get("args", {})
-    if isinstance(flags, dict) and "data" not in flags and script_of(state) is None:
-        return [], 0
     if not isinstance(flags, dict):
         raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
+    if "data" not in flags:
+        return [], 0
     check_values(flags, TRAINING_DATA, f"{source}: args")
     if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
         raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
@@ -998,22 +998,27 @@ def read_statistics(name, folder):
 
 
 def load_packed_rae(path_or_name, folder=None):
-    """The dict under "rae" of a checkpoint of stage 1 or 2, or of a published autoencoder.
+    """The dict under "rae" of read_rae()."""
+    return read_rae(path_or_name, folder)["rae"]
+
+
+def read_rae(path_or_name, folder=None):
+    """The dict of a checkpoint of any stage, each of which has an autoencoder under "rae", or of a
+    published autoencoder.
 
     path_or_name: a file, or a key of PUBLISHED_RAES. folder: see published_rae.
     Raises FileNotFoundError, ValueError.
     """
     if is_published_rae(path_or_name):
-        packed = published_rae(str(path_or_name), folder)
-        check_packed_rae(packed, path_or_name)
-        return packed
-    check_source(path_or_name, "train_decoder.py")
-    state = runtime.load_checkpoint(path_or_name)
+        state = dict(rae=published_rae(str(path_or_name), folder))
+    else:
+        check_source(path_or_name, "train_decoder.py")
+        state = runtime.load_checkpoint(path_or_name)
     if "rae" not in state:
         raise ValueError(f"{path_or_name} is no checkpoint of train_decoder.py, as it holds no "
                          f"autoencoder; give one of those, or one of {' '.join(PUBLISHED_RAES)}")
     check_packed_rae(state["rae"], path_or_name)
-    return state["rae"]
+    return state
 
 
 def encoder_name(path_or_name=None):

@@ -593,6 +593,10 @@ class Parser(argparse.ArgumentParser):
                 action.help = action.help.removesuffix(".") + f" (default: {shown})."
         return super().format_help()
 
+    def error(self, message):
+        """End the script with a line. The usage would be 30 more, above it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help: all flags)\n")
+
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.
 
@@ -680,7 +684,7 @@ def flags_of_run(out, script, key):
         del flags["decay_end"]
     if flags["batch"] % (flags["micro_batch"] * world_size()):
         # There are more processes now. Another split of the batch draws other noise.
-        del flags["micro_batch"]
+        flags["micro_batch"] = default_micro_batch(flags["batch"])
     return flags
 
 
@@ -893,6 +897,7 @@ class Checkpoints:
         try:
             save_checkpoint(self.last, step=done, **state)
         except OSError as error:
+            self.drop_previous()                       # it is the same as the last one
             return one_line(error)
         self.saved_step = done
         if is_last:                                    # no later step will judge it
@@ -1019,9 +1024,9 @@ class Log:
     def first_step(self):
         """Say how long the first step took: the next line may be far away."""
         seconds = time.time() - self.last_time
-        remaining = time_left(seconds * (self.steps - self.last_step))
-        self.say(f"the first step took {seconds:.1f} s; {self.steps - self.last_step} like it "
-                 f"would take {remaining}")
+        steps_left = self.steps - self.last_step - 1
+        self.say(f"the first step took {seconds:.1f} s; {steps_left} more at this pace take "
+                 f"{time_left(seconds * steps_left)}")
         self.write(dict(first_step_seconds=seconds))
 
     def step(self, step, loss, grad_norm, lr, **more):

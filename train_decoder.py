@@ -26,7 +26,15 @@ from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
-from data import batches, check_batch, load_images, open_data, resize_images
+from data import (
+    batches,
+    check_amounts,
+    check_batch,
+    fit_defaults,
+    load_images,
+    open_data,
+    resize_images,
+)
 from eval_decoder import evaluate_reconstruction, reconstruction_picture
 from model import (
     DECODER_SIZES,
@@ -96,7 +104,8 @@ def parse_args(argv=None):
                    help="Side of the images given to the encoder, in pixels (default: 256; for "
                         f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
-                   help="Images of each source kept for evaluation (default: eval_n).")
+                   help="Images of each source kept for evaluation (default: eval_n, or a tenth "
+                        "of few images).")
     p.add_argument("--stats_n", type=at_least(0),
                    help="Images whose latents are measured; 0: all.")
     # model
@@ -185,6 +194,7 @@ def resolve(args):
         stored = runtime.flags_of_run(out, "train_decoder.py", "disc")
         values |= stored
     else:
+        values |= fit_defaults(args, DEFAULTS)
         values |= RECIPES.get(args.recipe, {})
         decoder = args.decoder or values["decoder"]
         values |= DECODER_SIZES[decoder]
@@ -206,8 +216,6 @@ def resolve(args):
         resolved.gan_start = resolved.steps // 2
     if resolved.disc_start is None:
         resolved.disc_start = resolved.gan_start * 3 // 4
-    if resolved.hold_out is None:
-        resolved.hold_out = resolved.eval_n
     if resolved.micro_batch is None:
         resolved.micro_batch = runtime.default_micro_batch(resolved.batch)
     if args.resume:
@@ -218,6 +226,7 @@ def resolve(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     metrics.check_feature_name(args.eval_features, "--eval_features")
     pixel_statistics(args.encoder)                          # knows all names
     check_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
@@ -1013,7 +1022,7 @@ def main(args, data=None):
                 rae, val_data, args.eval_n, rank, world, args.micro_batch, source=source,
                 vgg=networks.reconstruction_loss.vgg, features=features)
             log.write(dict(step=step, domain=name, **results))
-            log.say(f"step {step} | held-out {name} " + metrics.one_line(results))
+            log.say(f"step {step} | held out {name} {metrics.one_line(results)}")
 
     # ---------------------------------------------------------------- training
     trainer = Trainer(networks, meter, args, device, world)

@@ -21,7 +21,7 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_batch, open_data
+from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_fid import evaluate_generation
 from model import (
     DIT_SIZES,
@@ -135,6 +135,7 @@ def resolve(args):
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
+        values |= fit_defaults(args, DEFAULTS)
         values |= presets(args)
     values |= given
     if values["micro_batch"] is None:
@@ -166,6 +167,7 @@ def presets(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     sample.check_sampling_flags(args)
     metrics.check_feature_name(args.eval_features, "--eval_features")
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)

@@ -35,7 +35,7 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_batch, open_data
+from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_t2i import evaluate_prompts
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
@@ -206,6 +206,8 @@ def resolve(args):
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
+        fitting = fit_defaults(args, DEFAULTS | {"hold_out": 0}, with_conversations=True)
+        values["batch"] = fitting["batch"]
         values |= presets(args, from_scratch)
     values |= given
 
@@ -259,6 +261,7 @@ def flags_of_init(args):
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
     runtime.check_run_flags(args)
+    check_amounts(args.data, args.batch, with_conversations=True)
     sample.check_sampling_flags(args)
     check_heads(args.llm_width, args.llm_heads, "--llm_width", "--llm_heads", multiple=2)
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data as data_module
 from data import (
@@ -142,6 +143,115 @@ def test_16_bit_grey_is_scaled_to_8_bits(file_format):
     assert rgb_pixel(wide) == (156, 156, 156)
 
 
+@pytest.mark.parametrize("mode, level, expected", [
+    ("I;16", 200, 200), ("I;16B", 200, 200), ("I;16B", 40000, 156), ("I;16L", 40000, 156),
+    ("I", 200, 200), ("I", 40000, 156),
+    ("F", 0.5, 128), ("F", 1, 255), ("F", 128, 128), ("F", 40000, 156)])
+def test_wide_grey_levels_are_scaled_by_their_range(mode, level, expected):
+    image = reopen(Image.new(mode, (4, 4), level), "tiff")
+    assert image.mode[0] in "IF"
+    assert rgb_pixel(image) == (expected, expected, expected)
+
+
+@pytest.mark.parametrize("mode, level", [
+    ("F", float("nan")), ("F", float("inf")), ("F", -1), ("F", 70000), ("I", -1), ("I", 70000)])
+def test_wide_grey_levels_without_a_white_are_refused(mode, level):
+    with pytest.raises(ValueError, match="^has grey levels from .*; store 8 or 16 bits, or floats"):
+        to_rgb(reopen(Image.new(mode, (4, 4), level), "tiff"))
+
+
+def write_tiff(levels, bits, photometric):
+    """A TIFF of one row of 16-bit words, packed as the file is told."""
+    tags = {256: len(levels), 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1,
+            279: 2 * len(levels)}
+    header = b"II*\0" + (8 + 2 * len(levels)).to_bytes(4, "little")
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    words = np.array(levels, "<u2").tobytes()
+    return header + words + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+def test_tiff_whose_white_is_0():
+    image = Image.open(io.BytesIO(write_tiff([0, 65535, 257 * 100, 0], 16, photometric=0)))
+    assert [rgb_pixel(image, (x, 0))[0] for x in range(4)] == [255, 0, 155, 255]
+
+
+def test_transparent_level_of_a_16_bit_png():
+    image = Image.fromarray(np.array([[1000, 40000]], np.uint16))
+    transparent = reopen(image, "png", transparency=1000)
+    assert rgb_pixel(transparent) == (255, 255, 255)
+    assert rgb_pixel(transparent, (1, 0)) == (156, 156, 156)
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("YCbCr", (100, 100, 200), (200, 58, 50)), ("LAB", (136, 208, 195), (250, 3, 11)),
+    ("HSV", (0, 255, 255), (255, 0, 0)), ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
+    ("PA", (0, 0), (255, 255, 255)), ("RGBa", (10, 20, 30, 255), (10, 20, 30))])
+def test_rare_modes(mode, colour, expected):
+    converted = rgb_pixel(Image.new(mode, (4, 4), colour))
+    assert np.abs(np.subtract(converted, expected)).max() <= 3    # versions of littleCMS round
+
+
+def test_the_first_frame_of_an_animation():
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    for file_format in ("gif", "png", "webp", "tiff"):
+        content = encode_image(red, file_format, save_all=True, append_images=[blue, blue])
+        red_value, _, blue_value = rgb_pixel(Image.open(io.BytesIO(content)))
+        assert red_value > 240 and blue_value < 15
+
+
+# ---------------------------------------------------------------- metadata
+def load_content(content, folder, name="x.png"):
+    """Return an image as a run would load it, 3 8 8, and what was broken."""
+    (folder / name).write_bytes(content)
+    item = open_data(str(folder), 8)[0]
+    return item["image"], item["broken"]
+
+
+def test_all_orientations():
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = reopen(image, "png", exif=exif)
+        expected = ImageOps.exif_transpose(stored.copy())
+        assert np.array_equal(to_rgb(stored), expected.convert("RGB")), orientation
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+                                  b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_broken_exif_leaves_an_image_as_it_is(exif):
+    image = Image.new("RGB", (16, 8), (200, 30, 60))
+    for file_format in ("jpeg", "webp"):
+        assert to_rgb(reopen(image, file_format, exif=exif)).size == (16, 8)
+
+
+def png_chunk(kind, content, checksum=None):
+    if checksum is None:
+        checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+@pytest.mark.parametrize("chunk", [
+    png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))),
+    png_chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(2**21))),
+    png_chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(2**21))),
+    png_chunk(b"zTXt", b"key\0\0no zlib"), png_chunk(b"pHYs", b"1"), png_chunk(b"gAMA", b""),
+    png_chunk(b"tEXt", b"key\0wrong checksum", 5)])
+def test_metadata_of_a_png_break_no_image(chunk, tmp_path):
+    content = plain_image(size=(8, 8))
+    for position in (33, len(content) - 12):      # after the header, before the end
+        image, broken = load_content(content[:position] + chunk + content[position:], tmp_path)
+        assert broken == [] and image[:, 0, 0].tolist() == [200, 30, 60]
+
+
+def test_large_profiles_and_texts_of_other_formats(tmp_path):
+    image = Image.new("RGB", (8, 8), (200, 30, 60))
+    for file_format in ("jpeg", "webp", "avif"):
+        content = encode_image(image, file_format, icc_profile=bytes(2**21))
+        loaded, broken = load_content(content, tmp_path)
+        assert broken == [] and abs(loaded[0].float().mean() - 200) < 6
+
+
 def test_cmyk():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     black = Image.new("CMYK", (8, 8), (0, 0, 0, 255))
@@ -185,12 +295,14 @@ def test_exif_rotation():
         assert rgb_pixel(stored, (5, 17))[0] > 200
 
 
-SUFFIXES = ["jpg", "jpeg", "JPEG", "png", "webp", "bmp", "gif", "tif", "TIFF", "ppm"]
+SUFFIXES = ["jpg", "jpeg", "JPEG", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "dib", "gif",
+            "tif", "TIFF", "jp2", "j2k", "jpx", "ppm", "pnm", "tga", "pcx", "qoi"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_suffixes_in_any_case(suffix, tmp_path):
-    file_format = {"jpg": "jpeg", "tif": "tiff"}.get(suffix.lower(), suffix.lower())
+    Image.init()
+    file_format = Image.EXTENSION[f".{suffix.lower()}"]
     (tmp_path / f"a.{suffix}").write_bytes(plain_image(file_format=file_format))
 
     image = open_data(str(tmp_path), 32)[0]["image"]
@@ -236,6 +348,18 @@ def test_same_size_is_left_as_it_is_and_small_images_are_enlarged():
     small = Image.fromarray(pixels[:5, :30])
     assert square(small, 64, np.random.default_rng(0)).size == (64, 64)
     assert square(Image.new("RGB", (1, 1)), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("width, height", [(1, 20_000), (20_000, 2), (7, 300), (700, 20)])
+def test_a_thin_image_is_cropped_before_it_is_enlarged(width, height, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    crops = [square(image, 16), square(image, 16, np.random.default_rng(3))]
+    monkeypatch.setattr(data_module, "THIN", 10**9)               # enlarge, then crop
+    expected = [square(image, 16), square(image, 16, np.random.default_rng(3))]
+    for crop, other in zip(crops, expected, strict=True):
+        difference = np.asarray(crop).astype(int) - np.asarray(other)
+        assert np.abs(difference).max() <= 1
 
 
 def test_random_crop_reaches_every_offset_of_a_side_of_one_and_a_half():
@@ -654,7 +778,7 @@ def test_a_broken_file_is_replaced_counted_and_named_once(tmp_path, capfd):
 
     data = open_data(str(tmp_path), 8)
     item = data[k]
-    assert item["broken"] == [str(path)]
+    assert item["broken"] == [(str(path), "no image that Pillow can read")]
     assert number_of_image(item["image"]) != 7
     assert item["label"] == number_of_image(item["image"]) % 2    # that of the replacement
     assert item["image"].equal(open_data(str(tmp_path), 8)[k]["image"])
@@ -667,7 +791,7 @@ def test_a_broken_file_is_replaced_counted_and_named_once(tmp_path, capfd):
         run = batches(data, 40, 20, workers=workers, stop=6)
         assert [number_of_image(image) for _, _, images, _, _ in run for image in images] == after
         reported = re.findall("broken image (.*)", capfd.readouterr().err)
-        assert reported == [f"1, replaced by another: {path}"]
+        assert reported == [f"1, replaced by another: {path} (no image that Pillow can read)"]
 
 
 DAMAGES = ["empty", "text", "cut jpeg", "cut png", "bad checksum", "no pixels", "vanished"]
@@ -700,7 +824,7 @@ def test_all_kinds_of_damage(damage, tmp_path):
 
     items = [data[k] for k in range(4)]
 
-    assert any(str(path) in item["broken"] for item in items)
+    assert any(str(path) in dict(item["broken"]) for item in items)
     assert all(number_of_image(item["image"]) in range(3) for item in items)
 
 
@@ -709,8 +833,8 @@ def test_a_broken_member_of_a_tar_is_named(tmp_path):
     files["c/0.png"] = b""
     path = write_tar(tmp_path / "a.tar", files)
     data = open_data(path, 8)
-    broken = {name for k in range(5) for name in data[k]["broken"]}
-    assert broken == {f"{path}/c/0.png"}
+    broken = {pair for k in range(5) for pair in data[k]["broken"]}
+    assert broken == {(f"{path}/c/0.png", "no image that Pillow can read")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -731,7 +855,8 @@ def test_more_than_one_percent_of_broken_files_stop_the_run(
             list(run)
     else:
         assert len(list(run)) == n // 20
-    reported = re.findall(r"broken image (\d+), replaced by another: (.*)", capfd.readouterr().err)
+    pattern = r"broken image (\d+), replaced by another: (.*) \("
+    reported = re.findall(pattern, capfd.readouterr().err)
     assert [int(count) for count, _ in reported] == list(range(1, broken + 1))
     assert {path for _, path in reported} == {str(path) for path in broken_paths}
 
@@ -874,7 +999,7 @@ def test_labels_that_make_no_sense(extra, message, tmp_path):
 def test_folder_with_and_without_classes(tmp_path):
     write_images(tmp_path, 3, classes=0)
     write_images(tmp_path, 3, classes=1)
-    with pytest.raises(ValueError, match=r"images in no folder but others in c0/.*one depth"):
+    with pytest.raises(ValueError, match=r"several depths \(0000.png, c0/0000.png\), but class"):
         open_data(str(tmp_path), 8)
 
 

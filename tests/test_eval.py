@@ -8,15 +8,30 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 
 import eval_decoder
 import eval_fid
+import eval_t2i
+import metrics
 import release
+import runtime
 from conftest import SHIPPED, run_script
 from data import load_images, open_data
 from eval_decoder import evaluate_reconstruction
 from eval_fid import evaluate_generation
-from metrics import Moments, frechet_distance, psnr, ssim, verify
+from metrics import (
+    Moments,
+    extrapolate_distance,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    linear_probe,
+    precision_recall,
+    psnr,
+    ssim,
+    verify,
+)
 from release import load_dit
 from shapes import Scene
 
@@ -63,6 +78,76 @@ def test_frechet_distance_survives_rank_deficiency():
 def test_frechet_distance_refuses_features_of_different_dimensions():
     with pytest.raises(ValueError, match="features of 3 and 4 dimensions differ"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+
+
+def test_frechet_distance_is_never_negative():
+    """Rounding gives -1e-12 or so for equal moments."""
+    features = np.random.default_rng(2).normal(size=(200, 16)) * 1e3
+    mean, cov = features.mean(0), np.cov(features.T)
+    assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-3
+
+
+@pytest.mark.parametrize("mean, cov, message", [
+    (np.full(2, np.nan), np.eye(2), "are not finite"),
+    (np.zeros(2), np.full((2, 2), np.nan), "are not finite"),
+    (np.zeros(2), np.diag([1, np.inf]), "are not finite"),
+    (np.zeros(2), np.array([[1.0, 2], [2, 1]]), "has a negative eigenvalue, -1"),
+    (np.zeros(2), np.diag([-1.0, -1]), "has a negative eigenvalue, -1"),
+])
+def test_frechet_distance_refuses_what_is_no_covariance(mean, cov, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(np.zeros(2), np.eye(2), mean, cov)
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(mean, cov, np.zeros(2), np.eye(2))
+
+
+def test_a_covariance_without_eigenvalues_is_refused(monkeypatch):
+    def fail(cov):
+        raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(ValueError, match="a covariance of features has no eigenvalues"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_are_refused_by_every_number(value):
+    good = torch.randn(20, 4)
+    bad = good.clone()
+    bad[3, 2] = value
+    labels = torch.zeros(20, dtype=torch.long)
+    with pytest.raises(ValueError, match="features of 1 of 20 images are not finite.*black images"):
+        Moments().add(bad)
+    for measure in (
+        lambda: kernel_distance(good, bad),
+        lambda: precision_recall(bad, good),
+        lambda: inception_score(bad),
+        lambda: linear_probe(bad, labels, good, labels, 2),
+    ):
+        with pytest.raises(ValueError, match="features of 1 of 20 images are not finite"):
+            measure()
+
+
+def test_too_few_images_are_told():
+    one, two = torch.randn(1, 4), torch.randn(2, 4)
+    moments = Moments()
+    moments.add(one)
+    for measure, message in (
+        (lambda: moments.cov, "1 image is too few for a covariance"),
+        (lambda: kernel_distance(one, two), "1 and 2 images are too few"),
+        (lambda: kernel_distance(two, one), "2 and 1 images are too few"),
+        (lambda: precision_recall(one, one), "1 and 1 images are too few"),
+        (lambda: inception_score(two[:0]), "needs images, and there is none"),
+        (lambda: extrapolate_distance(two, torch.zeros(4), torch.eye(4)), "2 samples are too few"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure()
+
+
+def test_numbers_of_two_images_are_finite():
+    two = torch.randn(2, 4)
+    numbers = (*kernel_distance(two, two + 1), *precision_recall(two, two), *inception_score(two))
+    assert np.isfinite(numbers).all()
 
 
 # ---------------------------------------------------------------------------- pairs of images
@@ -200,3 +285,135 @@ def test_the_images_of_an_npz_are_reconstructed(tmp_path):
     assert results["n"] == 8
     assert results["psnr"] > 25
     assert "readable" not in results
+
+
+# ---------------------------------------------------------------------------- reports
+def test_json_is_strict(tmp_path, capsys):
+    """PSNR of equal images is infinite, for which JSON has no word."""
+    results = dict(psnr=float("inf"), by_source=dict(a=float("nan")), interval=[0.0, 1.0], n=3)
+    metrics.report(results, 1.0, tmp_path / "line.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    expected = dict(psnr=None, by_source=dict(a=None), interval=[0.0, 1.0], n=3)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    for line in (printed, (tmp_path / "line.json").read_text()):
+        assert json.loads(line, parse_constant=refuse) == expected
+
+
+# ---------------------------------------------------------------------------- what the model saw
+def write_photos(folder, n=12):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture
+def trained_on_photos(photos, tmp_path):
+    """Paths of the shipped models, as if they had been trained on photos with --hold_out 4."""
+    paths = {}
+    for name, shipped in (("dit", SHIPPED), ("rae", release.SHIPPED_RAE)):
+        state = dict(runtime.load_checkpoint(shipped))
+        state["args"] = dict(state["args"], data=[str(photos)], hold_out=4)
+        paths[name] = tmp_path / f"{name}.pt"
+        torch.save(state, paths[name])
+    return paths
+
+
+def evaluate(stage, paths, *flags):
+    if stage == "dit":
+        return run_script(eval_fid, "--ckpt", paths["dit"], "--sampling_steps", 1, "--guidance", 1,
+                          *flags)
+    return run_script(eval_decoder, "--rae", paths["rae"], *flags)
+
+
+both_stages = pytest.mark.parametrize("stage", ["dit", "rae"])
+
+
+@both_stages
+def test_held_out_images_are_the_default_reference(stage, trained_on_photos, capsys):
+    results = evaluate(stage, trained_on_photos)
+    assert (results["reference_split"], results["n"]) == ("held out", 4)
+    assert "trained on" not in capsys.readouterr().err
+
+
+@both_stages
+def test_images_of_the_training_are_told(stage, trained_on_photos, photos, capsys):
+    results = evaluate(stage, trained_on_photos, "--hold_out", 0)
+    assert (results["reference_split"], results["n"]) == ("train", 12)
+    assert "the reference are images that the model was trained on" in capsys.readouterr().err
+
+    results = evaluate(stage, trained_on_photos, "--data", photos / ".." / "photos")
+    assert results["reference_split"] == "train"
+    assert "the reference are images that the model was trained on" in capsys.readouterr().err
+
+
+@both_stages
+def test_more_images_than_training_held_out_are_refused(stage, trained_on_photos, photos):
+    message = "--hold_out 5 is more than the 4 images that the training of .* held out"
+    with pytest.raises(ValueError, match=message):
+        evaluate(stage, trained_on_photos, "--hold_out", 5)
+    with pytest.raises(ValueError, match=message):
+        evaluate(stage, trained_on_photos, "--hold_out", 5, "--data", photos)
+
+
+@both_stages
+def test_other_images_and_scenes_are_no_training_data(stage, trained_on_photos, tmp_path, capsys):
+    others = write_photos(tmp_path / "others", n=6)
+    results = evaluate(stage, trained_on_photos, "--data", others)
+    assert results["reference_split"] == "other data"
+    results = evaluate(stage, trained_on_photos, "--data", "shapes", "--n", 4)
+    assert results["reference_split"] == "held out"
+    assert "trained on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data, message", [
+    ("photos", "args has data 'photos', which must be of type list"),
+    ([], "data is no list of texts"),
+    ([3], "data is no list of texts"),
+])
+def test_a_checkpoint_that_names_no_data_is_refused(data, message, tmp_path):
+    state = dict(runtime.load_checkpoint(release.SHIPPED_RAE))
+    state["args"] = dict(state["args"], data=data)
+    torch.save(state, tmp_path / "rae.pt")
+    with pytest.raises(ValueError, match=f"rae.pt.*{message}"):
+        run_script(eval_decoder, "--rae", tmp_path / "rae.pt")
+
+
+def test_one_image_is_refused_before_the_work(photos, tmp_path):
+    alone = write_photos(tmp_path / "alone", n=1)
+    with pytest.raises(ValueError, match="1 image is too few to measure a distance"):
+        run_script(eval_fid, "--data", alone)
+    with pytest.raises(ValueError, match="1 image is too few to measure a distance"):
+        run_script(eval_decoder, "--data", alone)
+
+
+@pytest.mark.parametrize("script", [eval_decoder, eval_fid, eval_t2i])
+def test_every_flag_shows_its_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    _, _, options = capsys.readouterr().out.partition("options:")
+    _, *flags = options.split("\n  --")
+    assert len(flags) > 12
+    for flag in flags:
+        assert "default" in flag.lower(), flag
+
+
+def test_scripts_say_what_they_read(photos, trained_on_photos, capsys):
+    run_script(eval_decoder, "--data", photos, "--n", 4)
+    assert "images: 12 of 12" in capsys.readouterr().err
+    run_script(eval_decoder, "--probe", "pixel:16", "--n", 40, "--hold_out", 20, "--data", "shapes")
+    said = capsys.readouterr().err
+    assert "data shapes, train" in said and "data shapes, val" in said
+    evaluate("dit", trained_on_photos)
+    assert "images: 4 of 12" in capsys.readouterr().err
+    run_script(eval_fid, "--samples", photos, "--data", photos, "--features", "tiny")
+    assert capsys.readouterr().err.count("images: 12 of 12") == 2

@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval_t2i
+import runtime
 from conftest import run_script
+from release import SHIPPED_T2I
 
 QUICK = ["--sampling_steps", "2", "--guidance", "1"]
 COLOURS = ("red", "blue")
@@ -92,15 +95,70 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpg", "prompts"]
 
 
-def test_bad_prompt_files_are_refused(tmp_path):
+@pytest.mark.parametrize("content, message", [
+    (b"", "no prompt in"),
+    (b"\n \n", "no prompt in"),
+    (b'{"text": "a star"}', "line 1: .*every line must be JSON with a prompt"),
+    (b'{"prompt": "a star"}\n["a star"]', "line 2: .*every line must be JSON with a prompt"),
+    (b"a star", "line 1: .*every line must be JSON with a prompt"),
+    (b"3", "line 1: 3; every line must be JSON with a prompt"),
+    (b"[" * 100_000, "line 1: .*every line must be JSON with a prompt"),
+    (b'{"prompt": 3}', "00000: a prompt must be a text, not int"),
+    (b'{"prompt": null}', "00000: a prompt must be a text, not NoneType"),
+    (b'{"prompt": " "}', "00000: prompt ' ' must say what to draw"),
+    (b'{"prompt": "an <image>"}', "00000: prompt .* without <image>"),
+    (b'{"prompt": "' + b"star " * 80_000 + b'"}', "00000: a prompt has 400000 characters"),
+    (b'{"prompt": "\xff"}', "is no UTF-8"),
+    (b"\x00" * (2 ** 24 + 1), "has 16777217 bytes, more than prompts need"),
+])
+def test_files_without_prompts_are_refused(content, message, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "a star"}\n')
-    out = tmp_path / "out"
-    with pytest.raises(ValueError, match="every line must be JSON with a prompt"):
-        run_script(eval_t2i, "--prompts", path, "--out", out)
-    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--prompts .*bad.jsonl.*{message}"):
+        run_script(eval_t2i, "--prompts", path, "--out", tmp_path / "out")
+
+
+def test_folders_without_prompts_are_refused(tmp_path):
+    flags = ["--prompts", tmp_path, "--out", tmp_path / "out"]
     with pytest.raises(ValueError, match="no prompt in"):
-        run_script(eval_t2i, "--prompts", tmp_path, "--out", out)
+        run_script(eval_t2i, *flags)
+    for content, message in ((b"", "x: prompt '' must say what to draw"), (b"\xff", "no UTF-8"),
+                             (b"star " * 80_000, "has 400000 bytes")):
+        (tmp_path / "x.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            run_script(eval_t2i, *flags)
+    (tmp_path / "x.txt").unlink()
+    (tmp_path / "x.txt").mkdir()
+    with pytest.raises(FileNotFoundError, match="x.txt is no file"):
+        run_script(eval_t2i, *flags)
+
+
+def test_prompts_that_do_not_exist_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl is no file; give a .jsonl, or a"):
+        run_script(eval_t2i, "--prompts", tmp_path / "nothing.jsonl", "--out", tmp_path / "out")
+
+
+def test_prompts_as_windows_writes_them_are_read(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a star"}\r\n\r\n'
+                     b'{"prompt": "a ring\xe2\x80\xa8"}\r\n')
+    texts = [prompt.text for prompt in eval_t2i.read_prompts(path)]
+    assert texts == ["a star", "a ring\u2028"]
+
+
+def test_shapes_eval_refuses_a_model_of_another_world(tmp_path):
+    state = dict(runtime.load_checkpoint(SHIPPED_T2I))
+    for data, world in ((["photos"], "photos"), (["a=photos:1", "b=x.jsonl:2"], "a=photos:1 b=")):
+        state["args"] = dict(state["args"], data=data)
+        torch.save(state, tmp_path / "t2i.pt")
+        with pytest.raises(ValueError, match=f"t2i.pt was trained on {world}.*, without shapes"):
+            run_script(eval_t2i, "--ckpt", tmp_path / "t2i.pt")
+
+
+@pytest.mark.parametrize("data", [["shapes"], ["a=shapes:3", "b=photos:1"], []])
+def test_shapes_eval_takes_models_of_shapes_and_published_ones(data):
+    args = dict(data=data) if data else {}
+    eval_t2i.check_world(dict(args=args), "t2i.pt")
 
 
 @pytest.mark.parametrize("argv", [[], ["--out", "x.png"], ["--out", "x", "--n", "8"]])

@@ -296,7 +296,7 @@ def test_a_model_of_text_that_cannot_be_used_is_refused(keys, value, message, ch
 @pytest.mark.parametrize("given, loaded_as, message", [
     ("train_decoder.py", "train_dit.py", "is a checkpoint of train_decoder.py, for eval_decoder"),
     ("train_decoder.py", "train_t2i.py", "is a checkpoint of train_decoder.py, for eval_decoder"),
-    ("train_dit.py", "train_t2i.py", "is a checkpoint of train_dit.py, for sample.py and eval_fid"),
+    ("train_dit.py", "train_t2i.py", "is a checkpoint of train_dit.py, for sample.py"),
     ("train_t2i.py", "train_dit.py", "is a checkpoint of train_t2i.py, for sample.py --prompt"),
 ])
 def test_a_checkpoint_of_another_script_says_which_reads_it(given, loaded_as, message,
@@ -351,10 +351,10 @@ def test_misspelt_names_are_corrected(name, loader, message):
 
 
 @pytest.mark.parametrize("name, loader, message", [
-    ("imagenet256", t2i.load_t2i, "imagenet256 is a published model for sample.py and eval_fid.py"),
-    ("scale-rae-7b", release.load_dit, "a published model for sample.py --prompt and eval_t2i.py"),
+    ("imagenet256", t2i.load_t2i, "imagenet256 is a published model for sample.py"),
+    ("scale-rae-7b", release.load_dit, "a published model for sample.py --prompt, eval_t2i.py and"),
     ("dinov2-b", release.load_dit, "a published model for eval_decoder.py --rae"),
-    ("imagenet512", release.load_rae, "a published model for sample.py and eval_fid.py"),
+    ("imagenet512", release.load_rae, "a published model for sample.py, eval_fid.py and train_"),
 ])
 def test_published_models_of_another_kind_say_what_takes_them(name, loader, message):
     with pytest.raises(ValueError, match=message):

@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_metrics.py
 """
 import hashlib
+import io
 import json
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -341,6 +343,90 @@ def test_saved_statistics_stand_for_their_images(tmp_path):
         run_script(eval_fid, "--samples", fake, "--data", statistics, real, "--features", "tiny")
 
 
+def statistics_of_tiny(**changes):
+    """Arrays of statistics of the 192 features of the encoder "tiny", with some of them changed."""
+    arrays = dict(mu=np.zeros(192), sigma=np.eye(192), n=9, features="tiny",
+                  rows=np.random.default_rng(0).normal(size=(5, 192)).astype(np.float32))
+    arrays |= changes
+    return {name: value for name, value in arrays.items() if value is not None}
+
+
+def covariance_with(row, column, value):
+    """The unit matrix of 192 rows with another value in one place."""
+    cov = np.eye(192)
+    cov[row, column] = value
+    return cov
+
+
+def measure_against(arrays, tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=random_images(4).numpy())
+    np.savez(tmp_path / "stats.npz", **arrays)
+    return run_script(eval_fid, "--samples", tmp_path / "samples.npz", "--features", "tiny",
+                      "--data", tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    dict(mu=np.zeros(192, ">f8"), sigma=np.eye(192).astype(">f4")),            # big-endian
+    dict(sigma=np.asfortranarray(np.eye(192)), rows=None, n=None),
+    dict(rows=np.asfortranarray(statistics_of_tiny()["rows"], ">f8")),
+])
+def test_statistics_in_any_byte_order_are_read(changes, tmp_path):
+    expected = measure_against(statistics_of_tiny(), tmp_path)
+    results = measure_against(statistics_of_tiny(**changes), tmp_path)
+    for name in results.keys() & {"frechet_distance", "precision", "kernel_distance"}:
+        assert results[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(mu=np.full(192, np.nan)), "mu or sigma with numbers that are not finite"),
+    (dict(sigma=covariance_with(2, 2, np.inf)), "mu or sigma with numbers that are not finite"),
+    (dict(rows=np.full((5, 192), np.nan)), "rows with numbers that are not finite"),
+    (dict(sigma=np.eye(191)), r"sigma of \(191, 191\) for 192 features"),
+    (dict(sigma=np.ones(192)), r"can't be read \(sigma of \(192,\), float64\)"),
+    (dict(mu=np.zeros((192, 1))), r"can't be read \(mu of \(192, 1\), float64\)"),
+    (dict(mu=np.float64(0)), r"can't be read \(mu of \(\), float64\)"),
+    (dict(sigma=covariance_with(0, 1, 3)), "sigma that is not symmetric"),
+    (dict(sigma=covariance_with(0, 0, -1)), "sigma with negative variances"),
+    (dict(rows=np.zeros((5, 7), np.float32)), r"rows of \(5, 7\) for 192 features"),
+    (dict(mu=np.zeros(192, int)), r"can't be read \(mu of \(192,\), int64\)"),
+    (dict(mu=np.full(192, "x")), r"can't be read \(mu of"),
+    (dict(mu=np.array([None] * 192)), r"can't be read \(mu of \(192,\), object\)"),
+    (dict(sigma=np.eye(192) * 1j), r"can't be read \(sigma of \(192, 192\), complex128\)"),
+    (dict(n=1), "n 1, less than 2 images"),
+    (dict(n=-5), "n -5, less than 2 images"),
+    (dict(n=9.5), r"can't be read \(n of \(\), float64\)"),
+    (dict(n=[3, 4]), r"can't be read \(n of \(2,\)"),
+    (dict(side=[32, 32, 3]), r"side of \(3,\), not height and width"),
+    (dict(features=3), r"can't be read \(features of \(\), int64\)"),
+])
+def test_statistics_that_are_none_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=f"stats.npz has .*{message}"):
+        measure_against(statistics_of_tiny(**changes), tmp_path)
+
+
+def test_statistics_of_gigabytes_are_refused_before_they_are_read(tmp_path):
+    """A file of 200 bytes that claims a covariance of 80 GB."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, dict(descr="<f8", fortran_order=False, shape=(100_000, 100_000)))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "stats.npz", "a") as archive:
+        archive.writestr("sigma.npy", header.getvalue())
+    with pytest.raises(ValueError, match=r"sigma of \(100000, 100000\), more than 268435456"):
+        eval_fid.read_statistics(tmp_path / "stats.npz")
+
+
+def test_statistics_that_are_cut_short_are_refused(tmp_path):
+    path = tmp_path / "stats.npz"
+    np.savez_compressed(path, **statistics_of_tiny())
+    whole = path.read_bytes()
+    for start in (100, len(whole) // 2):                   # inside the compressed arrays
+        path.write_bytes(whole[:start] + bytes(50) + whole[start + 50:])
+        with pytest.raises(ValueError, match="stats.npz has statistics that can't be read"):
+            eval_fid.read_statistics(path)
+
+
 def test_saved_statistics_of_inception_are_loaded_as_they_were(tmp_path, trusted_weights):
     real = write_folder(tmp_path / "real", random_images(6))
     statistics = tmp_path / "inception.npz"
@@ -498,11 +584,29 @@ def test_lpips_without_weights_says_which_file_goes_where(tmp_path, monkeypatch)
         run_script(eval_decoder, "--rae", SHIPPED, "--n", 4, "--lpips")
 
 
-def test_evaluation_refuses_another_resolution_before_drawing(tmp_path):
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, np.zeros((4, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match="32 x 32 and 64 x 64"):
-        run_script(eval_fid, "--data", reference, "--n", 4)
+def refuse_to_work(*args, **kwargs):
+    raise AssertionError("no features may be computed here")
+
+
+def test_sizes_that_cannot_be_compared_are_refused_before_the_work(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "folder", random_images(4, side=48))
+    samples = write_folder(tmp_path / "samples", random_images(4, side=32))
+    array, statistics = tmp_path / "array.npz", tmp_path / "statistics.npz"
+    np.savez(array, random_images(4, side=48).numpy())
+    np.savez(statistics, **statistics_of_tiny(side=[48, 48]))
+    monkeypatch.setattr(metrics.FeatureSet, "add", refuse_to_work)
+    flags = "--features", "tiny", "--samples", samples, "--data"
+
+    with pytest.raises(ValueError, match="48 x 48 and 32 x 32 .*; crop the reference by --size 32"):
+        run_script(eval_fid, *flags, folder)
+    with pytest.raises(ValueError, match="48 x 48 and 32 x 32 .*; an .npz is not cropped: write"):
+        run_script(eval_fid, *flags, array)
+    with pytest.raises(ValueError, match="48 x 48 and 32 x 32 .*--size 32 --save_stats X.npz"):
+        run_script(eval_fid, *flags, statistics)
+    with pytest.raises(ValueError, match="48 x 48 and 64 x 64 .*; an .npz is not cropped: write"):
+        run_script(eval_fid, "--data", array, "--n", 4)
+    with pytest.raises(ValueError, match="48 x 48 and 64 x 64 .*--size 64 --save_stats X.npz"):
+        run_script(eval_fid, "--data", statistics, "--n", 4)
 
 
 def test_a_model_is_compared_with_an_npz(tmp_path):
@@ -527,6 +631,9 @@ def test_probe_of_ones_own_images(tmp_path):
                          "--hold_out", 20)
     assert results["accuracy"] == 1.0
     assert (results["n"], results["held_out"]) == (40, 20)
+    with pytest.raises(ValueError, match="--n 41 is more than the 40 images to train on; try --n "):
+        run_script(eval_decoder, "--probe", "pixel:16", "--data", tmp_path, "--hold_out", 20,
+                   "--n", 41)
     with pytest.raises(ValueError, match="has no classes to probe"):
         run_script(eval_decoder, "--probe", "pixel:16", "--data", tmp_path / "dark",
                    "--hold_out", 2)
