@@ -8,7 +8,9 @@
     shapes, text   the built-in worlds, rendered when an image is needed
     a folder       class/name.jpg, or name.jpg without labels; stage 3 also reads name.txt, .json
     x.tar          the same, or name.jpg beside name.cls, name.txt or name.json; uncompressed
-    x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}
+    x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}; a .json
+                   of one array of records is read, too
+What is read, and what is passed over and why, is told by data.describe(); see listing.py.
 
 Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
 starting at a later k.
@@ -53,7 +55,7 @@ from shapes import CLASSES, Scene, Text
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
 SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
 PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
-SHARDS = 100_000           # of a range; the largest public sets have half as many
+SHARDS = 1_000_000         # of a range; at the usual thousand images a shard, a billion images
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 THIN = 10                  # longer side / shorter side; panoramas have less
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
@@ -322,10 +324,10 @@ class FileSource:
                    "classes": len(self.class_names) if self.labelled else 0,
                    "passed_over": self.passed_over.summary()}
         if self.labelled:
-            labels = {str(image.label) for image in self.images}
-            summary["classes_without_images"] = [
-                name for name in self.class_names if name not in labels]
             summary["missing_ids"] = missing_ids({image.label for image in self.all_images})
+        if self.labelled and self.split == "train":
+            trained = {str(image.label) for image in self.images}
+            summary["classes_held_out"] = [name for name in self.class_names if name not in trained]
         return summary
 
     def identity(self):
@@ -705,7 +707,8 @@ class ImageData(Dataset):
         Returns: dict of the name of each source to a dict of JSON's types
             data, split, images (in this split), classes (0: no labels); of files also
             images_in_all, held_out, passed_over {reason: {"count": n, "first": name}}, and, with
-            labels, classes_without_images (in this split), missing_ids (below the highest one)
+            labels, missing_ids (below the highest one), and in the split that is trained on
+            classes_held_out, of which it has no image
         """
         return {name: source.summary()
                 for name, source in zip(self.domains, self.sources, strict=True)}
@@ -769,10 +772,11 @@ def describe_source(name, summary):
     if summary.get("missing_ids"):
         lines.append(f"  no image has the class ids {', '.join(summary['missing_ids'])}; "
                      "they are no classes")
-    without = summary.get("classes_without_images")
-    if without:
-        lines.append(f"  classes without an image in this split: {len(without):,} "
-                     f"({', '.join(without[:10])}{' ...' if len(without) > 10 else ''})")
+    held_out = summary.get("classes_held_out")
+    if held_out:
+        lines.append(f"  classes without an image to train on: {len(held_out):,} "
+                     f"({', '.join(held_out[:10])}{' ...' if len(held_out) > 10 else ''}); "
+                     "lower --hold_out")
     return "\n".join(lines)
 
 

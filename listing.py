@@ -55,6 +55,10 @@ class PassedOver:
         self.counts[reason] += 1
         self.first.setdefault(reason, name)
 
+    def add_all(self, other):
+        self.counts.update(other.counts)
+        self.first = other.first | self.first
+
     def summary(self):
         """Returns: {reason: {"count": n, "first": name}}, the most frequent reason first"""
         return {reason: {"count": count, "first": shown(self.first[reason])}
@@ -109,15 +113,17 @@ def list_images(path, with_conversations, passed_over):
     Raises: OSError; ValueError if there are none or a file beside them is malformed
     """
     check_path(path)
+    passed_over_here = PassedOver()
     if os.path.isdir(path):
-        images = list_folder(path, with_conversations, passed_over)
+        images = list_folder(path, with_conversations, passed_over_here)
     elif path.lower().endswith((".jsonl", ".json")):
-        images = list_records(path, with_conversations)
+        images = list_records(path, with_conversations, passed_over_here)
     else:
-        images = list_tar(path, with_conversations, passed_over)
+        images = list_tar(path, with_conversations, passed_over_here)
     if not images:
         raise ValueError(f"--data {path} must hold images, .jpg or .png"
-                         f"{advice_without_images(path, passed_over)}")
+                         f"{advice_without_images(path, passed_over_here)}")
+    passed_over.add_all(passed_over_here)
     return images
 
 
@@ -194,11 +200,11 @@ def walk(root, passed_over):
             passed_over.add("unreadable folders", folder)
             continue
         for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            kind = kind_of(entry)
             if is_hidden(entry.name):
                 continue
-            elif kind == "folder" and entry.is_symlink():         # last, after the real folders
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            kind = kind_of(entry)
+            if kind == "folder" and entry.is_symlink():         # last, after the real folders
                 folders.append((name, os.path.realpath(entry.path)))
             elif kind == "folder":
                 folders.appendleft((name, os.path.join(real, entry.name)))
@@ -272,17 +278,24 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over):
         images.append(ListedImage(*files[name], name, label, texts))
     check_splits(path, folders)
     check_depths(path, class_folders)
-    for name in files:
-        if not is_image(name) and not is_hidden(name) and name not in used:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in sidecar_suffixes:
-                passed_over.add(f"{suffix} of no image", name)
-            else:
-                passed_over.add(suffix or "files without a suffix", name)
+    unused = [name for name in files if name not in used and not is_image(name)]
+    count_unused(unused, sidecar_suffixes, passed_over)
     return images
 
 
-def list_records(path, with_conversations):
+def count_unused(names, sidecar_suffixes, passed_over):
+    """Add to `passed_over` the files that are neither images nor read beside one."""
+    for name in sorted(names):
+        if is_hidden(name):
+            continue
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in sidecar_suffixes:
+            passed_over.add(f"{suffix} of no image", name)
+        else:
+            passed_over.add(suffix or "files without a suffix", name)
+
+
+def list_records(path, with_conversations, passed_over):
     """List the images of a .jsonl, one record a line; their paths are relative to its folder."""
     images = []
     folder = os.path.dirname(path)
@@ -297,6 +310,8 @@ def list_records(path, with_conversations):
                                       label, texts))
         elif with_conversations:
             images.append(ListedImage(None, 0, -1, name, label, texts))
+        else:
+            passed_over.add("conversations without an image", name)
     return images
 
 
@@ -314,6 +329,8 @@ def read_records(path):
             return
         lines = iter(lambda: file.readline(LINE_BYTES), b"")
         for number, line in enumerate(lines, 1):
+            if len(line) == LINE_BYTES:
+                raise ValueError(f"--data {path}: line {number} has over {LINE_BYTES:,} bytes")
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield f"line {number}", line
 
@@ -348,9 +365,9 @@ def find_sidecars(files, name, suffixes):
     The key of WebDataset ends at the first dot, that of other sets at the last.
     Returns: dict of "cls", "txt" and "json" to the name of a file
     """
-    folder, base = os.path.split(name)
+    base = os.path.basename(name)
     last_dot = os.path.splitext(name)[0]
-    first_dot = os.path.join(folder, base.split(".")[0])
+    first_dot = name.removesuffix(base) + base.split(".")[0]
     sidecars = {}
     for suffix in suffixes:
         for key in (first_dot, last_dot):         # the last one found remains
@@ -427,9 +444,9 @@ def check_depths(path, class_folders):
     if len(by_depth) < 2:
         return
     examples = [shown(class_folders[min(by_depth[depth])]) for depth in sorted(by_depth)]
-    most = max(by_depth, key=lambda depth: (len(by_depth[depth]), depth))
-    meant = os.path.commonpath([os.path.dirname(folder) for folder in by_depth[most]])
-    if meant:
+    most = max(by_depth.values(), key=len)
+    meant = os.path.commonpath([os.path.dirname(folder) for folder in most])
+    if meant and len(most) > len(class_folders) / 2:
         advice = give_folder(path, meant)
     else:
         advice = "move or remove those at one of the depths"
@@ -447,8 +464,9 @@ def give_folder(path, folder):
 # What to type for files that are not read: the first bytes, or the suffix, and the command, in
 # which {path} is a word of the shell and {text} a text of Python.
 SAVE_ROWS = (
+    "python -c \"import os, datasets; "
     "[os.makedirs('images/%s' % x['label'], exist_ok=True) or x['image'].save('images/%s/%d.png' "
-    "% (x['label'], i)) for i, x in enumerate(rows)]\"")
+    "% (x['label'], i)) for i, x in enumerate({rows})]\"")
 SAVE_ARRAY = (
     "mkdir images; python -c \"import numpy as np; from PIL import Image; "
     "[Image.fromarray(np.uint8(np.rint(x * (255 if x.dtype.kind == 'f' else 1))))"
@@ -462,10 +480,9 @@ CONVERSIONS = [
     (b"\x93NUMPY", ".npy", SAVE_ARRAY.replace("{array}", "")),
     (None, ".npz", SAVE_ARRAY.replace("{array}", "['arr_0']")),
     (b"PK\x03\x04", ".zip", "python -m zipfile -e {path} images"),
-    (b"PAR1", ".parquet", 'python -c "import os, datasets; rows = datasets.load_dataset('
-     "'parquet', data_files={text}, split='train'); " + SAVE_ROWS),
-    (b"ARROW1", ".arrow", 'python -c "import os, datasets; rows = datasets.Dataset.from_file('
-     "{text}); " + SAVE_ROWS),
+    (b"PAR1", ".parquet", SAVE_ROWS.replace(
+        "{rows}", "datasets.load_dataset('parquet', data_files={text}, split='train')")),
+    (b"ARROW1", ".arrow", SAVE_ROWS.replace("{rows}", "datasets.Dataset.from_file({text})")),
 ]
 
 
@@ -501,11 +518,13 @@ def advice_without_images(path, passed_over):
         advice = f"; it holds {describe_passed_over(passed_over.summary())}"
     if ".tar" in passed_over.counts:
         advice += f"; give shards as {path}/*.tar"
-    elif ".arrow" in passed_over.counts:
-        command = 'python -c "import os, datasets; rows = datasets.load_from_disk({text}); '
-        advice += f"; make them by: {(command + SAVE_ROWS).format(text=repr(path))}"
+    elif ".arrow" in passed_over.counts:          # of datasets' save_to_disk
+        train = os.path.join(path, "train")
+        rows = f"datasets.load_from_disk({(train if os.path.isdir(train) else path)!r})"
+        advice += f"; make them by: {SAVE_ROWS.replace('{rows}', rows)}"
     elif ".parquet" in passed_over.counts:
-        advice += f"; make them by: {conversion(os.path.join(path, passed_over.first['.parquet']))}"
+        rows = f"datasets.load_dataset({path!r}, split='train')"
+        advice += f"; make them by: {SAVE_ROWS.replace('{rows}', rows)}"
     return advice
 
 

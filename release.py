@@ -444,9 +444,12 @@ def vit_from_webssl(state):
     ])
     for query in [key for key in state if ".attn.query." in key]:
         names = [query.replace("query", name) for name in ("query", "key", "value")]
-        if all(isinstance(state.get(name), torch.Tensor) for name in names):
-            parts = [state.pop(name).flatten(1) for name in names]
+        parts = [state[name] for name in names if isinstance(state.get(name), torch.Tensor)]
+        shapes = {part.shape for part in parts}
+        if len(parts) == 3 and len(shapes) == 1 and parts[0].ndim > 0:  # else they are refused
             state[query.replace("query", "qkv")] = torch.cat(parts)     # one matrix in timm
+            for name in names:
+                del state[name]
     return state
 
 

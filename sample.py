@@ -781,7 +781,10 @@ def report_unknown_words(prompts, state):
 
     state: dict of the model's checkpoint.
     """
-    paths, _ = parse_specs(state["args"].get("data", []))
+    specs = state["args"].get("data")
+    if specs is None:                                                   # of a published model
+        return
+    paths, _ = parse_specs(specs)
     if any(path != "shapes" for own_paths in paths.values() for path in own_paths):
         return
     unknown = [word for prompt in prompts for word in unknown_words(prompt)]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from data import (
     square,
     to_rgb,
 )
+from listing import PassedOver, walk
 from shapes import CLASSES, Scene
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -209,12 +211,12 @@ def load_content(content, folder, name="x.png"):
 
 def test_all_orientations():
     image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
-    for orientation in range(1, 9):
+    for orientation, file_format in itertools.product(range(1, 9), ("png", "tiff", "webp")):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        stored = reopen(image, "png", exif=exif)
-        expected = ImageOps.exif_transpose(stored.copy())
-        assert np.array_equal(to_rgb(stored), expected.convert("RGB")), orientation
+        content = encode_image(image, file_format, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        assert np.array_equal(to_rgb(Image.open(io.BytesIO(content))), expected)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
@@ -295,8 +297,8 @@ def test_exif_rotation():
         assert rgb_pixel(stored, (5, 17))[0] > 200
 
 
-SUFFIXES = ["jpg", "jpeg", "JPEG", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "dib", "gif",
-            "tif", "TIFF", "jp2", "j2k", "jpx", "ppm", "pnm", "tga", "pcx", "qoi"]
+SUFFIXES = ["jpg", "jpeg", "JPEG", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "dib",
+            "gif", "tif", "TIFF", "jp2", "j2k", "jpx", "ppm", "pnm", "tga", "pcx", "qoi"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -553,6 +555,241 @@ def test_tars_are_read_in_place(shards):
         file.seek(listed.offset)
         assert Image.open(io.BytesIO(file.read(listed.size))).size == (40, 40)
     assert sorted(shards.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- what is read is told
+def test_what_is_passed_over_is_counted(tmp_path):
+    folder = tmp_path / "set"
+    write_images(folder, 4, classes=2)
+    (folder / "grey.pgm").write_bytes(encode_image(Image.new("L", (8, 8)), "ppm"))
+    for name in ("c0/1.heic", "c1/2.HEIC", "c1/notes.txt", "README"):
+        (folder / name).write_bytes(b"no image")
+    os.rename(folder / "grey.pgm", folder / "c1" / "grey.pgm")
+    os.symlink("nowhere.png", folder / "c0" / "broken.png")
+    os.symlink("itself.png", folder / "c0" / "itself.png")
+    os.symlink("c0", folder / "again")
+    os.symlink("..", folder / "c0" / "up")
+    os.mkfifo(folder / "c0" / "pipe.png")
+
+    data = open_data(str(folder), 8, hold_out=1)
+
+    (name, summary), = data.summary().items()
+    assert name == ""
+    assert summary["passed_over"] == {
+        ".heic": {"count": 2, "first": "c0/1.heic"}, ".txt": {"count": 1, "first": "c1/notes.txt"},
+        "broken links": {"count": 2, "first": "c0/broken.png"},
+        "links to folders that are read elsewhere": {"count": 2, "first": "again"},
+        "pipes or devices": {"count": 1, "first": "c0/pipe.png"},
+        "files without a suffix": {"count": 1, "first": "README"}}
+    assert json.loads(json.dumps(summary)) == summary
+    for key, value in dict(split="train", images=4, images_in_all=5, held_out=1, classes=2).items():
+        assert summary[key] == value
+    title, passed_over = data.describe().splitlines()
+    assert title == f"data {folder}, train: images: 4 of 5 (held out of training: 1), classes: 2"
+    assert passed_over.startswith("  passed over: ")
+    assert ".heic 2, " in passed_over and "broken links 2 (c0/broken.png), " in passed_over
+
+
+def test_folders_that_can_not_be_read_are_told(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "set", 6, classes=3)
+    scandir = os.scandir
+
+    def refuse(path):
+        if path.rstrip("/").endswith("c1"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    data = open_data(folder, 8)
+    assert len(data) == 4 and data.class_names == ["c0", "c2"]
+    assert data.summary()[""]["passed_over"] == {"unreadable folders": {"count": 1, "first": "c1"}}
+    with pytest.raises(PermissionError):
+        open_data(f"{folder}/c1", 8)
+
+
+def test_links_are_followed_but_no_folder_is_read_twice(tmp_path):
+    write_images(tmp_path / "set" / "a", 1, classes=0)
+    write_images(tmp_path / "other" / "b", 1, classes=0)
+    os.symlink("a", tmp_path / "set" / "0")                       # before the folder itself
+    os.symlink(".", tmp_path / "set" / "a" / "here")
+    os.symlink(tmp_path, tmp_path / "set" / "a" / "above")
+    os.symlink(tmp_path / "other", tmp_path / "set" / "x")
+    os.symlink(tmp_path / "other" / "b", tmp_path / "set" / "y")
+    os.symlink(tmp_path / "set", tmp_path / "other" / "b" / "back")
+
+    passed_over = PassedOver()
+    names = walk(str(tmp_path / "set"), passed_over)
+
+    assert names == ["a/0000.png", "x/b/0000.png"]
+    assert passed_over.counts == {"links to folders that are read elsewhere": 5}
+
+
+def test_a_mixture_and_the_built_in_worlds_are_told(folder):
+    data = open_data([f"a={folder}:1", "b=shapes:1"], 8, split="val", hold_out=8, objects=1)
+    summary = data.summary()
+    assert summary["b"] == {"data": "shapes", "split": "val", "images": 1_000_000, "classes": 36}
+    assert summary["a"]["images"] == 8 and summary["a"]["images_in_all"] == 48
+    first, second = data.describe().splitlines()
+    assert first == f"data a={folder}, val: images: 8 of 48 (held out of training: 8), classes: 4"
+    assert second == "data b=shapes, val: images are drawn when needed, classes: 36"
+
+
+def test_identity_changes_with_names_and_labels_alone(tmp_path):
+    folder = write_images(tmp_path / "set", 8, classes=2)
+    (before, identity), = open_data(folder, 8).identity().items()
+    assert before == "" and identity["images"] == 8
+    assert open_data(folder, 16, seed=3, hold_out=3, split="val").identity() == {"": identity}
+    os.rename(folder, tmp_path / "moved")
+    folder = str(tmp_path / "moved")
+    assert open_data(folder, 8).identity() == {"": identity}
+
+    os.rename(f"{folder}/c0/0000.png", f"{folder}/c1/0000.png")
+    assert open_data(folder, 8).identity()[""]["names"] != identity["names"]
+    os.rename(f"{folder}/c1/0000.png", f"{folder}/c0/0000.png")
+    write_images(tmp_path / "moved", 1, first=99, classes=1)
+    assert open_data([f"a={folder}:1", "b=shapes:1"], 8).identity() == {"a": identity}
+    write_images(tmp_path / "moved" / "c1", 1, classes=0)
+    assert open_data(folder, 8).identity()[""]["images"] == 9
+    assert open_data("shapes", 8).identity() == {}
+
+
+def test_identity_of_a_jsonl_has_the_paths_of_its_images(tmp_path):
+    write_images(tmp_path, 4, classes=2)
+    identities = []
+    for name in ("c0/0000.png", "c1/0001.png"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"image": name}))
+        identities.append(open_data(str(tmp_path / "a.jsonl"), 8).identity()[""]["names"])
+    assert identities[0] != identities[1]
+
+
+# ---------------------------------------------------------------- layouts
+def write_layout(path, names):
+    """Write images of these names to a folder and to a tar. Returns: both paths"""
+    files = {name: plain_image(size=(8, 8)) for name in names}
+    for name, content in files.items():
+        (path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / "set" / name).write_bytes(content)
+    return str(path / "set"), write_tar(path / "set.tar", files)
+
+
+@pytest.mark.parametrize("names, meant", [
+    (["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"], "train"),
+    (["x/y/train/a/1.png", "x/y/train/b/2.png", "x/y/val/3.png", "x/y/test/4.png"], "x/y/train"),
+    (["Training/a/1.png", "Testing/a/2.png"], "Training"),
+    (["train2017/1.png", "val2017/2.png"], "train2017"),
+    (["validation/a/1.png", "test_set/a/2.png"], "test_set"),
+    (["train/a/1.png", "train/b/2.png", "more/3.png"], "train"),
+    (["set/a/1.png", "set/b/2.png", "cover.png"], "set")])
+def test_layouts_that_mix_levels_are_refused_with_the_path_that_was_meant(names, meant, tmp_path):
+    folder, shard = write_layout(tmp_path, names)
+    with pytest.raises(ValueError, match=f"--data {folder}.*; give --data {folder}/{meant}$"):
+        open_data(folder, 8)
+    message = rf"unpack it \(tar -xf {shard}\) and give --data {meant}$"
+    with pytest.raises(ValueError, match=message):
+        open_data(shard, 8)
+    assert len(open_data(f"{folder}/{meant}", 8)) >= 1
+
+
+@pytest.mark.parametrize("names", [
+    ["a/1.png", "2.png"], ["a/1.png", "b/c/2.png"], ["1.png", "a/2.png", "b/c/3.png"]])
+def test_classes_at_several_depths_are_refused(names, tmp_path):
+    for path in write_layout(tmp_path, names):
+        with pytest.raises(ValueError, match="several depths.*; move or remove those at one"):
+            open_data(path, 8)
+
+
+@pytest.mark.parametrize("names, classes", [
+    (["a/b/1.png", "a/c/2.png", "d/e/3.png"], ["a/b", "a/c", "d/e"]),
+    (["test/1.png", "cat/2.png"], ["cat", "test"]),
+    (["training/1.png", "train/2.png"], ["train", "training"]),
+    (["train/cat/1.png", "train/dog/2.png"], ["train/cat", "train/dog"]),
+    (["val/1.png", "valve/2.png", "value/3.png"], ["val", "value", "valve"])])
+def test_layouts_of_one_level_are_classes(names, classes, tmp_path):
+    for path in write_layout(tmp_path, names):
+        assert open_data(path, 8).class_names == classes
+
+
+def test_splits_beside_each_other_are_refused_in_stage_3(tmp_path):
+    files = {}
+    for name in ("train/1", "val/2"):
+        files |= {f"{name}.png": plain_image(), f"{name}.txt": b"a cat"}
+    with pytest.raises(ValueError, match="holds train and val side by side"):
+        open_data(write_tar(tmp_path / "a.tar", files), 8, conversation=lambda scene, rng: [])
+
+
+# ---------------------------------------------------------------- class ids
+def labelled_tar(path, labels):
+    """A tar of images i.png with the contents of i.cls."""
+    files = {}
+    for i, label in enumerate(labels):
+        files[f"{i}.png"] = plain_image(colour_of_number(i), (8, 8))
+        files[f"{i}.cls"] = f"{label}".encode()
+    return write_tar(path, files)
+
+
+@pytest.mark.parametrize("ids, missing", [
+    ([0, 1, 2], []), ([1, 2, 3], ["0"]), ([0, 5, 5_000_000], ["1 to 4", "6 to 4999999"]),
+    ([9_999_999_999, 9, 10], ["0 to 8", "11 to 9999999998"]), ([7], ["0 to 6"])])
+def test_classes_are_the_ids_that_have_images(ids, missing, tmp_path):
+    data = open_data(labelled_tar(tmp_path / "a.tar", [*ids, *ids]), 8)
+
+    assert data.labelled and data.num_classes == len(ids)
+    assert data.class_names == [str(label) for label in sorted(ids)]
+    for k in range(2 * len(ids)):
+        label = ids[number_of_image(data[k]["image"]) % len(ids)]
+        assert data.class_names[data[k]["label"]] == str(label)
+    assert data.summary()[""]["missing_ids"] == missing
+    assert ("no image has the class ids" in data.describe()) == bool(missing)
+
+
+def test_ids_of_hundreds_of_digits(tmp_path):
+    data = open_data(labelled_tar(tmp_path / "a.tar", [10**400, 3]), 8)
+    assert data.num_classes == 2 and len(data.describe()) < 400
+    with pytest.raises(ValueError, match="0.png Exceeds the limit"):
+        open_data(labelled_tar(tmp_path / "b.tar", ["9" * 5000]), 8)
+
+
+def test_a_class_that_is_held_out_whole_stays_a_class_and_is_named(tmp_path):
+    path = labelled_tar(tmp_path / "a.tar", range(10))
+    train = open_data(path, 8, hold_out=3)
+    val = open_data(path, 8, hold_out=3, split="val")
+
+    assert train.class_names == val.class_names == [str(i) for i in range(10)]
+    without = train.summary()[""]["classes_held_out"]
+    assert len(without) == 3
+    assert {int(name) for name in without} == {val[k]["label"] for k in range(3)}
+    assert f"classes without an image to train on: 3 ({', '.join(without)})" in train.describe()
+    assert "without an image" not in val.describe()
+
+
+# ---------------------------------------------------------------- sidecars
+def test_sidecars_are_found_by_the_last_dot_or_else_by_the_first(tmp_path):
+    files = {"set.v1/0001.image.png": plain_image(), "set.v1/0001.cls": b"3",
+             "set.v1/0001.txt": b"to the first dot", "v1.0.png": plain_image(), "v1.0.cls": b"4",
+             "v1.cls": b"5", "v1.txt": b"of both"}
+    data = open_data(write_tar(tmp_path / "a.tar", files), 8)
+    items = [data[k] for k in range(2)]
+    found = {data.class_names[item["label"]]: item["text"] for item in items}
+    assert found == {"3": "to the first dot", "4": "of both"}
+    assert data.summary()[""]["passed_over"] == {".cls of no image": {"count": 1,
+                                                                      "first": "v1.cls"}}
+
+
+@pytest.mark.parametrize("label", [b"3\r\n", b"\xef\xbb\xbf3\n", b"\n 3 \n\n"])
+def test_class_ids_with_blank_lines_and_byte_order_marks(label, tmp_path):
+    files = {"0.png": plain_image(), "0.cls": label}
+    assert open_data(write_tar(tmp_path / "a.tar", files), 8).class_names == ["3"]
+
+
+def test_sidecars_that_no_image_uses_are_named(tmp_path):
+    files = {"0.png": plain_image(), "0.txt": b"a", "01.txt": b"b", "2.TXT": b"c", "2.cls": b"1",
+             "3.json": b"{}"}
+    data = open_data(write_tar(tmp_path / "a.tar", files), 8)
+    passed_over = data.summary()[""]["passed_over"]
+    assert passed_over[".txt of no image"] == {"count": 2, "first": "01.txt"}
+    assert passed_over[".cls of no image"] == {"count": 1, "first": "2.cls"}
+    assert passed_over[".json of no image"] == {"count": 1, "first": "3.json"}
+    assert ".txt of no image 2 (01.txt)" in data.describe()
 
 
 # ---------------------------------------------------------------- mixtures
@@ -883,7 +1120,8 @@ def test_missing_path(tmp_path):
 def test_empty_folder_and_tar_without_images(tmp_path):
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"--data .*folder must hold images"):
+    message = r"--data .*folder must hold images, .jpg or .png; it holds .txt 1$"
+    with pytest.raises(ValueError, match=message):
         open_data(f"{tmp_path}/folder", 8)
     without_images = write_tar(tmp_path / "a.tar", {"a.txt": b"no"})
     empty = write_tar(tmp_path / "b.tar", {})
@@ -937,6 +1175,65 @@ def test_compressed_tars_are_to_be_decompressed(mode, name, command, tmp_path):
         open_data(f"{tmp_path}/one.png", 8)
 
 
+@pytest.mark.parametrize("name, content, command", [
+    ("a.npy", b"\x93NUMPY", "mkdir images; python -c "), ("a.npz", b"PK\x03\x04", "mkdir images; "),
+    ("a.zip", b"PK\x03\x04", "python -m zipfile -e "), ("a.tgz", b"\x1f\x8b", "gunzip < "),
+    ("a.parquet", b"PAR1", 'python -c "import os, datasets; '),
+    ("a.arrow", b"\xff\xff\xff\xff", 'python -c "import os, datasets; '),
+    ("data", b"PAR1", 'python -c "import os, datasets; '),
+    ("folder/data-0.arrow", b"", 'python -c "import os, datasets; .*load_from_disk'),
+    ("folder/train-0.parquet", b"", "python -c .*load_dataset")])
+def test_other_kinds_of_files_get_a_command_that_converts_them(name, content, command, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    if "/" in name:
+        path = path.parent
+    with pytest.raises(ValueError, match=f"^--data {path}.* by: {command}"):
+        open_data(str(path), 8)
+
+
+def test_the_command_for_arrays_makes_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels / 255)
+    with pytest.raises(ValueError) as error:
+        open_data(f"{tmp_path}/a.npz", 8)
+    command = str(error.value).split(" by: ")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    data = open_data(f"{tmp_path}/images", None)
+    loaded = {data[k]["image"].permute(1, 2, 0).numpy().tobytes() for k in range(3)}
+    assert loaded == {image.tobytes() for image in pixels}
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("", "--data is empty, as if by a variable that is not set"), ("  ", "--data is empty"),
+    ("a=:1", "must be name=PATH:weight"), ("/dev/zero", "is a pipe or a device"),
+    ("x-{0..99999999999}.tar", "100,000,000,000 files; at most 1,000,000"),
+    ("a=shapes:" + "9" * 400, "must be name=PATH:weight"), ("x" * 300, "File name too long")])
+def test_specs_that_make_no_sense(spec, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        open_data(spec, 8)
+
+
+def test_names_that_are_no_text(tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    latin_1 = os.fsencode(flat) + b"/caf\xe9.png"
+    Path(os.fsdecode(latin_1)).write_bytes(plain_image())
+    (flat / "two\nlines.png").write_bytes(b"broken")
+    (flat / "two\nlines.heic").write_bytes(b"")
+    (flat / "two\nlines").write_bytes(b"")
+    data = open_data(str(flat), 8)
+    names = {name for k in range(2) for name, _ in data[k]["broken"]}
+    assert names == {repr(f"{flat}/two\nlines.png")}
+    assert data.describe().isprintable() or data.describe().count("\n") == 1
+
+    class_folder = os.fsdecode(os.fsencode(tmp_path) + b"/set/caf\xe9")
+    write_images(Path(class_folder), 1, classes=0)
+    with pytest.raises(ValueError, match="the class name 'caf.udce9' is no UTF-8.*; rename it"):
+        open_data(f"{tmp_path}/set", 8)
+
+
 @pytest.mark.parametrize("weight", ["-1", "0", "x", "", "nan", "inf", "1.2.3"])
 def test_weights_must_be_positive_numbers(weight, folder):
     message = rf"--data a={folder}:{weight} must be name=PATH:weight.* above 0"
@@ -981,7 +1278,13 @@ def test_fewer_images_than_a_batch(folder):
     ({"0.cls": b"cat"}, "0.png.*cat.*integer >= 0"),
     ({"0.cls": b"1.5"}, "integer"),
     ({"0.cls": b"-1"}, "label -1.*integer"),
+    ({"0.cls": b""}, "0.png invalid literal"),
     ({"0.json": b'{"label": [1]}'}, "label .1"),
+    ({"0.json": b'{"label": true}'}, "label True"),
+    ({"0.json": b'{"label": " "}'}, "label ' ' must be .* a name"),
+    ({"0.json": b'{"label": "a\\nb"}'}, "1.png has None|class name"),
+    ({"0.json": b"[" * 100_000}, "0.png is nested too deeply"),
+    ({"0.txt": bytes(2**20 + 1)}, "0.png has 0.txt, which has 1,048,577 bytes, more than"),
     ({"0.json": b"{"}, "0.png.*json"),
     ({"0.json": b"[1]"}, "0.png.*json"),
     ({"0.json": b'{"caption": 3}'}, "0.png"),
@@ -1038,6 +1341,83 @@ def test_npz_of_uint8_or_of_floats(save, tmp_path):
         assert data.source_of(3) == 0 and not data.is_built_in(0) and not data.is_shapes
 
 
+def npy_header(descr, shape, fortran_order=False, version=1):
+    """The header of an .npy file, padded to 64 bytes."""
+    fields = repr(dict(descr=descr, fortran_order=fortran_order, shape=shape)).encode()
+    length_format, start = ("<H", 10) if version == 1 else ("<I", 12)
+    fields += b" " * (-(len(fields) + start + 1) % 64) + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack(length_format, len(fields)) + fields
+
+
+def write_npz(path, content, compression=zipfile.ZIP_STORED):
+    """Write an .npz whose arr_0.npy has any content."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", content)
+    return str(path)
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+COMPRESSIONS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_arrays_of_any_order_and_version(compression, tmp_path):
+    contents = []
+    for version in (1, 2, 3):
+        contents.append(npy_header("|u1", PIXELS.shape, version=version) + PIXELS.tobytes())
+    contents.append(npy_header("|u1", PIXELS.shape, fortran_order=True) + PIXELS.tobytes("F"))
+    for dtype in (">f4", "<f8", ">f8"):
+        contents.append(npy_header(dtype, PIXELS.shape) + (PIXELS / 255).astype(dtype).tobytes())
+    for i, content in enumerate(contents):
+        path = write_npz(tmp_path / f"{i}.npz", content, compression)
+        assert np.array_equal(load_images(Arrays(path), range(3)), PIXELS), i
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS[:2])
+@pytest.mark.parametrize("descr, shape", [
+    ("|u1", (-3, 4, 5, 3)), ("|u1", (0, 4, 5, 3)), ("|u1", (3, 0, 5, 3)), ("|u1", (-3, -4, 5, 3)),
+    ("|O", (3, 4, 5, 3)), ("<U5", (3, 4, 5, 3)), ("|b1", (3, 4, 5, 3)), ("<i4", (3, 4, 5, 3)),
+    ([("a", "|u1")], (3, 4, 5, 3)), ("|u1", (3, 4, 5)), ("|u1", (3, 4, 5, 4)), ("|u1", ()),
+    ("|u1", (2**40, 2**30, 5, 3)), ("<f4", (3, 4, 5, 3)), ("|u1", (3.0, 4, 5, 3)), ("?!", (3,))])
+def test_arrays_that_are_no_images(descr, shape, compression, tmp_path):
+    content = npy_header(descr, shape) + PIXELS.tobytes()
+    path = write_npz(tmp_path / "a.npz", content, compression)
+    with pytest.raises(ValueError, match=f"^{path} (has arr_0 of .*; images are|is damaged)"):
+        Arrays(path)
+
+
+def test_damaged_arrays(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "whole.npz", noise)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "damaged.npz"
+    for damaged in (whole[:5000] + b"?" + whole[5001:],           # another byte
+                    whole[:5000] + bytes(2000) + whole[7000:],    # other bytes
+                    whole[:5000] + whole[6000:],                  # some missing
+                    whole[:40] + bytes(20) + whole[60:],
+                    whole[:-30], whole[:5000], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{path} is (damaged|no whole .npz)"):
+            Arrays(str(path))
+
+
+def test_compressed_arrays_are_bounded_by_memory(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", PIXELS)
+    monkeypatch.setattr(data_module, "memory_of_machine", lambda: 2 * PIXELS.size)
+    assert len(Arrays(str(tmp_path / "a.npz"))) == 3
+    monkeypatch.setattr(data_module, "memory_of_machine", lambda: 2 * PIXELS.size - 2)
+    with pytest.raises(ValueError, match="of which at most .* can be read; save them by np.savez,"):
+        Arrays(str(tmp_path / "a.npz"))
+
+
+def test_arrays_are_told(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS)
+    data = Arrays(str(tmp_path / "a.npz"))
+    assert data.describe() == f"data {tmp_path}/a.npz: 3 images of 5 x 4"
+    assert data.summary() == {"images": {"data": f"{tmp_path}/a.npz", "images": 3, "height": 4,
+                                         "width": 5}}
+
+
 def test_npz_that_holds_no_images(tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3))
     np.savez(tmp_path / "grey.npz", np.zeros((5, 6, 7), np.uint8))
@@ -1057,6 +1437,115 @@ def test_npz_that_holds_no_images(tmp_path):
     for name in ("range.npz", "nan.npz"):
         with pytest.raises(ValueError, match=r"has floats of .*; scale them to \[0,1\]"):
             Arrays(str(tmp_path / name))[0]
+
+
+# ---------------------------------------------------------------- what eats the machine
+EATERS = """
+import json, os, resource, sys
+from functools import partial
+from PIL import Image
+sys.path.insert(0, {root!r})
+from data import Arrays, open_data
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+
+def first_pixel(path):
+    return open_data(path, 256)[0]["image"][:, 0, 0].tolist()
+
+def broken(path):
+    data = open_data(path, 8)
+    return dict(pair for k in range(3) for pair in data[k]["broken"])
+
+for name, attempt in [
+        ("thin", partial(first_pixel, "thin")),
+        ("broken", partial(broken, "broken")),
+        ("pipes.jsonl", partial(broken, "pipes.jsonl")),
+        ("texts", partial(open_data, "texts", 8, conversation=print)),
+        ("label", lambda: open_data("label.tar", 8).num_classes),
+        *[(path, partial(open_data, path, 8)) for path in
+          ("deep.jsonl", "large.json", "line.jsonl", "pipe.tar", "pipe.jsonl", "size.tar",
+           "negative.tar", "chain.tar", "name.tar")],
+        ("bomb.npz", partial(Arrays, "bomb.npz")), ("lie.npz", partial(Arrays, "lie.npz"))]:
+    try:
+        result = attempt()
+    except (ValueError, OSError) as error:
+        result = str(error)
+    print(json.dumps([name, result]), flush=True)
+print(json.dumps(["megabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]))
+"""
+
+
+def sparse_file(path, start=b"", size=10 * 2**40):
+    """A file of `size` bytes that are not stored, all zeros after the start."""
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(size)
+
+
+def tar_header(name, size, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.type = kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def write_eaters(folder):
+    """Write small files, each of which would take gigabytes or hang."""
+    for name in ("thin", "broken", "texts"):
+        (folder / name).mkdir()
+    thin = Image.new("RGB", (1, 30_000), (200, 30, 60))
+    thin.save(folder / "thin" / "0.png")
+    write_images(folder / "broken", 1, classes=0)
+    size = struct.pack(">IIBBBBB", 2**30, 2**30, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size) + png_chunk(b"IDAT", b"")
+    (folder / "broken" / "bomb.png").write_bytes(bomb)
+    sparse_file(folder / "broken" / "sparse.png")
+    records = [{"image": name} for name in ("pipe.tar", "/dev/zero", "broken/0000.png")]
+    (folder / "pipes.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_images(folder / "texts", 1, classes=0)
+    sparse_file(folder / "texts" / "0000.txt")
+    labelled_tar(folder / "label.tar", [9_999_999_999])
+    (folder / "deep.jsonl").write_text('{"image":' * 1_000_000)
+    sparse_file(folder / "large.json", b"[", 3 * 2**30)
+    sparse_file(folder / "line.jsonl")
+    os.mkfifo(folder / "pipe.tar")
+    os.mkfifo(folder / "pipe.jsonl")
+    image = plain_image() + bytes(-len(plain_image()) % 512)
+    (folder / "size.tar").write_bytes(tar_header("0.png", 2**40) + image + bytes(1024))
+    negative = tar_header("0.png", -1024) + tar_header("1.png", 0) + bytes(1024)
+    (folder / "negative.tar").write_bytes(negative)
+    chain = (tar_header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"name" + bytes(508)) * 5000
+    (folder / "chain.tar").write_bytes(chain + bytes(1024))
+    sparse_file(folder / "name.tar", tar_header("x", 10 * 2**40, tarfile.GNUTYPE_LONGNAME))
+    lie = npy_header("|u1", (10**6, 100, 100, 3))
+    write_npz(folder / "lie.npz", lie, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, \
+            archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        file.write(npy_header("|u1", (20, 4096, 4096, 3)))        # 1 GB in 1 MB
+        for _ in range(60):
+            file.write(bytes(4096 * 4096))
+
+
+def test_small_inputs_take_neither_the_memory_nor_the_time_of_the_machine(tmp_path):
+    write_eaters(tmp_path)
+    script = EATERS.format(root=str(Path(__file__).parents[1]))
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    results = dict(json.loads(line) for line in run.stdout.splitlines())
+
+    assert results["thin"] == [200, 30, 60]
+    assert results["label"] == 1
+    assert results["broken"].keys() == {"broken/bomb.png", "broken/sparse.png"}
+    assert results["pipes.jsonl"] == {"pipe.tar": "is no regular file",
+                                      "/dev/zero": "is no regular file"}
+    for name, message in {
+            "texts": "0000.png has 0000.txt, which has 10,995,116,277,760 bytes, more than",
+            "deep.jsonl": "line 1 is nested too deeply", "large.json": "make it a .jsonl: jq -c",
+            "line.jsonl": "line 1 has over", "pipe.tar": "is a pipe", "pipe.jsonl": "is a pipe",
+            "size.tar": "whole", "negative.tar": "whole", "chain.tar": "whole", "name.tar": "whole",
+            "lie.npz": "is damaged", "bomb.npz": "which are no images; save them"}.items():
+        assert message in results[name], results[name]
+    assert results["megabytes"] < 2000
 
 
 # ---------------------------------------------------------------- processes

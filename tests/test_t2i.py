@@ -1135,7 +1135,7 @@ def test_a_file_that_holds_no_autoencoder_is_refused(tmp_path, capsys):
 
 def test_a_checkpoint_of_classes_is_refused(tmp_path, capsys):
     run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path / "dit")
-    message = "dit/last.pt is no checkpoint of train_t2i.py"
+    message = "dit/last.pt is a checkpoint of train_dit.py, for sample.py and eval_fid.py"
     with pytest.raises(ValueError, match=message):
         load_t2i(tmp_path / "dit" / "last.pt")
     with pytest.raises(SystemExit):
@@ -1159,8 +1159,10 @@ def test_images_without_text_are_refused(tmp_path):
 def test_missing_weights_are_refused(tokenizer, tmp_path):
     t2i = small_t2i(tokenizer)
     flags = dict(width=32, depth=1, heads=2, head_width=0, class_dropout=0.0, connector="linear")
+    packed_rae = runtime.load_checkpoint(release.SHIPPED_RAE)
     runtime.save_checkpoint(tmp_path / "ema.pt", ema=t2i.state_dict(), llm=t2i.llm.config,
-                            args=flags, latent_shape=[8, 4, 4], tokenizer=tokenizer.json)
+                            args=flags, latent_shape=[8, 4, 4], tokenizer=tokenizer.json,
+                            rae=packed_rae["rae"])
     with pytest.raises(ValueError, match="ema.pt holds no weights model; use --weights ema"):
         load_t2i(tmp_path / "ema.pt", weights="model")
 

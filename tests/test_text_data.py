@@ -301,9 +301,47 @@ def test_jsonl_generates_understands_and_talks(tmp_path):
     assert len(images_only) == 4
     assert sorted(numbers_of_images(images_only, range(4))) == [0, 1, 2, 3]
     assert not images_only.labelled and images_only[0]["text"] in ("", "a dog", "a bee")
+    assert "conversations without an image 3 (line 5)" in images_only.describe()
 
     cropped = open_conversations(lines, 16, crop="random", flip=True)
     assert all(cropped[k]["image"].shape == (3, 16, 16) for k in range(7))
+
+
+def test_blank_lines_byte_order_marks_and_windows_line_ends(tmp_path):
+    write_folder(tmp_path, {}, 2)
+    lines = (b'\xef\xbb\xbf{"image": "0.png", "caption": "a"}\r\n\r\n \n'
+             b'{"image": "1.png", "caption": "b"}\r\n\n')
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    data = open_conversations(f"{tmp_path}/a.jsonl")
+    assert sorted(texts_of(data, range(2))) == [request("a"), request("b")]
+    (tmp_path / "b.jsonl").write_bytes(lines + b"no json")
+    assert_refused("b.jsonl: line 6 Expecting value", f"{tmp_path}/b.jsonl")
+
+
+def test_a_json_of_one_array_is_read_as_a_jsonl(tmp_path):
+    write_folder(tmp_path, {}, 2)
+    records = [{"id": 1, "image": "0.png", "conversations": [ASK, SHOW]},
+               {"image": "1.png", "caption": "b"}]
+    lines = open_conversations(write_jsonl(tmp_path / "a.jsonl", records))
+    for name, indent in (("a.json", None), ("b.json", 2), ("array.jsonl", 2)):
+        (tmp_path / name).write_text("\ufeff\n" + json.dumps(records, indent=indent))
+        data = open_conversations(f"{tmp_path}/{name}")
+        assert len(data) == 2
+        assert texts_of(data, range(4)) == texts_of(lines, range(4))
+    (tmp_path / "c.json").write_text(json.dumps([*records, 3]))
+    assert_refused("c.json: record 3 must be a json object, not a int", f"{tmp_path}/c.json")
+    (tmp_path / "d.json").write_text("[1, ")
+    assert_refused("d.json: array Expecting value", f"{tmp_path}/d.json")
+
+
+def test_texts_that_no_image_uses_are_named(tmp_path):
+    folder = write_folder(tmp_path, {"0.txt": "a", "1.txt": "b", "0.json": "{}"}, 1)
+    data = open_conversations(folder)
+    assert data.summary()[""]["passed_over"] == {
+        ".txt of no image": {"count": 1, "first": "1.txt"}}
+    # Without conversations, none is read.
+    assert open_data(folder, 8).summary()[""]["passed_over"] == {
+        ".txt": {"count": 2, "first": "0.txt"}, ".json": {"count": 1, "first": "0.json"}}
 
 
 @pytest.mark.parametrize("line, message", [

@@ -699,21 +699,38 @@ def test_bad_flags_are_refused_before_anything_is_built(script, argv, message, t
     assert_refused(script, ["--out", tmp_path, *argv], message, capsys)
 
 
-def test_bad_data_of_stage_1_stops_before_any_model_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_decoder, "load_encoder", None)           # calling it: a TypeError
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        run_script(train_decoder, *DECODER_FLAGS, "--data", "nowhere", "--out", tmp_path)
-
-    write_grey_images(tmp_path / "images", 40)
-    with pytest.raises(ValueError, match="--eval_n 200 is more than the 16 held-out images"):
-        run_script(train_decoder, *DECODER_FLAGS, "--data", tmp_path / "images", "--hold_out", 16,
-                   "--eval_every", 1, "--eval_n", 200, "--out", tmp_path)
+@pytest.mark.parametrize("script", [train_decoder, train_dit, train_t2i])
+def test_data_that_do_not_exist_are_refused_with_the_flags(script, tmp_path, capsys):
+    assert_refused(script, ["--data", tmp_path / "nowhere", "--out", tmp_path / "run"],
+                   "nowhere does not exist", capsys)
 
 
-def test_bad_data_of_stage_2_stops_before_any_model_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "unpack_rae", None)                   # calling it: a TypeError
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        run_script(train_dit, *DIT_FLAGS, "--data", "nowhere", "--out", tmp_path)
+def test_all_that_is_too_large_for_the_data_is_told_at_once(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 10)
+    common = ["--data", tmp_path / "images", "--eval_every", 1, "--out", tmp_path / "run"]
+    assert_refused(train_decoder, [*common, "--hold_out", 12, "--eval_n", 30],
+                   "has 10 images: --hold_out 12 must be below 10; --eval_n 30 must be at most "
+                   "the 12 held out", capsys)
+    assert_refused(train_dit, [*common, "--hold_out", 4, "--eval_n", 30, "--batch", 8],
+                   "has 10 images: --batch 8 must be at most the 6 to train on; --eval_n 30 must "
+                   "be at most the 4 held out", capsys)
+
+
+@pytest.mark.parametrize("script, amounts", [
+    (train_decoder, dict(batch=8, hold_out=2, eval_n=2)),
+    (train_dit, dict(batch=10, hold_out=0, eval_n=10))], ids=["decoder", "dit"])
+def test_defaults_fit_few_images(script, amounts, tmp_path):
+    write_grey_images(tmp_path / "images", 10)
+    args = script.parse_args(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")])
+    assert {name: getattr(args, name) for name in amounts} == amounts
+
+
+def test_given_amounts_change_the_defaults_of_the_others(tmp_path):
+    write_grey_images(tmp_path / "images", 100)
+    common = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    assert train_decoder.parse_args([*common, "--eval_n", "30"]).hold_out == 30
+    assert train_decoder.parse_args([*common, "--hold_out", "50"]).eval_n == 50
+    assert train_decoder.parse_args([*common, "--hold_out", "50"]).batch == 50
 
 
 def test_a_file_without_an_autoencoder_is_refused(tmp_path, capsys):
