@@ -48,7 +48,7 @@ def parser_of(module, monkeypatch):
 def test_every_program_is_found():
     programs = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
                 if "__main__" in path.read_text("utf-8")]
-    assert SCRIPTS == sorted(path.relative_to(ROOT).as_posix() for path in programs)
+    assert sorted(path.relative_to(ROOT).as_posix() for path in programs) == SCRIPTS
     assert len(SCRIPTS) == 18
 
 
