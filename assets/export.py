@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import runtime
 
@@ -34,6 +34,14 @@ def flatten(node, prefix=""):
     return tensors, plain
 
 
+def check(checkpoint, path):
+    """Raise ValueError unless a checkpoint is one of the three training scripts."""
+    missing = [key for key in ("args", "rae", "ema") if not isinstance(checkpoint.get(key), dict)]
+    if missing:
+        raise ValueError(f"{path} has no {' and no '.join(missing)}; give the last.pt of "
+                         f"train_decoder.py, train_dit.py or train_t2i.py")
+
+
 def needed_to_sample(checkpoint):
     """Return a checkpoint without the state of training."""
     left_out = ["model", "opt"]
@@ -43,14 +51,23 @@ def needed_to_sample(checkpoint):
     return {key: value for key, value in checkpoint.items() if key not in left_out}
 
 
-def main():
-    if len(sys.argv) != 3:
-        sys.exit("usage: python assets/export.py CHECKPOINT.pt OUTPUT.safetensors")
-    source, target = sys.argv[1:]
-    tensors, plain = flatten(needed_to_sample(runtime.load_checkpoint(source)))
-    save_file(tensors, target, metadata={"plain": json.dumps(plain)})
-    print(f"{target}: {Path(target).stat().st_size / 1e6:.1f} MB")
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("source", metavar="CHECKPOINT.pt", help="Checkpoint of a training script.")
+    p.add_argument("target", metavar="OUTPUT.safetensors", help="File to write.")
+    return p.parse_args(argv)
+
+
+def main(args):
+    runtime.check_out(args.target, "OUTPUT")
+    runtime.check_suffix(args.target, [".safetensors"], "OUTPUT")
+    checkpoint = runtime.load_checkpoint(args.source)
+    check(checkpoint, args.source)
+    tensors, plain = flatten(needed_to_sample(checkpoint))
+    content = save(tensors, metadata={"plain": json.dumps(plain)})
+    runtime.write_whole(args.target, lambda f: f.write(content))
+    print(f"{args.target}: {len(content) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main, parse_args)

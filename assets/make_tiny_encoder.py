@@ -18,7 +18,6 @@ numbers that noise hides one after another. And they are easy to decode, from th
 random rotation spreads the descriptor over the channels. Labels are used only by the linear probe
 that is printed on the way.
 """
-import argparse
 import multiprocessing
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 
@@ -50,6 +49,7 @@ WAVES = (2 * SIDE, SIDE / 2, SIDE / 4)      # wavelengths in px: of two pictures
 RANGE = 6                                   # px at which distances are squashed
 FOREGROUND = 0.3                            # distance from the ground; all objects are far above it
 SPECK = 20                                  # px; fewer are a tip that was cut off, not an object
+CHUNK = 500                                 # scenes that are drawn together
 FOLDS = (3, 4, 5)                           # of triangle, square and cross, star
 # Each part of the descriptor: its columns, and its fraction of the energy of a token and so of the
 # squared error.
@@ -247,27 +247,37 @@ def probe_accuracy(model):
 
 
 # ---------------------------------------------------------------- training
-def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=50_000,
-                   help="Number of scenes, a multiple of 500; they are used repeatedly.")
-    p.add_argument("--steps", type=int, default=8_000, help="Optimizer steps.")
-    p.add_argument("--batch", type=int, default=64, help="Images per step.")
-    p.add_argument("--lr", type=float, default=4e-3, help="Peak learning rate.")
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("--images", type=runtime.at_least(CHUNK), default=50_000,
+                   help=f"Number of scenes, a multiple of {CHUNK}; they are used repeatedly.")
+    p.add_argument("--steps", type=runtime.at_least(1), default=8_000, help="Optimizer steps.")
+    p.add_argument("--batch", type=runtime.at_least(1), default=64, help="Images per step.")
+    p.add_argument("--lr", type=runtime.at_least(1e-9), default=4e-3, help="Peak learning rate.")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16",
                    help="Precision of the matrix products.")
     p.add_argument("--init", type=Path, help="Weights of an encoder to start from.")
-    p.add_argument("--seed", type=int, default=0, help="Seed of scenes, weights and batches.")
+    p.add_argument("--seed", type=runtime.at_least(0), default=0,
+                   help="Seed of scenes, weights and batches.")
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors",
-                   help="File to write.")
-    return p.parse_args()
+                   help="File to write (default: the shipped one).")
+    args = p.parse_args(argv)
+    if args.images % CHUNK:
+        p.error(f"--images {args.images} must be a multiple of {CHUNK}; try "
+                f"{max(1, round(args.images / CHUNK)) * CHUNK}")
+    return args
 
 
 def load_scenes(n, seed):
     """Return the pictures of n scenes, n 3 64 64, uint8, and their descriptors, n 16 103."""
     data = open_data("shapes", SIDE, seed=seed, objects=(1, 1, 1, 2, 3, 4))
-    loaded = [images for _, _, images, _, _ in batches(data, 500, 500, stop=n // 500, workers=1)]
+    stream = batches(data, CHUNK, CHUNK, stop=n // CHUNK, workers=1)
+    bar = runtime.progress_bar(n, "scenes")
+    loaded = []
+    for _, _, images, _, _ in stream:
+        loaded.append(images)
+        bar.update(CHUNK)
+    bar.close()
     images = torch.cat(loaded)
     with multiprocessing.Pool() as pool:
         pictures = images.permute(0, 2, 3, 1).numpy()            # n 64 64 3
@@ -278,22 +288,34 @@ def load_scenes(n, seed):
 def save_encoder(encoder, path):
     """Write the weights in half precision."""
     weights = {name: value.half().contiguous() for name, value in encoder.state_dict().items()}
-    save_file(weights, path)
+    content = save(weights)
+    runtime.write_whole(path, lambda f: f.write(content))
 
 
-def main():
-    args = parse_args()
+def load_encoder(encoder, weights, path):
+    """Load the weights of such a file, a dict. Raises ValueError if they do not fit."""
+    expected = {name: value.shape for name, value in encoder.state_dict().items()}
+    shapes = {name: getattr(value, "shape", None) for name, value in weights.items()}
+    if shapes != expected:
+        raise ValueError(f"--init {path} has other weights than the tiny encoder; give a file of "
+                         f"this script")
+    encoder.load_state_dict(weights)
+
+
+def main(args):
+    runtime.check_out(args.out)
+    runtime.check_suffix(args.out, [".safetensors"])
     runtime.setup()
     timm.layers.set_fused_attn(False)      # for few tokens, plain bf16 products are faster on a CPU
     torch.manual_seed(args.seed)
     start = time.time()
+    init = runtime.load_checkpoint(args.init) if args.init else None
     images, descriptors = load_scenes(args.images, args.seed)
     print(f"{args.images} descriptors in {time.time() - start:.0f} s", flush=True)
 
     model = TokenRegressor(descriptors[:4000].flatten(0, 1))
     if args.init:
-        weights = {name: value.float() for name, value in load_file(args.init).items()}
-        model.encoder.load_state_dict(weights)
+        load_encoder(model.encoder, init, args.init)
     optimizers = make_optimizers(model, "muon", args.lr, weight_decay=0.0)
     device = torch.device("cpu")
 
@@ -319,4 +341,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main, parse_args)

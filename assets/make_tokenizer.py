@@ -8,7 +8,6 @@ lower case, as all texts of that world. It has at most 512 tokens, 256 of which 
 can write any text in any language. The same corpus gives the same file. The shipped file was made
 before conversations had plans and places; a checkpoint of train_t2i.py carries its own tokenizer.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import runtime
 from llm import SYSTEM
 from shapes import Scene, converse
 
@@ -69,16 +69,21 @@ def train_tokenizer():
     return tokenizer
 
 
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("--out", type=Path, default=Path("tokenizer.json"), help="File to write.")
+    return p.parse_args(argv)
+
+
 def main(args):
+    runtime.check_out(args.out)
+    runtime.check_suffix(args.out, [".json"])
     tokenizer = train_tokenizer()
-    tokenizer.save(str(args.out), pretty=False)
+    content = tokenizer.to_str(pretty=False).encode()
+    runtime.write_whole(args.out, lambda f: f.write(content))
     example = Scene.random(0, 0).caption()
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(example).tokens}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tokenizer.json"),
-                        help="File to write (default: tokenizer.json).")
-    main(parser.parse_args())
+    runtime.run(main, parse_args)

@@ -4,7 +4,6 @@
 
 Latents have many channels: they are shown in the colours of their three principal components.
 """
-import argparse
 import math
 import sys
 from itertools import pairwise
@@ -17,6 +16,7 @@ import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+import runtime
 import sample
 from data import SHAPES_VAL
 from release import SHIPPED_DIT, load_dit
@@ -126,7 +126,8 @@ class Figure:
 
     def save(self, path):
         self.axes.set(aspect="equal", **self.limits)   # imshow has changed them
-        self.figure.savefig(path, dpi=130)
+        suffix = path.suffix.lower()
+        runtime.write_whole(path, lambda f: self.figure.savefig(f, dpi=130, format=suffix[1:]))
 
 
 def draw_legend(figure, y):
@@ -213,9 +214,17 @@ def draw_figure(path):
     figure.save(path)
 
 
+def parse_args(argv=None):
+    p = runtime.Parser(__doc__, {})
+    p.add_argument("--out", type=Path, default=Path("pipeline.png"), help="File to write.")
+    return p.parse_args(argv)
+
+
+def main(args):
+    runtime.check_out(args.out)
+    runtime.check_suffix(args.out, sample.PICTURES)
+    draw_figure(args.out)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("pipeline.png"),
-                        help="File to write (default: pipeline.png).")
-    draw_figure(parser.parse_args().out)
+    runtime.run(main, parse_args)

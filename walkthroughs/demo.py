@@ -145,8 +145,9 @@ def draw_pictures(out):
 
 # %% All of it, and the numbers
 def main(options):
-    runtime.check_out(options.out)
     out = options.out
+    runtime.check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     reconstruction, generation = run_stages(options)
     draw_pictures(out)

@@ -46,7 +46,10 @@ def reconstruct_by_each(options):
     """The originals and their reconstructions by each decoder: a list of images n S S 3, uint8."""
     raes = [load_rae(path) for path in options.checkpoints]
     side = raes[0].decoder.image_size
-    hold_out = runtime.load_checkpoint(options.checkpoints[0])["args"].get("hold_out", 0)
+    flags = runtime.load_checkpoint(options.checkpoints[0])["args"]
+    hold_out = 0
+    if flags.get("data") == options.data:              # show what this training has held out
+        hold_out = flags.get("hold_out", 0)
     val = open_data(options.data, side, split="val", hold_out=hold_out)
     last = options.first + options.n
     if last > len(val):
