@@ -338,6 +338,7 @@ def evaluate(stage, paths, *flags):
 both_stages = pytest.mark.parametrize("stage", ["dit", "rae"])
 
 
+@pytest.mark.shipped
 @both_stages
 def test_held_out_images_are_the_default_reference(stage, trained_on_photos, capsys):
     results = evaluate(stage, trained_on_photos)
@@ -345,6 +346,7 @@ def test_held_out_images_are_the_default_reference(stage, trained_on_photos, cap
     assert "trained on" not in capsys.readouterr().err
 
 
+@pytest.mark.shipped
 @both_stages
 def test_images_of_the_training_are_told(stage, trained_on_photos, photos, capsys):
     results = evaluate(stage, trained_on_photos, "--hold_out", 0)
@@ -356,6 +358,7 @@ def test_images_of_the_training_are_told(stage, trained_on_photos, photos, capsy
     assert "the reference are images that the model was trained on" in capsys.readouterr().err
 
 
+@pytest.mark.shipped
 @both_stages
 def test_more_images_than_training_held_out_are_refused(stage, trained_on_photos, photos):
     message = "--hold_out 5 is more than the 4 images that the training of .* held out"
@@ -365,6 +368,7 @@ def test_more_images_than_training_held_out_are_refused(stage, trained_on_photos
         evaluate(stage, trained_on_photos, "--hold_out", 5, "--data", photos)
 
 
+@pytest.mark.shipped
 @both_stages
 def test_other_images_and_scenes_are_no_training_data(stage, trained_on_photos, tmp_path, capsys):
     others = write_photos(tmp_path / "others", n=6)
@@ -407,6 +411,7 @@ def test_every_flag_shows_its_default(script, capsys):
         assert "default" in flag.lower(), flag
 
 
+@pytest.mark.shipped
 def test_scripts_say_what_they_read(photos, trained_on_photos, capsys):
     run_script(eval_decoder, "--data", photos, "--n", 4)
     assert "images: 12 of 12" in capsys.readouterr().err

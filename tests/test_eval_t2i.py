@@ -146,6 +146,7 @@ def test_prompts_as_windows_writes_them_are_read(tmp_path):
     assert texts == ["a star", "a ring\u2028"]
 
 
+@pytest.mark.shipped
 def test_shapes_eval_refuses_a_model_of_another_world(tmp_path):
     state = dict(runtime.load_checkpoint(SHIPPED_T2I))
     for data, world in ((["photos"], "photos"), (["a=photos:1", "b=x.jsonl:2"], "a=photos:1 b=")):

@@ -8,6 +8,8 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.shipped
+
 PRODUCT_FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("shapes/*.py")])
 FOLDERS_OF_CODE = (".", "shapes", "tests", "assets", "walkthroughs")
 

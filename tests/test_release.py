@@ -203,6 +203,7 @@ def test_unknown_names_and_missing_files_of_autoencoders(tmp_path, small_sizes):
 
 
 # ---------------------------------------------------------------------------- loading and drawing
+@pytest.mark.shipped
 def test_release_is_loaded_as_it_is(hub):
     decoder_path, statistics_path, dit_path, guide_path = dry_run.write_dit(
         hub, "imagenet256", **SMALL_DITDH)
@@ -227,6 +228,7 @@ def test_release_is_loaded_as_it_is(hub):
     assert torch.equal(guide.t_embedder.W, read(guide_path)["t_embedder.W"])
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize("name, side, guidance, shift", [
     ("imagenet256", 256, 1.42, 6.928), ("imagenet512", 512, 1.5, 13.856)])
 def test_one_command_draws_with_the_papers_sampler(hub, tmp_path, monkeypatch, name, side,
@@ -254,6 +256,7 @@ def test_one_command_draws_with_the_papers_sampler(hub, tmp_path, monkeypatch, n
     assert np.load(tmp_path / "plain.npz")["labels"].tolist() == [207]
 
 
+@pytest.mark.shipped
 def test_what_is_not_needed_is_not_asked_for(hub, monkeypatch):
     """Without guidance no guide; of the repository on the hub only the four files."""
     repositories, files = set(), []
@@ -278,6 +281,7 @@ def test_what_is_not_needed_is_not_asked_for(hub, monkeypatch):
     assert repositories == {"nyu-visionx/RAE-collections"}
 
 
+@pytest.mark.shipped
 def test_guidance_costs_what_it_must(hub):
     """AutoGuidance: a main and a weak forward of b images; CFG: one of 2b.
 
@@ -311,6 +315,7 @@ def test_guidance_costs_what_it_must(hub):
     assert count([null_class, null_class], weak) == {("main", 2): 10, ("weak", 2): 10}
 
 
+@pytest.mark.shipped
 def test_upsampling_decoder_gives_twice_the_side(tmp_path):
     """256 tokens, patch 32: the other way to 512 px. Images have the size of the decoder."""
     state = runtime.load_checkpoint(SHIPPED)
@@ -437,6 +442,7 @@ def test_train_dit_knows_the_sizes_of_a_release(tmp_path):
     assert (args.width, args.depth, args.head_width) == (1152, 28, 2048)
 
 
+@pytest.mark.shipped
 def test_train_dit_goes_on_from_a_release(tmp_path, hub, no_updates, monkeypatch, capsys):
     monkeypatch.setattr(release, "load_encoder", FlatEncoder)
     write_photos(tmp_path / "photos", 6, 256)
@@ -568,6 +574,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+@pytest.mark.shipped
 def test_a_killed_process_leaves_only_whole_images(tmp_path):
     """And another run with other settings does not mix with what it left."""
     process = start(sample, "--n", 3000, "--sampling_steps", 2, "--batch", 4,
@@ -587,6 +594,7 @@ def test_a_killed_process_leaves_only_whole_images(tmp_path):
     assert not list(tmp_path.glob("*.parts"))          # what nobody will go on with is deleted
 
 
+@pytest.mark.shipped
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
     """Killed, retrained under the same name and to the same step: nothing is reused."""
     state = runtime.load_checkpoint(SHIPPED)
@@ -601,6 +609,7 @@ def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch
         assert drawn[0] == first_drawn
 
 
+@pytest.mark.shipped
 def test_two_processes_draw_what_one_does(tmp_path):
     flags = [*QUICK, "--labels", "random", "--n", 21, "--seed", 5]
     run_script(sample, *flags, "--out", tmp_path / "one.npz")
@@ -627,6 +636,7 @@ def test_no_network_is_told(hub, monkeypatch):
         load_packed_rae("siglip2-so400m")
 
 
+@pytest.mark.shipped
 def test_missing_files_are_told(hub):
     (hub / PUBLISHED_DITS["imagenet256"].guide_file).unlink()
     with pytest.raises(FileNotFoundError, match="DiTDH-S_ep14/stage2_model.pt does not exist"):
@@ -659,6 +669,7 @@ def test_damaged_files_are_told(hub):
         run_script(sample, *flags)
 
 
+@pytest.mark.shipped
 def test_weights_that_do_not_fit_are_told(hub):
     flags = ["--release", "imagenet256", "--release_dir", hub, "--n", 1]
     deeper = dry_run.SMALL_DIT._replace(depth=3)
@@ -688,6 +699,7 @@ def test_wrong_statistics_are_told(hub):
         run_script(sample, *flags)
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize("label, message", [
     (1000, "--labels 1000: not among the model's 1000 classes, .*1000 is not in 0 to 999"),
     ("crane", "--labels crane: not among .* crane is the name of several classes")])
@@ -729,6 +741,7 @@ def test_an_impossible_out_ends_in_one_line(out, monkeypatch):
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
 
+@pytest.mark.shipped
 def test_ctrl_c_ends_in_one_line_and_neighbours_are_left_alone(tmp_path):
     (tmp_path / "x.tmp").write_text("precious")
     process = start(sample, "--n", 5000, "--sampling_steps", 2, "--batch", 4,

@@ -26,6 +26,7 @@ from sample import (
     time_grid,
     to_images,
 )
+from shapes import Scene, unknown_words
 from test_model import randomise, small_model
 
 
@@ -443,6 +444,7 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path, limit, name):
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
+@pytest.mark.shipped
 def test_a_second_run_on_the_same_output_is_refused(tmp_path):
     flags = ["--n", 2000, "--sampling_steps", 2, "--batch", 4, "--out", tmp_path / "x.npz"]
     first = start(sample, *flags)
@@ -477,6 +479,26 @@ def test_prompts_beyond_the_world_of_the_model_are_told(tmp_path, capsys, prompt
     output = capsys.readouterr().out
     assert named in output
     assert ("has only ever seen coloured shapes" in output) == (named != "")
+
+
+@pytest.mark.parametrize("prompt, unknown", [
+    ("draw a red otter on a grey background", ["otter"]),
+    ("Ein roter Stern", ["ein", "roter", "stern"]),
+    ("\u732b", ["\u732b"]),
+    ("\U0001f9a6", ["\U0001f9a6"]),
+    ("two big red circles", []),                       # most of it is known
+    ("small red star c7, large blue ring h2", []),
+    ("2 stars", []),
+    ("-", []),
+])
+def test_words_that_no_scene_can_show(prompt, unknown):
+    assert unknown_words(prompt) == unknown
+
+
+def test_all_captions_of_scenes_are_known():
+    for i in range(100):
+        for caption in Scene.random(0, i).captions():
+            assert unknown_words(caption) == []
 
 
 def test_a_model_of_other_images_may_know_any_word(capsys):
@@ -568,6 +590,7 @@ def test_weights_that_the_checkpoint_lacks_are_named():
         run_script(sample, "--weights", "model")
 
 
+@pytest.mark.shipped
 def test_guidance_needs_label_dropout_in_training(tmp_path):
     state = runtime.load_checkpoint(SHIPPED)
     state["args"]["class_dropout"] = 0

@@ -1210,6 +1210,7 @@ def test_missing_files_of_a_language_model_are_named(name, published_llm, tmp_pa
                    "--out", tmp_path / "run")
 
 
+@pytest.mark.shipped
 def test_a_published_model_loads(tmp_path):
     folder, _ = dry_run.make_scale_rae(tmp_path)
     t2i, rae, state = load_t2i("scale-rae-1.5b", folder=tmp_path)
@@ -1223,6 +1224,7 @@ def test_a_published_model_loads(tmp_path):
     assert rae.decoder.patch == 4
 
 
+@pytest.mark.shipped
 def test_a_published_model_draws(tmp_path):
     dry_run.make_scale_rae(tmp_path)
     sample.main(sample.parse_args([
