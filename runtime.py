@@ -991,16 +991,18 @@ def time_left(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def progress_bar(items, description, rank=0):
+def progress_bar(items, description, total=None):
     """The items under a bar with the time left, on rank 0 if that has a terminal.
 
-    items: an iterable; or a number, then the bar is to be updated.
+    items: an iterable; or a number, then the bar is to be updated. total: number of items of an
+    iterable that does not say so.
     """
-    disable = True if rank > 0 else None               # None: tqdm looks for a terminal
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    disable = None if is_first else True               # None: tqdm looks for a terminal
     options = dict(desc=description, leave=False, disable=disable, dynamic_ncols=True)
     if isinstance(items, int):
         return tqdm(total=items, **options)
-    return tqdm(items, **options)
+    return tqdm(items, total=total, **options)
 
 
 class Log:
