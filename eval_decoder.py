@@ -104,7 +104,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
     source_numbers = numbers_of_source(val, source, n)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for positions in runtime.progress_bar(batches, "evaluate", rank):
+    for positions in runtime.progress_bar(batches, "evaluate"):
         numbers = [source_numbers[position] for position in positions]
         x, y = reconstruct(rae, load_images(val, numbers), dtype)          # b 3 S S
         if not torch.isfinite(y).all():
@@ -158,7 +158,7 @@ def labelled_features(data, n, features, rank=0, world=1, batch=72):
     feature_set = FeatureSet(features, keep=n)
     labels = {}                                        # by number
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate", rank):
+    for numbers in runtime.progress_bar(batches, "evaluate"):
         items = [data[number] for number in numbers]
         feature_set.add(stack_images(items), numbers)
         for item in items:

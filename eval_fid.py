@@ -64,7 +64,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     is_verified = val is not None and val.is_shapes    # read_scene() can read nothing else
     counts = torch.zeros(3, dtype=torch.float64)       # right colour, right class, unsure
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate", rank):
+    for numbers in runtime.progress_bar(batches, "evaluate"):
         labels = [number % model.num_classes for number in numbers]
         images = sample.generate(model, rae, labels, args, numbers, weak, dtype)       # b H W 3
         fake.add(images, numbers)

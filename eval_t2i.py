@@ -110,7 +110,7 @@ def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
     own_answers = torch.zeros(2, dtype=torch.float64)                      # right, asked
     batch = max(1, args.batch // args.best_of)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate", rank):
+    for numbers in runtime.progress_bar(batches, "evaluate"):
         batch_tests = [tests[number % len(tests)] for number in numbers]
         prompts = [test.prompt for test in batch_tests]
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
@@ -236,14 +236,13 @@ def draw_benchmark(args, rank, world, device):
     for number in range(IMAGES_PER_PROMPT):
         for prompt in prompts:
             files.append(folder / prompt.name / "samples" / f"{number:04d}.png")
-    def draw_images(numbers, bar):
+    def draw_images(numbers):
         chosen = [texts[number % len(texts)] for number in numbers]
-        return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype, bar)
+        return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype)
 
     if rank == 0:
         sample.report_stale_parts(folder)
-    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world,
-                      sample.evaluations(args))
+    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
     if rank > 0:
         return
     for prompt in prompts:

@@ -854,7 +854,7 @@ def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batc
     """The merged FeatureSet of the first n images of ImageData or Arrays, on all processes."""
     feature_set = FeatureSet(network, keep)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "measure", rank):
+    for numbers in runtime.progress_bar(batches, "measure"):
         feature_set.add(load_images(data, numbers), numbers)
     return feature_set.merge()
 

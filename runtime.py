@@ -100,9 +100,21 @@ def run(main, parse_args):
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
         raise SystemExit(str(stop) or "stopped; nothing was kept: give the command again") from None
+    except RuntimeError as error:
+        if is_of_another_process(error):
+            raise SystemExit("error: another process of this run has ended; its message says why; "
+                             "the last checkpoint is whole") from None
+        raise
     finally:
+        for number in stop_signals():                  # the process is ending anyway
+            signal.signal(number, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_of_another_process(error):
+    """Whether a RuntimeError says that another process of the group can no longer be reached."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def one_line(error):
@@ -149,7 +161,10 @@ def stop_signals():
 
 
 def interrupt(number, frame):
-    """Handler of a signal: stop at once, as Ctrl-C does by default."""
+    """Handler of a signal outside training loops: stop at once, as Ctrl-C does by default."""
+    # Python passes over an exception that meets certain moments, such as a fork. Then the loop that
+    # follows ends after its first step.
+    StopRequest.name = signal.Signals(number).name
     raise KeyboardInterrupt
 
 
@@ -166,10 +181,8 @@ class StopRequest:
     A second signal ends the process at once.
     """
     ONE_REQUEST = 1.0    # seconds within which signals are one: torchrun passes on what it receives
-
-    def __init__(self):
-        self.name = None                               # of the signal
-        self.time = None                               # at which it came
+    name = None          # of the signal
+    time = -math.inf     # at which it came
 
     def catching(self, steps):
         """Yield the steps; signals are caught while they last."""
@@ -978,16 +991,18 @@ def time_left(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def progress_bar(items, description, rank=0):
+def progress_bar(items, description, total=None):
     """The items under a bar with the time left, on rank 0 if that has a terminal.
 
-    items: an iterable; or a number, then the bar is to be updated.
+    items: an iterable; or a number, then the bar is to be updated. total: number of items of an
+    iterable that does not say so.
     """
-    disable = True if rank > 0 else None               # None: tqdm looks for a terminal
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    disable = None if is_first else True               # None: tqdm looks for a terminal
     options = dict(desc=description, leave=False, disable=disable, dynamic_ncols=True)
     if isinstance(items, int):
         return tqdm(total=items, **options)
-    return tqdm(items, **options)
+    return tqdm(items, total=total, **options)
 
 
 class Log:

@@ -158,12 +158,11 @@ def noise(shape, seed, indices, step=0):
 
 
 @torch.no_grad()
-def draw(model, y, args, indices, weak=None, bar=None):                 # [S4]
+def draw(model, y, args, indices, weak=None):                           # [S4]
     """Draw latents b c h w from conditions y.
 
     y: class ids b or text conditions b n d. args: sampling flags. indices: b image numbers, for the
-    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. bar: progress bar
-    that each evaluation of the velocity advances.
+    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance.
     """
     def noise_of_step(k):
         shape = (model.in_channels, model.grid, model.grid)
@@ -177,13 +176,13 @@ def draw(model, y, args, indices, weak=None, bar=None):                 # [S4]
         velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
         velocity = cfg(model, y, null, 1, args.interval)                # y is null already
-    if bar is not None:
-        velocity = counted(velocity, bar)
     shift = math.sqrt(x[0].numel() / model.shift_base)
     times = time_grid(args.sampling_steps, shift, args.release_grid)
-    if args.solver == "euler_maruyama":
-        return euler_maruyama(velocity, x, times, noise_of_step)
-    return SOLVERS[args.solver](velocity, x, times)
+    with runtime.progress_bar(evaluations(args), "velocity") as bar:
+        velocity = counted(velocity, bar)
+        if args.solver == "euler_maruyama":
+            return euler_maruyama(velocity, x, times, noise_of_step)
+        return SOLVERS[args.solver](velocity, x, times)
 
 
 def counted(velocity, bar):
@@ -200,27 +199,27 @@ def evaluations(args):
     return 2 * steps - 1 if args.solver == "heun" else steps
 
 
-def draw_prompts(t2i, prompts, args, indices, bar=None):
+def draw_prompts(t2i, prompts, args, indices):
     """Latents b c h w of b prompts. indices: b image numbers, for the noise and the plans."""
     if not t2i.plan:
         unique = list(dict.fromkeys(prompts))                           # each prompt is read once
         conditions = t2i.conditions(unique)                             # u n d
         y = conditions[[unique.index(prompt) for prompt in prompts]]    # b n d
-        return draw(t2i.dit, y, args, indices, bar=bar)
+        return draw(t2i.dit, y, args, indices)
     # Plans of the same prompt differ: each of its tokens is drawn with a number in [0,1).
     normal = noise((t2i.plan,), args.seed, indices, step=10 ** 6)       # a step no solver reaches
     uniform = torch.special.ndtr(normal).clamp(max=1 - 1e-7)            # b plan
-    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices, bar=bar)
+    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices)
 
 
-def best_of(t2i, prompts, args, indices, bar=None):
+def best_of(t2i, prompts, args, indices):
     """Latents b c h w of b prompts: of --best_of candidates each, the one that --verifier likes
     best.
     """
     n = args.best_of
     candidates = [prompt for prompt in t2i.fit(prompts) for _ in range(n)]
     numbers = [i * n + j for i in indices for j in range(n)]
-    latents = draw_prompts(t2i, candidates, args, numbers, bar)         # b*n c h w
+    latents = draw_prompts(t2i, candidates, args, numbers)              # b*n c h w
     if n == 1:
         return latents
     scores = VERIFIERS[args.verifier](t2i, latents, candidates)
@@ -245,26 +244,26 @@ def to_images(rae, latents):
     return rearrange((images * 255).round().byte(), "b c h w -> b h w c").cpu()
 
 
-def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32", bar=None):
+def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
     """Draw images uint8 b H W 3 of b class ids (num_classes: unconditional).
 
     args: sampling flags. indices: image numbers, for the noise (default: 0, 1, ...). weak: DiT of
-    AutoGuidance. dtype: precision of matmuls. bar: progress bar, as in draw().
+    AutoGuidance. dtype: precision of matmuls.
     """
     if indices is None:
         indices = range(len(labels))
     device = rae.pixel_mean.device
     y = torch.as_tensor(labels, device=device)
     with runtime.autocast(device, dtype):
-        return to_images(rae, draw(model, y, args, indices, weak, bar))
+        return to_images(rae, draw(model, y, args, indices, weak))
 
 
-def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", bar=None):
+def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32"):
     """Draw images uint8 b H W 3 of b prompts. As generate; args also has best_of and verifier."""
     if indices is None:
         indices = range(len(prompts))
     with runtime.autocast(rae.pixel_mean.device, dtype):
-        return to_images(rae, best_of(t2i, prompts, args, indices, bar))
+        return to_images(rae, best_of(t2i, prompts, args, indices))
 
 
 # ---------------------------------------------------------------------------- grids
@@ -690,11 +689,10 @@ def is_drawn(path):
         return f.read() == PNG_END
 
 
-def draw_files(files, draw_images, batch, rank=0, world=1, evaluations=1):
+def draw_files(files, draw_images, batch, rank=0, world=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: (list of numbers, progress bar) -> images uint8 b H W 3. Each process draws its
-    part. evaluations: how often a batch advances the bar.
+    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
     """
     batches = []
     for numbers in runtime.split_numbers(len(files), batch, rank, world):
@@ -702,11 +700,10 @@ def draw_files(files, draw_images, batch, rank=0, world=1, evaluations=1):
         if missing:
             batches.append(missing)
     with says_what_is_kept(files):
-        with runtime.progress_bar(len(batches) * evaluations, "draw", rank) as bar:
-            for numbers in batches:
-                images = draw_images(numbers, bar).numpy()
-                for i, pixels in zip(numbers, images, strict=True):
-                    save_png(Image.fromarray(pixels), files[i])
+        for numbers in runtime.progress_bar(batches, "batches"):
+            images = draw_images(numbers).numpy()
+            for i, pixels in zip(numbers, images, strict=True):
+                save_png(Image.fromarray(pixels), files[i])
         if world > 1:
             dist.barrier()
 
@@ -820,11 +817,11 @@ def sample_to(out, args, rank, world, device):
         labels, captions = choose_classes(args, state)
         n = len(labels)
 
-    def draw_images(numbers, bar):
+    def draw_images(numbers):
         if args.prompt:
             prompts = [args.prompt[i] for i in labels[numbers]]
-            return generate_prompts(model, rae, prompts, args, numbers, args.dtype, bar)
-        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype, bar)
+            return generate_prompts(model, rae, prompts, args, numbers, args.dtype)
+        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype)
 
     # ---------------------------------------------------------------- images
     parts = parts_folder(out, args, rae, *models)
@@ -836,8 +833,7 @@ def sample_to(out, args, rank, world, device):
             report_unknown_words(captions, state)
         if n < len(captions):
             print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
-    draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world,
-               evaluations(args))
+    draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
 
     # ---------------------------------------------------------------- output
     if rank > 0:

@@ -259,7 +259,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, devic
     zero = torch.zeros((), dtype=torch.float64)
     moments = (0, zero, zero)
     stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
-    for _, _, images, _, _ in stream:
+    for _, _, images, _, _ in runtime.progress_bar(stream, "latents", total=steps):
         latents = encoder.encode(images.to(device).float() / 255)       # b c h w
         latents = latents.cpu().double()                                # some GPUs have no fp64
         mean = latents.mean(0)                                          # c h w

@@ -198,7 +198,7 @@ def cached_batches(data, rae, args, start, rank, world, device):
     turns = -(-args.cache // unit)                          # rounded up
     encoded = []
     stream = batches(data, unit, args.micro_batch, 0, rank, world, args.workers, stop=turns)
-    for _, _, images, labels, _ in stream:
+    for _, _, images, labels, _ in runtime.progress_bar(stream, "latents", total=turns):
         with runtime.autocast(device, args.dtype):
             latents = rae.encode(images.to(device).float() / 255)
         encoded.append((latents.half().cpu(), labels))

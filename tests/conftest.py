@@ -62,22 +62,25 @@ def run_on_one_thread(script, *argv):
 
 
 # ------------------------------------------------------------------------ other processes
-def run_in_child(script, argv, errors, environment):
+def run_in_child(script, argv, errors, session, environment):
     os.environ.update(environment)
+    if session:
+        os.setsid()
     if errors:
         sys.stderr = open(errors, "w", buffering=1)    # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
     runtime.run(script.main, lambda: script.parse_args(argv))
 
 
-def start(script, *argv, errors=None, **environment):
+def start(script, *argv, errors=None, session=False, **environment):
     """Start a script in a process of its own and return the process. errors: a file for stderr.
 
-    The process is forked, since imports take seconds.
+    The process is forked, since imports take seconds. session: whether it leads a session of its
+    own, by which the processes that it starts can be found.
     """
     argv = [str(flag) for flag in argv]
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=run_in_child, args=(script, argv, errors, environment))
+    child = context.Process(target=run_in_child, args=(script, argv, errors, session, environment))
     child.start()
     return child
 
