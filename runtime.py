@@ -178,7 +178,8 @@ class StopRequest:
                 save()
                 break
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. There is one request for a process: it is kept by the
+    class.
     """
     ONE_REQUEST = 1.0    # seconds within which signals are one: torchrun passes on what it receives
     name = None          # of the signal
@@ -194,11 +195,12 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            StopRequest.name = None
 
     def note(self, number, frame):
         """Handler of the signals."""
         if self.name is None:
-            self.name, self.time = signal.Signals(number).name, time.monotonic()
+            StopRequest.name, StopRequest.time = signal.Signals(number).name, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
                 say_in_handler(f"{self.name}: stopping after this step; once more to stop at once")
         elif time.monotonic() - self.time > self.ONE_REQUEST:

@@ -579,7 +579,10 @@ def parse_labels(labels, class_names, dropout):
         name = name.replace(" ", "_")
         if counts[name] == 1:
             known[name] = i
-    known |= {str(i): i for i in range(num_classes)}
+    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are ids
+    if not all(name.isdecimal() for name in counts):
+        known |= {str(i): i for i in range(num_classes)}
+        examples = f"0 to {num_classes - 1} or {class_names[0]} ..."
     if dropout:
         known["none"] = num_classes
     labels = [label.replace(" ", "_") for label in labels]
@@ -587,8 +590,7 @@ def parse_labels(labels, class_names, dropout):
     if unknown:
         reasons = [label_advice(label, list(counts), num_classes) for label in unknown]
         raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
-                         f"classes, 0 to {num_classes - 1} or {class_names[0]} ...; "
-                         f"{'; '.join(reasons)}")
+                         f"classes, {examples}; {'; '.join(reasons)}")
     return [known[label] for label in labels]
 
 
@@ -597,7 +599,7 @@ def label_advice(label, names, num_classes):
 
     names: of the classes, each once.
     """
-    if re.fullmatch(r"-?\d+", label):
+    if re.fullmatch(r"-?\d+", label) and not all(name.isdecimal() for name in names):
         return f"{label} is not in 0 to {num_classes - 1}"
     if label in ("balanced", "random"):
         return f"{label} must stand alone"
