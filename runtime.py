@@ -108,6 +108,8 @@ def run(main, parse_args):
     finally:
         for number in stop_signals():                  # the process is ending anyway
             signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
