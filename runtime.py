@@ -578,6 +578,13 @@ def at_least(low, below=math.inf):
     return number
 
 
+def path(text):
+    """A type for argparse: a Path, which is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, perhaps a variable that is not set")
+    return Path(text)
+
+
 def shown_default(value):
     """A flag's default as --help shows it."""
     if value is None or value == []:

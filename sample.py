@@ -500,6 +500,7 @@ def resolve(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be used together."""
+    runtime.check_out(args.out)
     check_model_flags(args, text=args.prompt is not None)
     if args.best_of > 1 and not args.prompt:
         raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
@@ -621,7 +622,6 @@ PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
 
 def check_output(out):
     """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
-    runtime.check_out(out)
     runtime.check_suffix(out, OUT_SUFFIXES)
     if out.is_dir() or out.suffix == "" and out.exists():
         raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
