@@ -50,6 +50,7 @@ from listing import (
     read_bytes,
     shown,
 )
+from runtime import StopRequest
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -1025,10 +1026,11 @@ def collate(items):
 
 def start_worker(trainer, worker):
     """Leave signals to the main process, whose id is `trainer`, and end when it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                  # Ctrl-C reaches all processes
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)                 # how the main process ends us
-    if hasattr(signal, "SIGUSR1"):                                # not on Windows
+    if hasattr(os, "setpgrp"):                                    # not on Windows
+        os.setpgrp()                              # Ctrl-C and torchrun signal the whole group
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)                 # how the main process ends us
     threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
 
 
@@ -1093,7 +1095,8 @@ def report_killed_worker(torch_handler, number, frame):
     try:
         torch_handler(number, frame)
     except RuntimeError as error:
-        raise died(error) from None
+        if StopRequest.name is None:              # else the workers may be stopped, too
+            raise died(error) from None
 
 
 def is_of_dead_worker(error):

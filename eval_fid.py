@@ -17,7 +17,6 @@ import math
 import time
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -269,7 +268,7 @@ def parse_args(argv=None):
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
-    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
+    p.add_argument("--out", type=runtime.path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)
     try:

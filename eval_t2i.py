@@ -265,7 +265,7 @@ def parse_args(argv=None):
                    help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files, "
                         f"to draw {IMAGES_PER_PROMPT} images of each prompt into the folder --out, "
                         "in place of ShapesEval.")
-    p.add_argument("--out", type=Path,
+    p.add_argument("--out", type=runtime.path,
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
     sample.add_model_flags(p, classes=False)

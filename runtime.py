@@ -108,6 +108,8 @@ def run(main, parse_args):
     finally:
         for number in stop_signals():                  # the process is ending anyway
             signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -178,7 +180,8 @@ class StopRequest:
                 save()
                 break
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. There is one request for a process: it is kept by the
+    class.
     """
     ONE_REQUEST = 1.0    # seconds within which signals are one: torchrun passes on what it receives
     name = None          # of the signal
@@ -194,11 +197,12 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            StopRequest.name = None
 
     def note(self, number, frame):
         """Handler of the signals."""
         if self.name is None:
-            self.name, self.time = signal.Signals(number).name, time.monotonic()
+            StopRequest.name, StopRequest.time = signal.Signals(number).name, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
                 say_in_handler(f"{self.name}: stopping after this step; once more to stop at once")
         elif time.monotonic() - self.time > self.ONE_REQUEST:
@@ -572,6 +576,13 @@ def at_least(low, below=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
         return value
     return number
+
+
+def path(text):
+    """A type for argparse: a Path, which is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, perhaps a variable that is not set")
+    return Path(text)
 
 
 def shown_default(value):

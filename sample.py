@@ -500,6 +500,7 @@ def resolve(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be used together."""
+    runtime.check_out(args.out)
     check_model_flags(args, text=args.prompt is not None)
     if args.best_of > 1 and not args.prompt:
         raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
@@ -579,7 +580,10 @@ def parse_labels(labels, class_names, dropout):
         name = name.replace(" ", "_")
         if counts[name] == 1:
             known[name] = i
-    known |= {str(i): i for i in range(num_classes)}
+    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are ids
+    if not all(name.isdecimal() for name in counts):
+        known |= {str(i): i for i in range(num_classes)}
+        examples = f"0 to {num_classes - 1} or {class_names[0]} ..."
     if dropout:
         known["none"] = num_classes
     labels = [label.replace(" ", "_") for label in labels]
@@ -587,8 +591,7 @@ def parse_labels(labels, class_names, dropout):
     if unknown:
         reasons = [label_advice(label, list(counts), num_classes) for label in unknown]
         raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
-                         f"classes, 0 to {num_classes - 1} or {class_names[0]} ...; "
-                         f"{'; '.join(reasons)}")
+                         f"classes, {examples}; {'; '.join(reasons)}")
     return [known[label] for label in labels]
 
 
@@ -597,7 +600,7 @@ def label_advice(label, names, num_classes):
 
     names: of the classes, each once.
     """
-    if re.fullmatch(r"-?\d+", label):
+    if re.fullmatch(r"-?\d+", label) and not all(name.isdecimal() for name in names):
         return f"{label} is not in 0 to {num_classes - 1}"
     if label in ("balanced", "random"):
         return f"{label} must stand alone"
@@ -619,7 +622,6 @@ PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
 
 def check_output(out):
     """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
-    runtime.check_out(out)
     runtime.check_suffix(out, OUT_SUFFIXES)
     if out.is_dir() or out.suffix == "" and out.exists():
         raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")

@@ -47,6 +47,7 @@ from model import (
 from release import (
     PUBLISHED_RAES,
     check_checkpoint,
+    check_statistics,
     is_published_rae,
     load_encoder,
     load_packed_rae,
@@ -1003,6 +1004,7 @@ def main(args, data=None):
         log.say(f"measuring the latents of {n} images")
         mean, var = latent_statistics(networks.ema_encoder, statistics_data, n, args.micro_batch,
                                       rank, world, args.workers, device)
+        check_statistics(mean, var, f"--encoder {args.encoder}")
         log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
         return mean, var
 

@@ -156,7 +156,8 @@ def test_a_script_that_is_stopped_ends_with_a_line(message, line):
 
 @contextlib.contextmanager
 def restored_handlers():
-    handlers = {number: signal.getsignal(number) for number in runtime.stop_signals()}
+    numbers = [*runtime.stop_signals(), signal.SIGCHLD]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

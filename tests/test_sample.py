@@ -624,6 +624,13 @@ def test_part_of_a_name_finds_it():
         sample.parse_labels(["none"], names, dropout=0)
 
 
+def test_names_that_are_numbers_are_not_taken_for_positions():
+    """Classes 1, 2 and 3 of labels that start at 1."""
+    assert sample.parse_labels(["1", "3"], ["1", "2", "3"], dropout=0.1) == [0, 2]
+    with pytest.raises(ValueError, match="--labels 0: not among the model's 3 classes, 1 to 3"):
+        sample.parse_labels(["0"], ["1", "2", "3"], dropout=0.1)
+
+
 def test_bad_checkpoints_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         run_script(sample, "--ckpt", tmp_path / "nothing.pt")

@@ -25,7 +25,7 @@ MOST_COLUMNS = 4
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
-    p.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
+    p.add_argument("runs", nargs="+", type=runtime.path, help="Folders of runs.")
     p.add_argument("--out", default="curves.png", help="Picture to write.")
     return p.parse_args(argv)
 
