@@ -317,7 +317,7 @@ def reconstruct_all(args, rank, world, device):
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out)
+    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
     if args.probe:
         encoder = release.load_encoder(args.probe, args.size).to(device)
         results = evaluate_probe(encoder, args.data, args.n, args.hold_out, args.seed, rank, world,

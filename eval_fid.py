@@ -290,8 +290,6 @@ def check_given_flags(args):
                 raise ValueError(f"--{name} does nothing with {source}; leave it out")
     if has_files and not args.data:
         raise ValueError("--samples and --save_stats need --data, the reference")
-    if args.save_stats:                                # --data knows such files by their suffix
-        runtime.check_suffix(args.save_stats, [".npz"], "--save_stats")
     if args.size and not has_files:
         raise ValueError("--size does nothing with new images, which have the size that the model "
                          "draws; leave it out")
@@ -425,8 +423,8 @@ def write_statistics(args, features, rank, world):
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out)
-    metrics.prepare_output(args.save_stats)
+    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
+    metrics.prepare_output(args.save_stats, [".npz"])
     features = None
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)

@@ -73,6 +73,7 @@ KEEP_REFERENCES = 10_000
 KEEP_SAMPLES = 50_000
 FEW = 100            # images, of which the Inception Score's ten parts have fewer than 10 each
 BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
+RESULT_SUFFIXES = (".json", ".jsonl", ".txt")      # of a line of JSON
 BLOCK = 1000         # features compared at a time: 1000 x 50,000 distances are 200 MB
 
 
@@ -941,11 +942,12 @@ def report(results, seconds, path=None):
         runtime.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
 
 
-def prepare_output(path):
+def prepare_output(path, suffixes):
     """Make the folder of an output file: what fails, fails before the work. None: no output."""
     if path is None:
         return
     runtime.check_out(path, "the output")
+    runtime.check_suffix(path, suffixes, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")
