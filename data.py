@@ -31,6 +31,7 @@ import struct
 import sys
 import threading
 import time
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -50,7 +51,7 @@ from listing import (
     read_bytes,
     shown,
 )
-from runtime import StopRequest
+from runtime import stop_request
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -70,6 +71,7 @@ BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has non
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
 # slow network perhaps a minute, and two minutes are what a user waits without a word.
 WORKER_TIMEOUT = 100
+HEADER_BYTES = 10_000      # of an array; NumPy's own limit for files that are not trusted
 
 
 # ---------------------------------------------------------------- images
@@ -426,8 +428,8 @@ def check_texts(images, path):
         first = without_text[0]
         raise ValueError(
             f"--data {path}: {len(without_text)} of {len(images)} images have no text, "
-            f"first {first.path} ({first.name}); put x.txt or x.json beside x.jpg "
-            "(in .jsonl a caption), empty where it shall be unconditional")
+            f"first {first.full_name()}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
+            "empty where it shall be unconditional")
 
 
 def find_class_names(images, path):
@@ -886,11 +888,24 @@ def damage_of(path):
 
 
 def read_array_header(file):
-    """Read the header of an .npy. Returns: shape, whether in Fortran's order, dtype"""
+    """Read the header of an .npy. Returns: shape, whether in Fortran's order, dtype
+
+    Raises: ValueError if there is none
+    """
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)              # 3.0 has other names of fields
+    length_bytes = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(length_bytes, "little")
+    if length > HEADER_BYTES:
+        raise ValueError(f"its header has {length:,} bytes")
+    header = io.BytesIO(length_bytes + file.read(length))
+    try:
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(header)
+        return np.lib.format.read_array_header_2_0(header)        # 3.0 has other names of fields
+    # NumPy reads it as the text of a Python dict.
+    except (tokenize.TokenError, SyntaxError, TypeError, LookupError, AttributeError, MemoryError,
+            RecursionError) as error:
+        raise ValueError(f"its header is none: {error}") from None
 
 
 def check_array(path, shape, dtype):
@@ -1095,7 +1110,7 @@ def report_killed_worker(torch_handler, number, frame):
     try:
         torch_handler(number, frame)
     except RuntimeError as error:
-        if StopRequest.name is None:              # else the workers may be stopped, too
+        if stop_request.name is None:              # else the workers may be stopped, too
             raise died(error) from None
 
 

@@ -10,6 +10,7 @@ evaluate_reconstruction() on its EMA weights, so there is one road to each numbe
 """
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def parse_args(argv=None):
                    help="Seed of the probe's weights and batches.")
     p.add_argument("--release_dir",
                    help="Folder with a copy of the hub's repository (default: download once).")
-    p.add_argument("--out", type=runtime.path, help="File to write the line of JSON to as well.")
+    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     args = p.parse_args(argv)
     try:
         check_flags(args)

@@ -17,6 +17,7 @@ import math
 import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ import torch
 import metrics
 import runtime
 import sample
-from data import Arrays, load_images, open_data
+from data import Arrays, load_images, open_data, read_array_header
 from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
 
@@ -95,7 +96,8 @@ def save_statistics(path, feature_set):
         rows=feature_set.features,                     # k f, for precision, recall and KID
         n=feature_set.n,
         side=feature_set.image_size,                   # (H, W)
-        features=feature_set.network.name)
+        features=feature_set.network.name,
+        sha1=feature_set.sha1)                         # of the images
     if feature_set.spatial.n > 0:                      # of Inception, for sFID
         arrays["mu_s"] = feature_set.spatial.mean
         arrays["sigma_s"] = feature_set.spatial.cov
@@ -104,7 +106,8 @@ def save_statistics(path, feature_set):
 
 # Statistics in an .npz: number of dimensions, and kinds of numbers in NumPy's letters.
 STATISTICS = {"mu": (1, "f"), "sigma": (2, "f"), "mu_s": (1, "f"), "sigma_s": (2, "f"),
-              "rows": (2, "f"), "n": (0, "iu"), "side": (1, "iu"), "features": (0, "U")}
+              "rows": (2, "f"), "n": (0, "iu"), "side": (1, "iu"), "features": (0, "U"),
+              "sha1": (0, "U")}
 LARGEST_ARRAY = 2 ** 28          # bytes: a covariance of 5,792 features; Inception has 2048
 
 
@@ -134,11 +137,7 @@ def read_array(archive, name):
     """One array of an .npz. Its header is checked before memory is taken. Raises ValueError."""
     num_dimensions, kinds = STATISTICS[name]
     with archive.open(f"{name}.npy") as f:
-        version = np.lib.format.read_magic(f)
-        read_header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read_header = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(f)
+        shape, _, dtype = read_array_header(f)
     if len(shape) != num_dimensions or dtype.kind not in kinds or min(shape, default=1) < 1:
         raise ValueError(f"{name} of {shape}, {dtype}")
     if math.prod(shape) * dtype.itemsize > LARGEST_ARRAY:
@@ -205,8 +204,11 @@ def load_statistics(path, network):
         feature_set.features = torch.from_numpy(arrays["rows"].astype(np.float32))
     if "side" in arrays:
         feature_set.image_size = tuple(arrays["side"].tolist())
-    content = arrays["mu"].tobytes() + arrays["sigma"].tobytes()
-    feature_set.sha1 = hashlib.sha1(content).hexdigest()[:12]
+    if "sha1" in arrays:
+        feature_set.sha1 = str(arrays["sha1"])
+    else:                                              # of other programs: what they are, instead
+        content = arrays["mu"].tobytes() + arrays["sigma"].tobytes()
+        feature_set.sha1 = hashlib.sha1(content).hexdigest()[:12]
     return feature_set
 
 
@@ -268,7 +270,7 @@ def parse_args(argv=None):
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
                    help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
-    p.add_argument("--out", type=runtime.path, help="File to write the line of JSON to as well.")
+    p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)
     try:
@@ -342,7 +344,7 @@ def evaluate_model(args, features, rank, world, device):
 
     results = evaluate_generation(model, rae, val, args, n, rank, world, args.batch, weak,
                                   args.dtype, features, statistics)
-    results |= dict(interval=list(args.interval), release_grid=args.release_grid,
+    results |= dict(guidance_interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
                     reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features, statistics

@@ -265,7 +265,7 @@ def parse_args(argv=None):
                    help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files, "
                         f"to draw {IMAGES_PER_PROMPT} images of each prompt into the folder --out, "
                         "in place of ShapesEval.")
-    p.add_argument("--out", type=runtime.path,
+    p.add_argument("--out", type=Path,
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
     sample.add_model_flags(p, classes=False)
@@ -301,7 +301,7 @@ def main(args):
     check_world(state, args.ckpt)
     n = args.n or IMAGES_PER_PROMPT * len(shapes_eval_prompts())
     results = evaluate_prompts(t2i, rae, args, n, rank, world)
-    results |= dict(solver=args.solver, interval=list(args.interval),
+    results |= dict(solver=args.solver, guidance_interval=list(args.interval),
                     release_grid=args.release_grid, weights=args.weights, checkpoint=args.ckpt,
                     seed=args.seed, dtype=args.dtype)
     results |= metrics.environment(device)

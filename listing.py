@@ -245,9 +245,13 @@ def list_tar(path, with_conversations, passed_over):
                     files[name] = (path, member.offset_data, member.size)
                 elif not member.isdir() and not is_hidden(name):
                     passed_over.add("links, sparse or special files of a tar", name)
-        # A whole tar ends in zeros; tarfile does not notice a cut between two files.
-        if read_bytes(path, tar.offset, 512) != bytes(512):
+        # A whole tar ends in zeros; tarfile does not notice a cut between two files, nor what
+        # follows the zeros. They fill up a record, of 10 KB by default.
+        tail = read_bytes(path, tar.offset, 2**20)
+        if tail[:512] != bytes(512):
             raise ValueError("cut short")
+        if any(tail) or tar.offset + len(tail) < os.path.getsize(path):
+            raise ValueError("bytes follow its end, such as a second tar; split it")
     # A chain of headers that have headers, and lengths beyond any memory, raise the last three.
     except (tarfile.TarError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(f"--data {path}: {advice_for_file(path, error)}") from None

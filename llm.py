@@ -452,6 +452,8 @@ def read_bpe(source, is_content, name):
             bpe = tokenizers.Tokenizer.from_str(source)
         else:
             bpe = tokenizers.Tokenizer.from_file(source)
+        bpe.no_truncation()                     # a file may cut or fill up every text
+        bpe.no_padding()
         bpe.encode(PROBE)                       # fails for a vocabulary without bytes
         return bpe
     except Exception as error:                  # the library raises nothing more specific

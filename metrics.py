@@ -947,7 +947,7 @@ def prepare_output(path, suffixes):
     if path is None:
         return
     runtime.check_out(path, "the output")
-    runtime.check_suffix(path, suffixes, "the output")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")
+    runtime.check_suffix(path, suffixes, "the output")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -468,6 +468,7 @@ class Rule(NamedTuple):
 WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
 DEEPEST = 256          # 9 times the deepest published one; built in two seconds
 LARGEST_SIDE = 4096    # pixels: 8 times the largest published
+LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
 LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
 LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
 LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
@@ -550,6 +551,8 @@ def check_source(path_or_name, script):
     names = list(PUBLISHED[script])
     if name in names or Path(name).is_file():
         return
+    if Path(name).exists() and not Path(name).is_dir():
+        raise ValueError(f"{name} is a pipe or a device; name a file")
     for other, others in PUBLISHED.items():
         if name in others and not Path(name).exists():
             raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
@@ -744,6 +747,7 @@ def pixel_statistics(name):
         _, _, statistics = ENCODERS[name]
         return statistics
     if re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*:[1-9]\d*)?|diffusers:.+", name):
+        check_baseline(name)
         return HALF_PIXELS
     layout = name.split(".")[0]
     if not timm.models.is_model_in_modules(layout, ["vision_transformer", "deit", "eva", "beit"]):
@@ -795,6 +799,21 @@ def default_image_size(name):
     return 256
 
 
+def check_baseline(name):
+    """Raise ValueError if pixel:PATCH or vae:CHANNELS:PATCH has numbers that no memory has room
+    for.
+    """
+    kind, _, details = name.partition(":")
+    if kind == "diffusers" or not details:
+        return
+    *channels, patch = map(int, details.split(":"))
+    if patch > LARGEST_PATCH:
+        raise ValueError(f"--encoder {name} has patches of {patch} pixels; give at most "
+                         f"{LARGEST_PATCH}")
+    if channels and channels[0] > WIDEST:
+        raise ValueError(f"--encoder {name} has {channels[0]} channels; give at most {WIDEST}")
+
+
 def load_baseline(name, image_size):
     """Backbone of baselines.py and its latent grid, for pixel..., vae... or diffusers:..."""
     kind, _, details = name.partition(":")
@@ -805,8 +824,6 @@ def load_baseline(name, image_size):
         patch = int(details or 16)
         return Pixels(patch), latent_grid(name, image_size, patch)
     channels, patch = (details or "16:8").split(":")
-    if int(channels) > WIDEST:
-        raise ValueError(f"--encoder {name} has {channels} channels; give at most {WIDEST}")
     grid = latent_grid(name, image_size, int(patch))
     return VAE(int(channels), int(patch), image_size), grid
 
@@ -926,8 +943,8 @@ def warn_of_tiny_encoder(log, encoder, data):
     is_built_in = [data.is_built_in(source) for source in range(len(data.domains))]
     if encoder == "tiny" and not all(is_built_in):
         log.warn("the shipped encoder has only seen coloured shapes; its latents say little about "
-                 "photographs: train a decoder with --encoder dinov2-b, or take a published "
-                 "autoencoder by --rae dinov2-b")
+                 "photographs: train a decoder by train_decoder.py --encoder dinov2-b, or take a "
+                 "published autoencoder by train_dit.py --rae dinov2-b")
 
 
 # ---------------------------------------------------------------------------- autoencoders

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def keep_freed_memory():
 def run(main, parse_args):
     """Run a script. What the user can mend ends in one line, without a traceback."""
     for number in stop_signals():
-        signal.signal(number, interrupt)
+        signal.signal(number, stop_request.interrupt)
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
@@ -162,33 +163,32 @@ def stop_signals():
     return [getattr(signal, name) for name in names if hasattr(signal, name)]   # not on Windows
 
 
-def interrupt(number, frame):
-    """Handler of a signal outside training loops: stop at once, as Ctrl-C does by default."""
-    # Python passes over an exception that meets certain moments, such as a fork. Then the loop that
-    # follows ends after its first step.
-    StopRequest.name = signal.Signals(number).name
-    raise KeyboardInterrupt
-
-
 class StopRequest:
     """Lets a training loop end a step, and write a checkpoint, when a signal asks it to stop.
 
-        stop = StopRequest()
-        for step in stop.catching(steps):
+        for step in stop_request.catching(steps):
             ...
-            if stop.asked():
+            if stop_request.was_made():
                 save()
                 break
 
-    A second signal ends the process at once. There is one request for a process: it is kept by the
-    class.
+    A second signal ends the process at once.
     """
-    ONE_REQUEST = 1.0    # seconds within which signals are one: torchrun passes on what it receives
-    name = None          # of the signal
-    time = -math.inf     # at which it came
+    TOGETHER = 1.0       # seconds within which signals are one: torchrun passes on what it receives
+
+    def __init__(self):
+        self.name = None                               # of the signal
+        self.time = -math.inf                          # at which it came
+
+    def interrupt(self, number, frame):
+        """Handler outside of loops: stop at once, as Ctrl-C does by default."""
+        # Python drops an exception that meets certain moments, such as a fork. Then the loop that
+        # follows sees the name, and ends after its first step.
+        self.name = signal.Signals(number).name
+        raise KeyboardInterrupt
 
     def catching(self, steps):
-        """Yield the steps; signals are caught while they last."""
+        """Yield the steps; while they last, signals are noted, and do not interrupt."""
         previous = {}
         if threading.current_thread() is threading.main_thread():      # no other can catch signals
             previous = {number: signal.signal(number, self.note) for number in stop_signals()}
@@ -197,22 +197,25 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            StopRequest.name = None
+            self.name = None
 
     def note(self, number, frame):
-        """Handler of the signals."""
+        """Handler within loops."""
         if self.name is None:
-            StopRequest.name, StopRequest.time = signal.Signals(number).name, time.monotonic()
+            self.name, self.time = signal.Signals(number).name, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
                 say_in_handler(f"{self.name}: stopping after this step; once more to stop at once")
-        elif time.monotonic() - self.time > self.ONE_REQUEST:
+        elif time.monotonic() - self.time > self.TOGETHER:
             say_in_handler("stopped at once, without a checkpoint of this step")
             os._exit(128 + number)                     # as shells report a signal
 
-    def asked(self):
+    def was_made(self):
         """Whether any process was asked to stop, which all processes must ask together."""
-        was_asked = torch.tensor(float(self.name is not None))
-        return bool(all_sum(was_asked) > 0)
+        is_asked = torch.tensor(float(self.name is not None))
+        return bool(all_sum(is_asked) > 0)
+
+
+stop_request = StopRequest()                           # of this process
 
 
 def say_in_handler(line):
@@ -495,6 +498,8 @@ def check_out(path, flag="--out"):
     is_folder = ancestor.is_dir()
     if ancestor != Path(path).absolute() and not is_folder:
         raise ValueError(f"{flag} {path} cannot be written: {ancestor} is a file, not a folder")
+    if not is_folder and not ancestor.is_file():       # it would be replaced by a file
+        raise ValueError(f"{flag} {path} is a pipe or a device; name a file or a folder")
     if not os.access(ancestor, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written: no permission for {ancestor}")
 
@@ -523,6 +528,8 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"{path} is a folder; name the checkpoint in it, such as "
                                 f"{Path(path) / 'last.pt'}")
     if not Path(path).is_file():
+        if Path(path).exists():
+            raise ValueError(f"{path} is a pipe or a device; name a file")
         raise FileNotFoundError(f"file {path} does not exist; check the path, or copy or train it "
                                 f"first")
     try:
@@ -531,8 +538,9 @@ def load_checkpoint(path):
         else:
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
-        raise ValueError(f"{path} is no checkpoint that can be read safely: cut short, or with "
-                         f"code in it ({type(error).__name__}); copy or train it again") from error
+        raise ValueError(f"{path} is no checkpoint that can be read safely: another kind of file, "
+                         f"cut short, or with code in it ({type(error).__name__}); copy or train "
+                         f"it again") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no checkpoint, as it holds a {type(state).__name__} and no "
                          f"dict; copy or train it again")
@@ -578,13 +586,6 @@ def at_least(low, below=math.inf):
     return number
 
 
-def path(text):
-    """A type for argparse: a Path, which is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty, perhaps a variable that is not set")
-    return Path(text)
-
-
 def shown_default(value):
     """A flag's default as --help shows it."""
     if value is None or value == []:
@@ -620,6 +621,45 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """End the script with a line. The usage would be 30 more, above it."""
         self.exit(2, f"{self.prog}: error: {message} (--help: all flags)\n")
+
+    def check_values(self, values, source):
+        """Raise ValueError unless a dict from a file has values that the flags can have.
+
+        source: the file. Unknown names are passed over: a flag may be gone today.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} has no flags under args; start another run")
+        for action in self._actions:
+            value = values.get(action.dest)
+            if value is None and self.shown_defaults.get(action.dest) is None:
+                continue                               # not given, or newer than the file
+            if value is None and action.dest not in values:
+                continue
+            parts = value if isinstance(value, list) and action.nargs is not None else [value]
+            if not all(self.can_be(action, part) for part in parts):
+                raise ValueError(f"{source} has --{action.dest} {value!r}, which the flag cannot "
+                                 f"be; start another run")
+
+    def can_be(self, action, value):
+        """Whether a value is one that a flag's text would give."""
+        if action.nargs == 0:                          # a switch
+            return isinstance(value, bool)
+        try:
+            parsed = self._get_value(action, str(value))
+            self._check_value(action, parsed)
+        except argparse.ArgumentError:
+            return False
+        return parsed == value and not isinstance(value, bool)
+
+    def parse_args(self, args=None, namespace=None):
+        """As of argparse, but an empty word is an error: most often a variable that is not set."""
+        words = sys.argv[1:] if args is None else args
+        for i, word in enumerate(words):
+            if not word.strip() or re.fullmatch(r"--\w+=\s*", word):
+                flag = words[i - 1] if i > 0 and not word.strip() else word
+                self.error(f"{flag} is given an empty text, perhaps a variable that is not set; "
+                           f"leave the flag out, or set the variable")
+        return super().parse_args(args, namespace)
 
     def parse(self, argv, resolve, check):
         """Parse argv (None: the command line), fill in the flags, and check them.
@@ -684,11 +724,11 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def flags_of_run(out, script, key, defaults):
+def flags_of_run(out, script, key, parser):
     """The flags in OUT/last.pt, for --resume, as a dict.
 
-    script, key: the script whose checkpoint it must be, and a key that only these have. defaults:
-    of its flags. Raises ValueError if there is no such checkpoint, or its flags are malformed.
+    script, key: the script whose checkpoint it must be, and a key that only these have. parser: of
+    its flags. Raises ValueError if there is no such checkpoint, or its flags are malformed.
     """
     path = Path(out) / "last.pt"
     if not path.exists():
@@ -697,7 +737,7 @@ def flags_of_run(out, script, key, defaults):
     state = load_checkpoint(path)
     if "args" not in state or key not in state:
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
-    check_stored_flags(state["args"], defaults, path)
+    parser.check_values(state["args"], path)
     flags = dict(state["args"])
     for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
         flags.pop(name, None)
@@ -711,25 +751,6 @@ def flags_of_run(out, script, key, defaults):
         # There are more processes now. Another split of the batch draws other noise.
         flags["micro_batch"] = default_micro_batch(flags["batch"])
     return flags
-
-
-def check_stored_flags(flags, defaults, path):
-    """Raise ValueError unless the flags in a checkpoint are a dict of values of the right types.
-
-    defaults: values of those types; None says nothing of the type.
-    """
-    numbers = dict(steps=1, batch=1, micro_batch=1, warmup=0, decay_start=0, decay_end=0)
-    if not isinstance(flags, dict) or not {"steps", "batch", "micro_batch"} <= flags.keys():
-        raise ValueError(f"{path} has no flags of a run under args; start another run")
-    for name, example in (defaults | numbers).items():
-        value = flags.get(name)
-        if value is None or example is None:
-            continue
-        allowed = (int, float) if type(example) is float else type(example)
-        is_right = isinstance(value, allowed) and (type(value) is bool) == (type(example) is bool)
-        if not is_right or name in ("steps", "batch", "micro_batch") and value < 1:
-            raise ValueError(f"{path} has --{name} {value!r}, which the flag cannot be; start "
-                             f"another run")
 
 
 def check_unchanged(args, stored, fixed):
@@ -791,7 +812,10 @@ def check_run_flags(args):
 
 def load_resumable(args):
     """The checkpoint OUT/last.pt of --resume. Raises ValueError if its run is complete."""
-    state = load_checkpoint(Path(args.out) / "last.pt")
+    path = Path(args.out) / "last.pt"
+    state = load_checkpoint(path)
+    if type(state.get("step")) is not int:
+        raise ValueError(f"{path} has step {state.get('step')!r}, not a number; start another run")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} "
                          f"to go on")
@@ -799,21 +823,32 @@ def load_resumable(args):
 
 
 def load_optimizer(optimizer, state):
-    """Load the state of an optimizer, as a checkpoint has it. Raises ValueError if it is of other
-    weights, or not finite.
+    """Load the moments of an optimizer from a checkpoint; rates and the like stay as the flags set
+    them. Raises ValueError if the moments are of other weights, or not finite.
     """
+    groups = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's optimizer does not fit ({error}); start another run "
                          f"from its weights by --init") from error
+    check_moments(optimizer)
+
+
+def check_moments(optimizer):
+    """Raise ValueError unless the moments of all parameters have their shapes and are finite."""
+    names = {"momentum_buffer"}                        # of Muon
+    if isinstance(optimizer, torch.optim.AdamW):
+        names = {"step", "exp_avg", "exp_avg_sq"}
     for parameter, moments in optimizer.state.items():
+        is_right = moments.keys() == names
         for name, moment in moments.items():
-            fits = name == "step" or moment.shape == parameter.shape
-            if not fits or not moment.isfinite().all():
-                raise ValueError(f"the checkpoint's optimizer has a {name} of shape "
-                                 f"{tuple(moment.shape)} that does not fit or is not finite; start "
-                                 f"another run from its weights by --init")
+            is_tensor = isinstance(moment, torch.Tensor)
+            fits = is_tensor and (name == "step" or moment.shape == parameter.shape)
+            is_right = is_right and fits and bool(moment.isfinite().all())
+        if not is_right:
+            raise ValueError("the checkpoint's optimizer has moments of other weights, or that are "
+                             "not finite; start another run from its weights by --init")
 
 
 # What never happens in a run that ends before the step of a flag.
@@ -855,42 +890,50 @@ def check_same_data(stored, current, hold_out):
     told = "the data changed since the checkpoint: " + ", ".join(changes)
     if hold_out > 0:
         raise ValueError(f"{told}; images that --hold_out {hold_out} kept for evaluation would "
-                         f"move into training; bring the images back, or start another run from "
-                         f"these weights by --init")
+                         f"move into training; bring the images back, or start another run")
     return f"{told}; the run goes on with them, in another order"
+
+
+class Updates:
+    """Which of the last updates were left out, as their gradients were not finite.
+
+    A run recovers from one. But IN_A_ROW of them, or half of the RECENT ones, mean that the weights
+    are spoilt: the last update that was not left out did it.
+    """
+    IN_A_ROW = 20
+    RECENT = 200
+
+    def __init__(self):
+        self.recent = deque(maxlen=self.RECENT)        # True: that update was left out
+        self.left_out = 0                              # in a row, up to now
+
+    def add(self, *grad_norms):
+        """Note the norms of the gradients of a step, of which none may be infinite or nan."""
+        is_left_out = not all(math.isfinite(norm) for norm in grad_norms)
+        self.recent.append(is_left_out)
+        self.left_out = self.left_out + 1 if is_left_out else 0
+
+    def have_diverged(self):
+        return self.left_out >= self.IN_A_ROW or sum(self.recent) >= self.RECENT // 2
 
 
 class Checkpoints:
     """Writes OUT/last.pt, as long as the run is sane, and stops a run that has diverged.
 
-    Updates with gradients that are not finite are left out, since a run recovers from one. But
-    IN_A_ROW of them, or half of the RECENT ones, mean that the weights are spoilt: the last update
-    that was not left out did it. Hence a checkpoint is only written if the step before had finite
-    gradients and the weights are finite, and its predecessor is kept as OUT/previous.pt until the
-    next step has shown that the loss of these weights is finite.
-    All processes call the same methods; rank 0 writes. start: step at which this process begins; at
-    step 0, what another run left behind is deleted, lest a run that is killed before its first
-    checkpoint resumes the other one. lock: that of OUT, held as long as this object.
+    A checkpoint is only written if the gradients of its last step and its weights are finite. What
+    its last update did to the loss is only known after the next step. Until then, the checkpoint
+    before it is kept as OUT/previous.pt, to be brought back if the run diverges.
+    All processes call the same methods; rank 0 writes. lock: that of OUT, held as long as this
+    object.
     """
-    IN_A_ROW = 20
-    RECENT = 200
-
-    def __init__(self, args, rank, log, start, lock):
-        self.lock = lock
-        self.out, self.steps, self.save_every = Path(args.out), args.steps, args.save_every
-        self.log_every = args.log_every
-        self.rank, self.log = rank, log
-        self.recent = deque(maxlen=self.RECENT)        # True: that update was left out
-        self.left_out = 0                              # updates in a row
+    def __init__(self, args, rank, log, lock):
+        self.out, self.steps = Path(args.out), args.steps
+        self.save_every, self.log_every = args.save_every, args.log_every
+        self.rank, self.log, self.lock = rank, log, lock
+        self.updates = Updates()
         self.saved_step = None                         # by this process
         self.is_behind = False                         # the last checkpoint could not be written
-        if rank == 0:
-            for leftover in self.out.glob("*.tmp"):    # of a process that was killed while it wrote
-                leftover.unlink()
-        if rank == 0 and start == 0:
-            self.last.unlink(missing_ok=True)
-            self.previous.unlink(missing_ok=True)
-        self.has_previous = rank == 0 and self.previous.exists()
+        self.has_previous = False
 
     @property
     def last(self):
@@ -900,16 +943,27 @@ class Checkpoints:
     def previous(self):
         return self.out / "previous.pt"
 
+    def begin(self, start):
+        """Delete what killed processes left half-written. At step 0, delete the checkpoints of
+        another run, too, lest this one resumes it if it is killed before its first checkpoint.
+        """
+        if self.rank > 0:
+            return
+        for leftover in self.out.glob("*.tmp"):
+            leftover.unlink()
+        if start == 0:
+            self.last.unlink(missing_ok=True)
+            self.previous.unlink(missing_ok=True)
+        self.has_previous = self.previous.exists()
+
     def check(self, done, *grad_norms):
-        """Note whether step `done` was left out. Raises ValueError if the run has diverged."""
-        is_left_out = not all(math.isfinite(norm) for norm in grad_norms)
-        self.recent.append(is_left_out)
-        self.left_out = self.left_out + 1 if is_left_out else 0
+        """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
+        self.updates.add(*grad_norms)
+        is_left_out = self.updates.left_out > 0
         if self.has_previous and not is_left_out:      # the loss of the saved weights is finite
             self.drop_previous()
-        too_many = sum(self.recent) >= self.RECENT // 2
-        never_again = is_left_out and done == self.steps
-        if self.left_out >= self.IN_A_ROW or too_many or never_again:
+        is_end = done == self.steps                    # which cannot be saved, if it was left out
+        if self.updates.have_diverged() or is_left_out and is_end:
             self.stop_diverged()
 
     def drop_previous(self):
@@ -918,6 +972,7 @@ class Checkpoints:
 
     def stop_diverged(self):
         """Bring back the last checkpoint with a finite loss, and raise ValueError."""
+        recent = self.updates.recent
         if self.has_previous:
             os.replace(self.previous, self.last)
         advice = "start anew with a lower --lr, --clip 1 or --dtype fp32"
@@ -925,11 +980,11 @@ class Checkpoints:
             advice = (f"{self.last} is the last checkpoint with a finite loss: go on from it by "
                       f"--resume with a lower --lr or --clip 1, or {advice}")
         raise ValueError(f"the run has diverged: gradients were not finite and updates left out in "
-                         f"{sum(self.recent)} of the last {len(self.recent)} steps; {advice}")
+                         f"{sum(recent)} of the last {len(recent)} steps; {advice}")
 
     def is_due(self, done, is_stop=False):
         """Whether to write a checkpoint after step `done`, the same on all processes."""
-        if self.left_out > 0:
+        if self.updates.left_out > 0:
             return False
         if self.is_behind and done % self.log_every == 0:
             return True
@@ -954,7 +1009,7 @@ class Checkpoints:
 
     def write(self, done, state, is_last):
         """Write the checkpoint; returns what prevented it, or None."""
-        for name, weight in state["model"].items():
+        for name, weight in [*state["model"].items(), *state.get("ema", {}).items()]:
             if not weight.isfinite().all():
                 return f"step {done} is not saved, since {name} is not finite"
         if not self.has_previous:                      # else it is the last one known to be sane
@@ -971,15 +1026,15 @@ class Checkpoints:
             self.drop_previous()
         return None
 
-    def say_stopped(self, stop):
-        """The line with which a run ends that was asked to stop."""
+    def say_stopped(self):
+        """Say how to go on, as the last line of a run that was asked to stop."""
         out = shlex.quote(str(self.out))
         if self.last.exists():
             advice = f"go on by --resume --out {out}"
         else:
             advice = "there is no checkpoint; give the command again"
         step = f"after saving step {self.saved_step}" if self.saved_step else "without saving"
-        self.log.say(f"stopped by {stop.name or 'another process'} {step}; {advice}")
+        self.log.say(f"stopped by {stop_request.name or 'another process'} {step}; {advice}")
 
 
 # ---------------------------------------------------------------------------- log
@@ -1028,6 +1083,7 @@ class Log:
         self.last_step, self.last_time = start, time.time()
         self.out, self.rank = Path(args.out), rank
         self.unwritten = ""                            # lines that the disk had no room for
+        self.first_seconds = None                      # of the first step
         self.bar = None
         if rank == 0:
             self.forget_later_steps(start)
@@ -1041,7 +1097,8 @@ class Log:
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())
-        self.say(f"{parameters / 1e6:.1f} M parameters on {name}, writing to {args.out}")
+        self.say(f"{parameters / 1e6:.1f} M parameters on {name}, batches of {args.batch} images, "
+                 f"writing to {args.out}")
 
     @property
     def path(self):
@@ -1055,7 +1112,8 @@ class Log:
         kept = b""
         if start > 0 and self.path.exists():
             for line in self.path.read_bytes().splitlines():
-                if is_record_until(line, start):
+                record = read_record(line)
+                if record is not None and record.get("step", 0) <= start:
                     kept += line + b"\n"
         write_whole(self.path, lambda f: f.write(kept))
 
@@ -1090,13 +1148,20 @@ class Log:
         if self.wandb and "step" in record:
             self.wandb.log(record, step=record["step"])
 
-    def first_step(self):
-        """Say how long the first step took: the next line may be far away."""
+    def first_steps(self, step):
+        """Say how long the first two steps took: the next line may be far away.
+
+        The first of them waits for the loader workers, the second shows the pace.
+        """
         seconds = time.time() - self.last_time
-        steps_left = self.steps - self.last_step - 1
-        self.say(f"the first step took {seconds:.1f} s; {steps_left} more at this pace take "
-                 f"{time_left(seconds * steps_left)}")
-        self.write(dict(first_step_seconds=seconds))
+        if step == self.last_step + 1:
+            self.first_seconds = seconds
+        elif step == self.last_step + 2:
+            pace = seconds - self.first_seconds
+            self.say(f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s; at "
+                     f"its pace the other {self.steps - step} take "
+                     f"{time_left(pace * (self.steps - step))}")
+            self.write(dict(first_step_seconds=self.first_seconds, second_step_seconds=pace))
 
     def step(self, step, loss, grad_norm, lr, **more):
         """Report the state after `step` steps. loss: a mean over processes. more: not printed."""
@@ -1121,16 +1186,15 @@ class Log:
             self.say(f"warning: {one_line(error)}; training goes on without it")
 
 
-def is_record_until(line, step):
-    """Whether a line of bytes is a record of the log, of `step` or an earlier one or of none."""
+def read_record(line):
+    """The record in a line of a log, a dict; None for what is torn or not a line of ours."""
     try:
         record = json.loads(line)
-    except ValueError:                                 # torn, or not a line of ours
-        return False
-    if not isinstance(record, dict):
-        return False
-    of_step = record.get("step", 0)
-    return isinstance(of_step, int) and of_step <= step
+    except (ValueError, RecursionError):               # no JSON, or too deep
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+        return None
+    return record
 
 
 def start_wandb(args):

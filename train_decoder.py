@@ -45,6 +45,8 @@ from model import (
     check_heads,
 )
 from release import (
+    LARGEST_PATCH,
+    LARGEST_SIDE,
     PUBLISHED_RAES,
     check_checkpoint,
     check_statistics,
@@ -99,18 +101,18 @@ FIXED = ("recipe", "data", "decoder", "encoder", "size", "seed", "batch", "micro
          "kl", "gan", "gan_start", "disc", "disc_start", "diffaug", "cutout")
 
 
-def parse_args(argv=None):
+def make_parser():
     small = ", ".join(SMALL_ENCODERS)
     p = runtime.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
                    help="Images: shapes, text, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
-    p.add_argument("--size", type=at_least(1),
+    p.add_argument("--size", type=at_least(1, LARGEST_SIDE + 1),
                    help="Side of the images given to the encoder, in pixels (default: 256; for "
                         f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
-                   help="Images of each source kept for evaluation (default: eval_n, or a tenth "
-                        "of few images).")
+                   help="Images of each source kept for evaluation (default: eval_n; of few "
+                        "images a tenth, at least 2).")
     p.add_argument("--stats_n", type=at_least(0),
                    help="Images whose latents are measured; 0: all.")
     # model
@@ -123,11 +125,15 @@ def parse_args(argv=None):
                    help="Size of the decoder, which sets decoder_width, _depth, _heads and _mlp; "
                         "paper: XL.")
     p.add_argument("--decoder_width", type=at_least(1),
-                   help="Width of the decoder, a multiple of 4 and of decoder_heads.")
-    p.add_argument("--decoder_depth", type=at_least(1), help="Layers of the decoder.")
-    p.add_argument("--decoder_heads", type=at_least(1), help="Attention heads of the decoder.")
-    p.add_argument("--decoder_mlp", type=at_least(1), help="Hidden width of the decoder's MLPs.")
-    p.add_argument("--decoder_patch", type=at_least(1),
+                   help="Width of the decoder, a multiple of 4 and of decoder_heads (default: of "
+                        "--decoder).")
+    p.add_argument("--decoder_depth", type=at_least(1),
+                   help="Layers of the decoder (default: of --decoder).")
+    p.add_argument("--decoder_heads", type=at_least(1),
+                   help="Attention heads of the decoder (default: of --decoder).")
+    p.add_argument("--decoder_mlp", type=at_least(1),
+                   help="Hidden width of the decoder's MLPs (default: of --decoder).")
+    p.add_argument("--decoder_patch", type=at_least(1, LARGEST_PATCH + 1),
                    help="Pixels per token side that the decoder draws; twice the encoder's "
                         "upsamples by 2 (default: as the encoder).")
     p.add_argument("--init",
@@ -185,7 +191,11 @@ def parse_args(argv=None):
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: --encoder).")
     runtime.add_run_flags(p)
-    return p.parse(argv, resolve, check_flags)
+    return p
+
+
+def parse_args(argv=None):
+    return make_parser().parse(argv, resolve, check_flags)
 
 
 def resolve(args):
@@ -197,7 +207,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_decoder.py", "disc", DEFAULTS)
+        stored = runtime.flags_of_run(out, "train_decoder.py", "disc", make_parser())
         values |= stored
     else:
         values |= fit_defaults(args, DEFAULTS)
@@ -992,8 +1002,8 @@ def main(args, data=None):
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
-    stop = runtime.StopRequest()
+    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints.begin(start)
     meter = LossMeter(data, device)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
@@ -1042,7 +1052,7 @@ def main(args, data=None):
     trainer = Trainer(networks, meter, args, device, world)
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                      stop=args.steps)
-    for step, micro_batches in stop.catching(groupby(stream, key=itemgetter(0))):
+    for step, micro_batches in runtime.stop_request.catching(groupby(stream, key=itemgetter(0))):
         train_discriminator = args.gan > 0 and step >= args.disc_start
         if train_discriminator:
             networks.discriminator.update_spectral_norms()
@@ -1067,16 +1077,15 @@ def main(args, data=None):
         done = step + 1
         checkpoints.check(done, grad_norm, disc_grad_norm)
         is_end = done == args.steps
-        is_stop = stop.asked()
-        if step == start:
-            log.first_step()
+        is_stop = runtime.stop_request.was_made()
+        log.first_steps(done)
         if done % args.log_every == 0 or is_end:
             means = meter.means()
             log.step(done, means.pop("loss"), grad_norm, lr, **means)
         if checkpoints.is_due(done, is_stop):
             save(done, is_stop)
         if is_stop and not is_end:
-            checkpoints.say_stopped(stop)
+            checkpoints.say_stopped()
             break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
             preview(done)

@@ -64,7 +64,7 @@ FIXED = ("recipe", "rae", "data", "seed", "batch", "micro_batch", "model", "widt
          "prediction", "flip", "cache", "hold_out", "weight_decay", "dtype")
 
 
-def parse_args(argv=None):
+def make_parser():
     p = runtime.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
@@ -99,10 +99,10 @@ def parse_args(argv=None):
     # objective
     p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
-                   help="n of the time shift sqrt(m/n), m = tokens x channels; for the tiny "
-                        "encoder 340.")
+                   help="n of the time shift sqrt(m/n), m = tokens x channels (default: 4096; for "
+                        "the tiny encoder 340).")
     p.add_argument("--prediction", choices=("v", "x0"),
-                   help="What the last layer predicts; for the tiny encoder x0.")
+                   help="What the last layer predicts (default: v; for the tiny encoder x0).")
     # optimisation
     p.add_argument("--recipe", choices=RECIPES,
                    help="The paper's batch, steps, learning rate, EMA, law of t, and sampling.")
@@ -119,7 +119,11 @@ def parse_args(argv=None):
                         "encoder (default: the RAE's encoder).")
     runtime.add_run_flags(p)
     sample.add_sampling_flags(p)
-    return p.parse(argv, resolve, check_flags)
+    return p
+
+
+def parse_args(argv=None):
+    return make_parser().parse(argv, resolve, check_flags)
 
 
 def resolve(args):
@@ -131,7 +135,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes", DEFAULTS)
+        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes", make_parser())
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
@@ -298,8 +302,8 @@ def main(args, data=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
-    stop = runtime.StopRequest()
+    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
@@ -331,7 +335,7 @@ def main(args, data=None):
     else:
         stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                          stop=args.steps)
-    for step, micro_batches in stop.catching(groupby(stream, key=itemgetter(0))):
+    for step, micro_batches in runtime.stop_request.catching(groupby(stream, key=itemgetter(0))):
         for _, micro, x0, labels, _ in micro_batches:
             is_last = micro // world == accumulation - 1
             x0, labels = x0.to(device).float(), labels.to(device)
@@ -358,16 +362,15 @@ def main(args, data=None):
         done = step + 1
         checkpoints.check(done, grad_norm)
         is_end = done == args.steps
-        is_stop = stop.asked()
-        if step == start:
-            log.first_step()
+        is_stop = runtime.stop_request.was_made()
+        log.first_steps(done)
         if done % args.log_every == 0 or is_end:
             mean_loss, by_time = loss_by_time.means()
             log.step(done, mean_loss, grad_norm, lr, loss_by_t=by_time)
         if checkpoints.is_due(done, is_stop):
             save(done, is_stop)
         if is_stop and not is_end:
-            checkpoints.say_stopped(stop)
+            checkpoints.say_stopped()
             break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
             preview(done)

@@ -87,14 +87,18 @@ FIXED = ("recipe", "rae", "data", "model", "wide_head", "llm", "llm_width", "llm
          "freeze_llm", "weight_decay")
 
 
-def parse_args(argv=None):
+def make_parser():
     p = runtime.Parser(__doc__, DEFAULTS)
     add_data_flags(p)
     add_model_flags(p)
     add_training_flags(p)
     runtime.add_run_flags(p)
     sample.add_sampling_flags(p)
-    return p.parse(argv, resolve, check_flags)
+    return p
+
+
+def parse_args(argv=None):
+    return make_parser().parse(argv, resolve, check_flags)
 
 
 def add_data_flags(p):
@@ -156,10 +160,10 @@ def add_training_flags(p):
     # objective
     p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
-                   help="n of the time shift sqrt(m/n), m = tokens x channels; for the tiny "
-                        f"encoder {TINY_LATENTS['shift_base']}.")
+                   help="n of the time shift sqrt(m/n), m = tokens x channels (default: 4096; for "
+                        "the tiny encoder 340).")
     p.add_argument("--prediction", choices=("v", "x0"),
-                   help="What the DiT's last layer predicts; for the tiny encoder x0.")
+                   help="What the DiT's last layer predicts (default: v; for the tiny encoder x0).")
     p.add_argument("--draws", type=at_least(1),
                    help="Times t at which each image is drawn in a step; paper: 1.")
     p.add_argument("--flow_weight", type=at_least(0.0),
@@ -202,7 +206,7 @@ def resolve(args):
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_t2i.py", "llm", DEFAULTS)
+        stored = runtime.flags_of_run(out, "train_t2i.py", "llm", make_parser())
         runtime.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
@@ -468,6 +472,7 @@ def load_moments(t2i, optimizer, stored):
         groups.append({**group, "params": stored_group["params"]})      # names of parameters
     state = dict(state=stored["state"], param_groups=groups)
     set_optimizer_state_dict(t2i, optimizer, state, options=WHOLE)
+    runtime.check_moments(optimizer)
 
 
 # ---------------------------------------------------------------------------- training
@@ -571,8 +576,8 @@ def main(args, data=None, conversation=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in t2i.parameters())
     log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, start, lock)
-    stop = runtime.StopRequest()
+    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
@@ -602,7 +607,7 @@ def main(args, data=None, conversation=None):
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                      stop=args.steps)
     steps = training_steps(stream, t2i.tokenizer, t2i.n, context)
-    for step, micro_batches in stop.catching(steps):
+    for step, micro_batches in runtime.stop_request.catching(steps):
         counts = count_batch(micro_batches)
         asked += counts.understood
         for i, micro in enumerate(micro_batches, start=1):
@@ -642,15 +647,14 @@ def main(args, data=None, conversation=None):
         done = step + 1
         checkpoints.check(done, grad_norm)
         is_end = done == args.steps
-        is_stop = stop.asked()
-        if step == start:
-            log.first_step()
+        is_stop = runtime.stop_request.was_made()
+        log.first_steps(done)
         if done % args.log_every == 0 or is_end:
             losses.write(log, done, grad_norm, lr, context)
         if checkpoints.is_due(done, is_stop):
             save(done, is_stop)
         if is_stop and not is_end:
-            checkpoints.say_stopped(stop)
+            checkpoints.say_stopped()
             break
         if prompts and (done % args.preview_every == 0 or is_end):
             preview(done)

@@ -256,10 +256,10 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=runtime.at_least(1e-9), default=4e-3, help="Peak learning rate.")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16",
                    help="Precision of the matrix products.")
-    p.add_argument("--init", type=runtime.path, help="Weights of an encoder to start from.")
+    p.add_argument("--init", type=Path, help="Weights of an encoder to start from.")
     p.add_argument("--seed", type=runtime.at_least(0), default=0,
                    help="Seed of scenes, weights and batches.")
-    p.add_argument("--out", type=runtime.path, default=HERE / "tiny_encoder.safetensors",
+    p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors",
                    help="File to write (default: the shipped one).")
     args = p.parse_args(argv)
     if args.images % CHUNK:

@@ -71,7 +71,7 @@ def train_tokenizer():
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
-    p.add_argument("--out", type=runtime.path, default=Path("tokenizer.json"),
+    p.add_argument("--out", type=Path, default=Path("tokenizer.json"),
                    help="File to write.")
     return p.parse_args(argv)
 

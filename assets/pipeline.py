@@ -216,7 +216,7 @@ def draw_figure(path):
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
-    p.add_argument("--out", type=runtime.path, default=Path("pipeline.png"), help="File to write.")
+    p.add_argument("--out", type=Path, default=Path("pipeline.png"), help="File to write.")
     return p.parse_args(argv)
 
 

@@ -10,6 +10,7 @@ full for the rest of the process (a limit on the size of files). Linux only.
 """
 import argparse
 import collections
+import contextlib
 import os
 import random
 import resource
@@ -115,7 +116,8 @@ def interrupt(children, event, rng):
         for child in rng.sample(children, rng.randint(1, len(children))):
             child.kill()
     elif event != FULL_DISK:
-        os.kill(rng.choice(children).pid, getattr(signal, event))      # one is enough
+        with contextlib.suppress(ProcessLookupError):                  # it has just ended
+            os.kill(rng.choice(children).pid, getattr(signal, event))  # one is enough
     has_ended = wait(children, PATIENCE)
     for child in children:
         child.kill()

@@ -1153,6 +1153,16 @@ def test_missing_shard_of_a_range(shards):
         open_data(f"{shards}/x-{{008..099}}.tar", 8)
 
 
+def test_what_follows_a_tar_is_not_dropped(tmp_path):
+    first = Path(write_tar(tmp_path / "a.tar", {"a/0.png": plain_image()})).read_bytes()
+    second = Path(write_tar(tmp_path / "b.tar", {"b/1.png": plain_image()})).read_bytes()
+    (tmp_path / "both.tar").write_bytes(first + second)
+    with pytest.raises(ValueError, match="bytes follow its end, such as a second tar; split it"):
+        open_data(str(tmp_path / "both.tar"), 8)
+    (tmp_path / "padded.tar").write_bytes(first + bytes(100_000))
+    assert len(open_data(str(tmp_path / "padded.tar"), 8)) == 1
+
+
 @pytest.mark.parametrize("cut", [
     "in a header", "in a file", "in a later header", "between two files", "before the end mark",
     "in the end mark"])
@@ -1410,6 +1420,24 @@ def test_damaged_arrays(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"^{path} is (damaged|no whole .npz)"):
             Arrays(str(path))
+
+
+@pytest.mark.parametrize("header", [
+    b"{'descr': '|u1', 'fortran_order': False, 'shape': (3, 4, 5, 3 }", b"{[]: 1}", b"{'a' 1}",
+    b"-" * 9000 + b"1", b"(" * 9000, b"\xff\xfe", b"[]"])
+def test_damaged_headers_of_arrays(header, tmp_path):
+    content = b"\x93NUMPY\x02\0" + len(header).to_bytes(4, "little") + header
+    for compression in COMPRESSIONS[:2]:
+        path = write_npz(tmp_path / "a.npz", content + PIXELS.tobytes(), compression)
+        with pytest.raises(ValueError, match=f"^{path} is damaged"):
+            Arrays(path)
+
+
+def test_headers_of_arrays_are_bounded(tmp_path):
+    content = b"\x93NUMPY\x02\0" + (3 * 10**9).to_bytes(4, "little") + b" " * 10**6
+    path = write_npz(tmp_path / "a.npz", content, COMPRESSIONS[1])
+    with pytest.raises(ValueError, match="is damaged .its header has 3,000,000,000 bytes"):
+        Arrays(path)
 
 
 def test_compressed_arrays_are_bounded_by_memory(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_later_signal_ends_a_run_at_once(tmp_path, monkeypatch, capfd):
         time.sleep(0.02)
     time.sleep(1)                                      # it is within its first step now
     signal_process(child, signal.SIGTERM)
-    time.sleep(runtime.StopRequest.ONE_REQUEST + 0.2)
+    time.sleep(runtime.StopRequest.TOGETHER + 0.2)
     assert child.is_alive()
     signal_process(child, signal.SIGTERM)
     child.join(10)
@@ -132,6 +132,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, monkeyp
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
+    assert load_last(tmp_path)["step"] < STEPS
+
+
+def test_a_signal_to_the_group_of_a_run_reaches_no_loader_worker(tmp_path, monkeypatch):
+    """Terminals, timeout and torchrun signal whole groups."""
+    slow_down(monkeypatch, seconds=0.1)
+    child = start(train_dit, *LONG_DIT, "--workers", 2, "--out", tmp_path, session=True)
+    wait_for_first_step(tmp_path, child)
+    os.killpg(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 0
     assert load_last(tmp_path)["step"] < STEPS
 
 
@@ -168,12 +179,12 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_sane_checkpoint(tmp_path):
     run_script(train_dit, *DIT_FLAGS, "--dtype", "fp32", "--steps", 4, "--out", tmp_path)
     sane = load_last(tmp_path)
     spoiling = ["--lr", "1e30", "--clip", 0, "--save_every", 1, "--steps", 60]
-    with pytest.raises(ValueError, match="the run has diverged.*20 of the last 2[0-9] steps.*"
-                                         "the last checkpoint with a finite loss"):
+    with pytest.raises(ValueError, match=f"the run has diverged.*{runtime.Updates.IN_A_ROW} of the "
+                                         "last .* steps.*the last checkpoint with a finite loss"):
         run_script(train_dit, "--resume", *spoiling, "--out", tmp_path)
 
     kept = load_last(tmp_path)
-    assert kept["step"] < 4 + 20
+    assert kept["step"] < 4 + runtime.Updates.IN_A_ROW
     assert largest_difference(sane["model"], kept["model"]) < 1    # not the spoilt ones of 1e30
     assert not (tmp_path / "previous.pt").exists()
 
@@ -184,7 +195,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_sane_checkpoint(tmp_path):
 
 def checkpoints_of(folder, steps=1000):
     args = train_dit.parse_args(["--steps", str(steps), "--out", str(folder)])
-    return runtime.Checkpoints(args, 0, log=None, start=0, lock=None)
+    return runtime.Checkpoints(args, 0, log=None, lock=None)
 
 
 def test_updates_left_out_now_and_then_do_not_stop_a_run(tmp_path):
@@ -194,7 +205,8 @@ def test_updates_left_out_now_and_then_do_not_stop_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("is_left_out, last_step", [
-    (lambda done: done > 50, 70), (lambda done: done % 2 == 0, 200)], ids=["in a row", "half"])
+    (lambda done: done > 50, 50 + runtime.Updates.IN_A_ROW),
+    (lambda done: done % 2 == 0, runtime.Updates.RECENT)], ids=["in a row", "half"])
 def test_too_many_updates_left_out_stop_a_run(is_left_out, last_step, tmp_path):
     checkpoints = checkpoints_of(tmp_path)
     with pytest.raises(ValueError, match="diverged"):
@@ -223,6 +235,14 @@ def test_the_log_of_a_diverged_run_is_strict_json(tmp_path):
                    "--dtype", "fp32", "--out", tmp_path)
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_an_average_that_is_not_finite_is_not_saved(tmp_path, capsys):
+    checkpoints = checkpoints_of(tmp_path)
+    state = dict(model={"w": torch.ones(2)}, ema={"w": torch.tensor([1.0, float("nan")])})
+    problem = checkpoints.write(500, state, is_last=False)
+    assert problem == "step 500 is not saved, since w is not finite"
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------- two runs, one folder
@@ -263,7 +283,7 @@ def open_log(folder, start=0):
 
 def test_torn_and_foreign_lines_do_not_prevent_a_resume(tmp_path):
     lines = [b'{"step": 1}', b'{"step": 9}', b'[1, 2]', b'7', b'\xff\xfe', b'{"step": "x"}',
-             b'{"step": 2, "loss": null}', b'{"warning": "w"}', b'{"step": 3, "lo']
+             b"[" * 100_000, b'{"step": 2, "loss": null}', b'{"warning": "w"}', b'{"step": 3, "lo']
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     log = open_log(tmp_path, start=3)
     log.write(dict(step=4))
@@ -304,6 +324,12 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path):
         runtime.save_checkpoint(path, x=torch.zeros(100_000))
     assert torch.equal(runtime.load_checkpoint(path)["x"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or a device; name a file"):
+        runtime.check_out(tmp_path / "pipe")
 
 
 def test_a_bug_in_what_writes_is_no_full_disk(tmp_path):

@@ -395,6 +395,15 @@ def test_special_tokens_are_added_where_absent(tokenizer):
     assert Tokenizer(json.dumps(data)).encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
 
 
+def test_a_file_neither_cuts_nor_fills_up_texts(tokenizer):
+    data = json.loads(TOKENIZER_FILE.read_text())
+    data["truncation"] = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+    data["padding"] = dict(strategy={"Fixed": 40}, direction="Right", pad_to_multiple_of=None,
+                           pad_id=0, pad_type_id=0, pad_token="!")
+    text = "a red circle and a blue star"
+    assert Tokenizer(json.dumps(data)).encode(text) == tokenizer.encode(text)
+
+
 def test_decode_leaves_out_images_and_special_tokens(tokenizer):
     ids, _, _ = tokenizer.chat([("user", "hi"), ("assistant", "a <image> b")], 3)
     assert tokenizer.decode(ids).endswith("user\nhi\nassistant\na  b\n")

@@ -556,7 +556,7 @@ def test_resolving_flags_leaves_the_given_ones_as_they_are():
     (["--prompt", "a star", "--verifier", "confidence"], "--verifier chooses among the candidates"),
     (["--labels", "none", "--guidance", "2"], "--guidance 2.0 does nothing with --labels none"),
     (["--best_of", "4"], "--best_of 4 needs --prompt"),
-    (["--prompt", " "], "must say what to draw"),
+    (["--prompt", " "], "--prompt is given an empty text, perhaps a variable that is not set"),
     (["--prompt", "word " * 80_000], "a prompt has 400000 characters"),
     (["--prompt", "a \udcff star"], "is no valid UTF-8"),
 ])

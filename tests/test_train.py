@@ -170,6 +170,59 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(tmp_path, capsys):
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path, "--overwrite")
 
 
+def resume_edited(folder, edit):
+    """Resume the run in a folder after edit(its checkpoint)."""
+    state = load_last(folder)
+    edit(state)
+    torch.save(state, folder / "last.pt")
+    run_script(train_dit, "--resume", "--steps", 4, "--out", folder)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", None), ("seed", -1), ("rae", -1), ("data", None), ("data", [3]), ("interval", None),
+    ("interval", "0 1"), ("init", {}), ("wandb", torch.zeros(2)), ("eval_features", 0),
+    ("steps", "4"), ("micro_batch", 0), ("batch", True), ("ema", float("nan")), ("lr_end", -1.0),
+    ("flip", "maybe"), ("compile", 1)])
+def test_flags_of_a_damaged_checkpoint_are_refused(name, value, tmp_path, capsys):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        resume_edited(tmp_path, lambda state: state["args"].update({name: value}))
+    assert f"last.pt has --{name} " in capsys.readouterr().err
+
+
+def spoil_moment(key, value):
+    def edit(state):
+        state["opt"]["state"][2][key] = value
+    return edit
+
+
+@pytest.mark.parametrize("edit", [
+    lambda state: state.update(step="x"), lambda state: state.update(opt=[]),
+    spoil_moment("exp_avg", "x"), spoil_moment("exp_avg", torch.zeros(1)),
+    spoil_moment("exp_avg_sq", torch.tensor(float("nan"))),
+    lambda state: state["opt"]["state"][2].pop("exp_avg"),
+    lambda state: state["opt"].pop("state")], ids=range(7))
+def test_a_damaged_optimizer_or_step_is_refused(edit, tmp_path):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
+    with pytest.raises(ValueError, match="start another run"):
+        resume_edited(tmp_path, edit)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_flags(tmp_path):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 4, "--out", tmp_path / "straight")
+    kill_after(train_dit, DIT_FLAGS, tmp_path, stop=2, steps=4)
+    resume_edited(tmp_path / "killed",
+                  lambda state: state["opt"]["param_groups"][0].update(maximize=True))
+    straight, resumed = load_last(tmp_path / "straight"), load_last(tmp_path / "killed")
+    assert largest_difference(straight["model"], resumed["model"]) == 0
+
+
+@pytest.mark.parametrize("argv", [["--out", ""], ["--init", " "], ["--rae="], ["--data", "x", ""]])
+def test_an_empty_text_is_most_likely_an_unset_variable(argv, capsys):
+    assert_refused(train_dit, argv, "is given an empty text, perhaps a variable that is not set",
+                   capsys)
+
+
 def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
 

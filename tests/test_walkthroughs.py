@@ -21,6 +21,8 @@ def test_curves_pass_over_torn_and_foreign_lines(tmp_path, capsys):
     good = [json.dumps(dict(args={}, commit="x")),     # of no step
             json.dumps(dict(step=1, loss=2.0, lr=0.1, psnr=None)),
             json.dumps(dict(step=2, loss=1.5, loss_by_t=[1.0, None]))]
+    good += ['{"step": 1' + "0" * 400 + ', "loss": 9.0}',          # numbers that no axis has
+             '{"step": 3, "loss": 1e308, "$\\\\frac$ \\\\ud800": 1.0}']
     torn = ['{"step": 3, "lo', "null", "[" * 10_000, "Killed"]
     (tmp_path / "log.jsonl").write_bytes("\n".join(good + torn).encode() + b"\n\xff\xfe\x00")
 

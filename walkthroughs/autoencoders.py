@@ -59,7 +59,7 @@ def parse_args(argv=None):
                    help="Images with prompts to finetune on.")
     p.add_argument("--n", type=runtime.at_least(36), default=360,
                    help="Images of each kind that are judged.")
-    p.add_argument("--out", type=runtime.path, default=Path("runs/autoencoders"),
+    p.add_argument("--out", type=Path, default=Path("runs/autoencoders"),
                    help="Folder of runs and pictures.")
     options = p.parse_args(argv)
     check_names(p, options.names, STUDIES)

@@ -30,7 +30,7 @@ def parse_args(argv=None):
                    help="Latents drawn for each image.")
     p.add_argument("--ckpt", default=str(SHIPPED_T2I),
                    help="Checkpoint of train_t2i.py (default: the shipped one).")
-    p.add_argument("--out", type=runtime.path, default=Path("runs/best_of"),
+    p.add_argument("--out", type=Path, default=Path("runs/best_of"),
                    help="Folder of the picture.")
     return p.parse_args(argv)
 

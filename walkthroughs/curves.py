@@ -6,7 +6,6 @@ Reads the log.jsonl that each training script writes, and draws a panel for each
 the runs has logged.
 """
 # %% Set-up
-import json
 import math
 import sys
 from pathlib import Path
@@ -21,11 +20,14 @@ import sample
 # Numbers that a log repeats and that are no terms of a loss.
 NO_TERMS = ("step", "n", "img_per_s", "gib", "eta_h", "lr", "cut")
 MOST_COLUMNS = 4
+# Numbers beyond these can't be drawn on one axis.
+MOST_STEPS = 10 ** 12
+LARGEST = 1e30
 
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
-    p.add_argument("runs", nargs="+", type=runtime.path, help="Folders of runs.")
+    p.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
     p.add_argument("--out", default="curves.png", help="Picture to write.")
     return p.parse_args(argv)
 
@@ -41,13 +43,10 @@ def read_records(path):
     records = []
     foreign = 0
     for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):           # no JSON, or too deep
-            record = None
-        if not isinstance(record, dict):
+        record = runtime.read_record(line)
+        if record is None:
             foreign += 1
-        elif isinstance(record.get("step"), int):      # others have flags and versions
+        elif 0 < record.get("step", 0) < MOST_STEPS:   # others have flags and versions
             records.append(record)
     if foreign:
         print(f"{path}: {foreign} lines are no records of a log, and passed over")
@@ -60,7 +59,7 @@ def terms_of(record):
     """The terms of a loss in a record: a dict of name -> value."""
     terms = {}
     for name, value in record.items():
-        if isinstance(value, float) and math.isfinite(value) and name not in NO_TERMS:
+        if isinstance(value, float) and abs(value) < LARGEST and name not in NO_TERMS:
             domain = record.get("domain")              # the source of a mixture that it is about
             terms[f"{name} {domain}" if domain else name] = value
     return terms
@@ -90,7 +89,7 @@ def draw_panels(path, curves_of_runs):
             points = curves.get(term, [])
             steps, values = [step for step, _ in points], [value for _, value in points]
             panel.plot(steps, values, ".-", label=str(run))
-        panel.set_title(term, fontsize=10)
+        panel.set_title(ascii(term)[1:-1].replace("$", r"\$"), fontsize=10)     # as the font has it
     for panel in panels.flat[len(terms):]:
         panel.axis("off")
     if len(curves_of_runs) > 1:

@@ -39,7 +39,7 @@ TRAINING_FLAGS = ("--preview_every", 0, "--workers", 0, "--overwrite")
 
 def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
-    p.add_argument("--out", type=runtime.path, default=Path("runs/demo"),
+    p.add_argument("--out", type=Path, default=Path("runs/demo"),
                    help="Folder of pictures and runs.")
     p.add_argument("--decoder_steps", type=runtime.at_least(1), default=1400,
                    help="Steps of the decoder's training.")

@@ -129,7 +129,7 @@ def parse_args(argv=None):
                    help="Steps of each training.")
     p.add_argument("--n", type=runtime.at_least(36), default=144,
                    help="Images of each kind that are judged.")
-    p.add_argument("--out", type=runtime.path, default=Path("runs/findings"),
+    p.add_argument("--out", type=Path, default=Path("runs/findings"),
                    help="Folder of runs and pictures.")
     options = p.parse_args(argv)
     check_names(p, options.names, FINDINGS)

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=runtime.at_least(1), default=1000,
                    help="Optimizer steps, of 64 latents each.")
     p.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4, help="Peak learning rate.")
-    p.add_argument("--out", type=runtime.path, default=Path("runs/verifier"),
+    p.add_argument("--out", type=Path, default=Path("runs/verifier"),
                    help="Folder of latents, checkpoint and curve.")
     return p.parse_args(argv)
 
