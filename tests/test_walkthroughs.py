@@ -30,7 +30,7 @@ def test_curves_pass_over_torn_and_foreign_lines(tmp_path, capsys):
 
     output = capsys.readouterr().out
     assert "log.jsonl: 5 lines are no records of a log, and passed over" in output
-    assert f"{tmp_path}: loss 1.5\n" in output
+    assert f"{tmp_path}: loss 1.5, $" in output
     assert Image.open(tmp_path / "new" / "x.jpg").format == "JPEG"
 
 

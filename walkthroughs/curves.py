@@ -61,7 +61,8 @@ def terms_of(record):
     for name, value in record.items():
         if isinstance(value, float) and abs(value) < LARGEST and name not in NO_TERMS:
             domain = record.get("domain")              # the source of a mixture that it is about
-            terms[f"{name} {domain}" if domain else name] = value
+            name = f"{name} {domain}" if domain else name
+            terms[ascii(name)[1:-1]] = value           # what every font and terminal has
     return terms
 
 
@@ -89,7 +90,7 @@ def draw_panels(path, curves_of_runs):
             points = curves.get(term, [])
             steps, values = [step for step, _ in points], [value for _, value in points]
             panel.plot(steps, values, ".-", label=str(run))
-        panel.set_title(ascii(term)[1:-1].replace("$", r"\$"), fontsize=10)     # as the font has it
+        panel.set_title(term.replace("$", r"\$"), fontsize=10)     # $ would start a formula
     for panel in panels.flat[len(terms):]:
         panel.axis("off")
     if len(curves_of_runs) > 1:
