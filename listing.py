@@ -412,53 +412,60 @@ def split_of(folder):
     return None if match is None else match[1]
 
 
-def only_training_split(path, files, passed_over):
-    """Take the files of train/ alone, if it lies beside val/ or test/ with the same class folders.
+class Splits(NamedTuple):
+    """Folders such as train/ and val/ that lie beside each other in a folder or tar."""
+    parent: str                # the folder in which they lie, "" or one that ends in "/"
+    names: dict                # "train", "val", "dev" or "test" -> name of its folder
 
-    One folder named test may well be a class; two, such as train/ beside test/, are splits.
+    def classes(self, files, name):
+        """The folders of images in the folder `name`, which would be the classes."""
+        prefix = f"{self.parent}{name}/"
+        folders = set()
+        for file in filter(is_image, files):
+            if file.startswith(prefix):
+                folders.add(os.path.dirname(file.removeprefix(prefix)))
+        return folders
+
+
+def find_splits(files):
+    """List the Splits of a folder or tar. One folder named test may be a class; two are not."""
+    names = {}                                    # parent -> {"train": name of the folder, ...}
+    for folder in sorted({os.path.dirname(name) for name in filter(is_image, files)}):
+        parent = ""
+        for part in folder.split("/"):
+            if split_of(part):
+                names.setdefault(parent, {}).setdefault(split_of(part), part)
+            parent += f"{part}/"
+    return [Splits(parent, own) for parent, own in names.items() if len(own) > 1]
+
+
+def only_training_split(path, files, passed_over):
+    """Take the files of train/ alone, if it lies beside val/ or test/ with the same classes.
+
     Returns: files, by their names within train/
     Raises: ValueError if splits lie beside each other in another way, and would become classes
     """
-    splits = {}                                   # parent -> {"train": name of the folder, ...}
-    for folder in sorted({os.path.dirname(name) for name in filter(is_image, files)}):
-        parts = folder.split("/")
-        for depth, part in enumerate(parts):
-            if split_of(part):
-                parent = "/".join(parts[:depth])
-                splits.setdefault(parent, {}).setdefault(split_of(part), part)
-    splits = {parent: names for parent, names in splits.items() if len(names) > 1}
-    if not splits:
+    all_splits = find_splits(files)
+    if not all_splits:
         return files
+    splits = all_splits[0]
+    train = splits.names.get("train", next(iter(splits.names.values())))
+    prefix = f"{splits.parent}{train}/"
+    classes = splits.classes(files, train) - {""}
+    same_classes = all(splits.classes(files, name) == classes for name in splits.names.values())
+    if len(all_splits) > 1 or "train" not in splits.names or not classes or not same_classes:
+        folders = " and ".join(sorted(splits.names.values()))
+        where = f" in {shown(splits.parent[:-1])}" if splits.parent else ""
+        raise ValueError(f"--data {path} holds {folders} side by side{where}, which would be "
+                         f"mixed; {give_folder(path, prefix[:-1])}")
 
-    parent, names = next(iter(splits.items()))
-    first = names.get("train", next(iter(names.values())))
-    meant = f"{parent}/{first}" if parent else first
-    classes = {}                                  # of each split
-    for name in names.values():
-        prefix = f"{parent}/{name}/" if parent else f"{name}/"
-        classes[name] = class_folders_in(prefix, files)
-    is_clear = "train" in names and all(classes[name] == classes[first] for name in classes)
-    if len(splits) > 1 or not is_clear or not classes[first]:
-        raise ValueError(
-            f"--data {path} holds {' and '.join(sorted(names.values()))} side by side"
-            f"{' in ' + shown(parent) if parent else ''}, which would be mixed; "
-            f"{give_folder(path, meant)}")
     kept = {}
-    for name, place in sorted(files.items()):
-        if name.startswith(f"{meant}/"):
-            kept[name.removeprefix(f"{meant}/")] = place
-        elif is_image(name):
-            passed_over.add(f"images outside {meant}/", name)
-    return kept
-
-
-def class_folders_in(prefix, files):
-    """The folders of images below a prefix that ends in "/", without it."""
-    folders = set()
-    for name in filter(is_image, files):
+    for name, place in files.items():
         if name.startswith(prefix):
-            folders.add(os.path.dirname(name.removeprefix(prefix)))
-    return folders - {""}
+            kept[name.removeprefix(prefix)] = place
+        elif is_image(name):
+            passed_over.add(f"images outside {prefix}", name)
+    return kept
 
 
 def check_depths(path, class_folders):

@@ -1,7 +1,10 @@
 """What every script needs around its loop. Run: python -m pytest tests/test_runtime.py"""
+import sys
+
 import pytest
 import torch
 
+import runtime
 from runtime import LossByTime, MeanByGroup, split_numbers
 
 CPU = torch.device("cpu")
@@ -80,3 +83,70 @@ def test_numbers_are_split_among_processes_without_loss(n, batch, world):
     all_numbers = [number for part in parts for numbers in part for number in numbers]
     assert sorted(all_numbers) == list(range(n))
     assert max(len(numbers) for part in parts for numbers in part) <= batch
+
+
+# ---------------------------------------------------------------------------- hardware
+@pytest.mark.parametrize("capability, dtype", [((7, 0), "fp32"), ((7, 5), "fp32"),
+                                               ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_gpus_before_ampere_compute_in_fp32(capability, dtype, monkeypatch):
+    """A V100 (7.0) and a T4 (7.5) only emulate bf16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert runtime.default_dtype() == dtype
+
+
+@pytest.mark.parametrize("world, device", [("1", "mps"), ("2", "cpu")])
+def test_apple_gpus_are_used_by_single_processes(world, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert runtime.setup()[2].type == device
+
+
+def test_memory_is_unknown_without_the_module_resource(monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert runtime.peak_memory_gib(CPU) == 0.0
+
+
+def test_macos_counts_memory_in_bytes(monkeypatch):
+    on_linux = runtime.peak_memory_gib(CPU)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert runtime.peak_memory_gib(CPU) == pytest.approx(on_linux / 1024, rel=0.5)
+
+
+# ---------------------------------------------------------------------------- words and numbers
+@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"),
+                                           (100 * 3600, "100:00:00")])
+def test_time_left_is_in_hours_minutes_and_seconds(seconds, text):
+    assert runtime.time_left(seconds) == text
+
+
+def test_json_has_null_for_numbers_that_are_not_finite():
+    record = {"loss": float("nan"), "by_t": [1.0, float("-inf"), None], "more": {"a": (2, "x")}}
+    text = runtime.to_json(record)
+    assert text == '{"loss": null, "by_t": [1.0, null, null], "more": {"a": [2, "x"]}}'
+
+
+@pytest.mark.parametrize("steps, warmup", [(4, 0), (60, 6), (1000, 100), (10 ** 6, 100)])
+def test_warm_up_is_a_tenth_of_short_runs(steps, warmup):
+    assert runtime.default_warmup(steps) == warmup
+
+
+# ---------------------------------------------------------------------------- data that changed
+OLD = {"": {"images": 16, "names": "a"}}
+
+
+@pytest.mark.parametrize("now, told", [
+    ({"": {"images": 17, "names": "b"}}, "--data had 16 images and has 17"),
+    ({"": {"images": 16, "names": "b"}}, "--data has other names or labels for its 16 images"),
+    ({}, "--data is gone"),
+    ({**OLD, "b": {"images": 2, "names": "c"}}, "source b of --data was not there")])
+def test_data_that_changed_since_the_checkpoint_are_told(now, told):
+    assert told in runtime.check_same_data(OLD, now, hold_out=0)
+    with pytest.raises(ValueError, match=f"{told}.*would move into training"):
+        runtime.check_same_data(OLD, now, hold_out=3)
+
+
+@pytest.mark.parametrize("stored", [OLD, None], ids=["same", "older checkpoint"])
+def test_data_that_did_not_change_need_no_word(stored):
+    assert runtime.check_same_data(stored, OLD, hold_out=3) is None

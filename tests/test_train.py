@@ -223,6 +223,46 @@ def test_an_empty_text_is_most_likely_an_unset_variable(argv, capsys):
                    capsys)
 
 
+def test_data_that_changed_are_told_and_refused_if_images_are_held_out(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 16)
+    common = [*DIT_FLAGS, "--data", tmp_path / "images", "--steps", 2]
+    run_script(train_dit, *common, "--out", tmp_path / "all")
+    run_script(train_dit, *common, "--hold_out", 4, "--out", tmp_path / "held")
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "zz.png")
+
+    run_script(train_dit, "--resume", "--steps", 4, "--out", tmp_path / "all")
+    told = "the data changed since the checkpoint: --data had 16 images and has 17"
+    assert f"warning: {told}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"{told}; images that --hold_out 4 kept"):
+        run_script(train_dit, "--resume", "--steps", 4, "--out", tmp_path / "held")
+
+
+def test_more_processes_than_before_split_the_batch_anew(tmp_path, monkeypatch):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = train_dit.parse_args(["--resume", "--steps", "4", "--out", str(tmp_path)])
+    assert args.micro_batch == 4                       # of batches of 8
+
+
+@pytest.mark.parametrize("flags, warning", [
+    (["--steps", 10, "--warmup", 20], "--warmup 20 is not below --steps 10: the learning rate"),
+    (["--steps", 10, "--llm_start", 10], "--llm_start 10 is not below --steps 10: prompts never")])
+def test_what_never_happens_in_a_run_is_told(flags, warning, tmp_path, capsys):
+    class Screen:
+        def warn(self, line):
+            print(line)
+
+    args = train_t2i.parse_args([str(flag) for flag in [*flags, "--out", tmp_path]])
+    runtime.warn_of_flags(Screen(), args, resumed=None)
+    assert warning in capsys.readouterr().out
+
+
+def test_a_short_run_of_stage_3_listens_to_its_prompts(tmp_path):
+    out = ["--out", str(tmp_path)]
+    assert train_t2i.parse_args([*out, "--steps", "60"]).llm_start == 20
+    assert train_t2i.parse_args(out).llm_start == 500
+
+
 def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
 
