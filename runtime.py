@@ -94,12 +94,15 @@ def keep_freed_memory():
 def run(main, parse_args):
     """Run a script. What the user can mend ends in one line, without a traceback."""
     for number in stop_signals():
-        signal.signal(number, stop_request.interrupt)
+        signal.signal(number, interrupt)
+    sys.unraisablehook = interrupt_again
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
+        if int(os.environ.get("RANK", 0)) > 0:         # rank 0 says it
+            raise SystemExit(1) from None
         raise SystemExit(str(stop) or "stopped; nothing was kept: give the command again") from None
     except RuntimeError as error:
         if is_of_another_process(error):
@@ -163,6 +166,23 @@ def stop_signals():
     return [getattr(signal, name) for name in names if hasattr(signal, name)]   # not on Windows
 
 
+def interrupt(number, frame):
+    """Handler outside of training loops: stop at once, as Ctrl-C does by default."""
+    raise KeyboardInterrupt
+
+
+def interrupt_again(dropped):
+    """Hook for exceptions that Python drops in certain moments, such as a fork: an interrupt comes
+    again a moment later, the others are printed.
+    """
+    is_interrupt = isinstance(dropped.exc_value, KeyboardInterrupt)
+    if is_interrupt and hasattr(signal, "pthread_kill"):          # not on Windows
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)
+
+
 class StopRequest:
     """Lets a training loop end a step, and write a checkpoint, when a signal asks it to stop.
 
@@ -179,13 +199,6 @@ class StopRequest:
     def __init__(self):
         self.name = None                               # of the signal
         self.time = -math.inf                          # at which it came
-
-    def interrupt(self, number, frame):
-        """Handler outside of loops: stop at once, as Ctrl-C does by default."""
-        # Python drops an exception that meets certain moments, such as a fork. Then the loop that
-        # follows sees the name, and ends after its first step.
-        self.name = signal.Signals(number).name
-        raise KeyboardInterrupt
 
     def catching(self, steps):
         """Yield the steps; while they last, signals are noted, and do not interrupt."""

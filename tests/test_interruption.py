@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -165,11 +166,33 @@ def test_a_script_that_is_stopped_ends_with_a_line(message, line):
         runtime.run(main, lambda: None)
 
 
+class InterruptedWhenDeleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):                          # Python drops what is raised here
+            pass
+
+
+def test_an_interrupt_that_python_drops_comes_again(capfd):
+    def main(args):
+        thing = InterruptedWhenDeleted()
+        del thing
+        time.sleep(5)
+
+    begin = time.time()
+    with restored_handlers(), pytest.raises(SystemExit, match="stopped"):
+        runtime.run(main, lambda: None)
+    assert time.time() - begin < 4
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @contextlib.contextmanager
 def restored_handlers():
     numbers = [*runtime.stop_signals(), signal.SIGCHLD]
     handlers = {number: signal.getsignal(number) for number in numbers}
+    hook = sys.unraisablehook                          # of pytest
     yield
+    sys.unraisablehook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
