@@ -51,7 +51,7 @@ from listing import (
     read_bytes,
     shown,
 )
-from runtime import stop_request
+from runtime import stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -71,6 +71,7 @@ BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has non
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
 # slow network perhaps a minute, and two minutes are what a user waits without a word.
 WORKER_TIMEOUT = 100
+SECONDS_OF_IMAGE = 3       # at most: to load 24 megapixels on a slow or busy core
 HEADER_BYTES = 10_000      # of an array; NumPy's own limit for files that are not trusted
 
 
@@ -334,8 +335,8 @@ class FileSource:
         return summary
 
     def identity(self):
-        """Number of images before the split, and a hash of their names and labels in order."""
-        names = [f"{image.name}\t{image.label}\n" for image in self.all_images]
+        """Number of images before the split; hash of their names, labels and texts in order."""
+        names = [f"{image.name}\t{image.label}\t{image.texts}\n" for image in self.all_images]
         sha1 = hashlib.sha1("".join(names).encode(errors="surrogatepass"))
         return {"images": len(names), "names": sha1.hexdigest()}
 
@@ -425,10 +426,12 @@ def check_texts(images, path):
     """Raises: ValueError if an image has no text, which only conversations need."""
     without_text = [image for image in images if not image.texts]
     if without_text:
-        first = without_text[0]
+        first = without_text[0].full_name()
+        if without_text[0].name not in first:     # the line of a .jsonl
+            first += f" ({without_text[0].name})"
         raise ValueError(
             f"--data {path}: {len(without_text)} of {len(images)} images have no text, "
-            f"first {first.full_name()}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
+            f"first {first}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
             "empty where it shall be unconditional")
 
 
@@ -589,12 +592,14 @@ def fit_defaults(args, defaults, with_conversations=False):
     hold_out = getattr(args, "hold_out", None)
     if hold_out is None:
         hold_out = defaults["hold_out"]
-    if hold_out is None:
-        hold_out = args.eval_n or min(defaults["eval_n"], max(2, n // 10))     # 2: a variance
+    if hold_out is None and n < 4:                # at least two are evaluated, and trained on
+        hold_out = 0
+    elif hold_out is None:
+        hold_out = args.eval_n or min(defaults["eval_n"], max(2, n // 10))
     eval_n = min(defaults["eval_n"], hold_out or n)
 
     to_train_on = sum(counts) - len(counts) * hold_out
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     batch = min(defaults["batch"], max(1, to_train_on))
     batch = max(world, batch // world * world)
     return dict(batch=batch, hold_out=hold_out, eval_n=eval_n)
@@ -614,6 +619,8 @@ def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
         problems.append(f"--hold_out {hold_out} must be below {n}")
     elif batch > to_train_on:
         problems.append(f"--batch {batch} must be at most the {to_train_on} to train on")
+    if eval_n == 1:
+        problems.append(f"--eval_n 1 must be at least 2; give --hold_out {max(2, hold_out)}")
     if eval_n > (hold_out or n):
         problems.append(f"--eval_n {eval_n} must be at most the {hold_out or n} held out")
     if problems:
@@ -1020,7 +1027,7 @@ def micro_batch_numbers(batch, micro_batch, start, stop, rank, world):
 
 def read_batches(data, loader, batch, micro_batch):
     """Yield what batches promises. Broken files are counted here, in the main process."""
-    for lists in read_lists(loader):
+    for lists in read_lists(loader, max(WORKER_TIMEOUT, SECONDS_OF_IMAGE * micro_batch)):
         for k, broken in zip(lists["number"], lists["broken"], strict=True):
             data.report_broken(k, broken)
         # The images of a micro-batch are consecutive, so the first one tells where it belongs.
@@ -1056,8 +1063,11 @@ def end_with(trainer):
     os._exit(1)
 
 
-def read_lists(loader):
-    """Yield what the loader yields. Raises: ValueError if a worker is killed or hangs"""
+def read_lists(loader, seconds):
+    """Yield what the loader yields, for each of which its workers have so many seconds.
+
+    Raises: ValueError if a worker is killed or hangs
+    """
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - before
@@ -1066,7 +1076,8 @@ def read_lists(loader):
     while True:
         done, hung = threading.Event(), threading.Event()
         if workers:
-            threading.Thread(target=kill_if_silent, args=(workers, done, hung), daemon=True).start()
+            threading.Thread(target=kill_if_silent, args=(workers, done, hung, seconds),
+                             daemon=True).start()
         try:
             lists = next(iterator)
         except StopIteration:
@@ -1074,8 +1085,9 @@ def read_lists(loader):
         except (RuntimeError, ValueError) as error:
             if hung.is_set():
                 raise ValueError(
-                    f"the processes that load images were silent for {WORKER_TIMEOUT} s; is --data "
-                    "on a disk or network that hangs? --workers 0 shows where") from None
+                    f"the processes that load images were silent for {seconds} s; is --data "
+                    "on a disk or network that hangs? --workers 0 shows where; if images are "
+                    "only large, give more --workers") from None
             if is_of_dead_worker(error):
                 raise died(error) from None
             raise
@@ -1084,12 +1096,12 @@ def read_lists(loader):
         yield lists
 
 
-def kill_if_silent(workers, done, hung):
+def kill_if_silent(workers, done, hung, seconds):
     """Kill the workers unless `done` is set in time. What waits for them then raises an error.
 
     DataLoader's own timeout does not notice a worker that hangs in the middle of a batch.
     """
-    for _ in range(WORKER_TIMEOUT):
+    for _ in range(seconds):
         if done.wait(1):                          # a run that Ctrl-Z stops counts no seconds
             return
     hung.set()

@@ -290,6 +290,8 @@ def reconstruct_all(args, rank, world, device):
     n = args.n or min(RECONSTRUCTION_N, len(val))
     metrics.check_n(n, len(val))
     metrics.report_data(val, rank)
+    is_of_decoder = release.script_of(state) == "train_decoder.py"
+    reference = metrics.judge_split(reference, state, val, is_of_other_stage=not is_of_decoder)
     if rank == 0:
         metrics.report_reference(reference)
 

@@ -339,6 +339,7 @@ def evaluate_model(args, features, rank, world, device):
         n = args.n or min(MODEL_N, len(val))
         metrics.check_n(n, len(val))
         metrics.report_data(val, rank)
+        reference = metrics.judge_split(reference, state, val)
     if rank == 0:
         metrics.report_reference(reference)
 

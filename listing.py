@@ -134,10 +134,14 @@ def count_images(paths, at_most, with_conversations):
     count = 0
     for path in paths:
         check_path(path)
+        names = []
         if os.path.isdir(path):
             names = filter(is_image, walk(path, PassedOver()))
-            count += sum(1 for _ in itertools.islice(names, at_most - count))
-        else:
+            names = list(itertools.islice(names, at_most - count))
+        folders = {folder for name in names for folder in name.split("/")[:-1]}
+        if names and not any(split_of(folder) for folder in folders):
+            count += len(names)
+        else:                                     # no plain folder: it may not be read as a whole
             count += len(list_images(path, with_conversations, PassedOver()))
         if count >= at_most:
             return at_most

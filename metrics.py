@@ -757,13 +757,13 @@ def verify(images, labels):
 
 
 # ---------------------------------------------------------------------------- images to measure
-HELD_OUT, TRAIN, OTHER = "held out", "train", "other data"
+HELD_OUT, TRAIN, OVERLAP, OTHER = "held out", "train", "may overlap train", "other data"
 
 
 class Reference(NamedTuple):
     """The images that a model is compared with.
 
-    specs, hold_out: for open_data(). split: HELD_OUT of its training, TRAIN, or OTHER.
+    specs, hold_out: for open_data(). split: HELD_OUT of its training, TRAIN, OVERLAP, or OTHER.
     """
     specs: list
     hold_out: int
@@ -792,12 +792,26 @@ def choose_reference(args, state, source):
     if not overlap(files, trained_files):
         return Reference(specs, hold_out, OTHER)
     if files != trained_files:                         # then it is not known which were held out
-        return Reference(specs, hold_out, TRAIN)
+        return Reference(specs, hold_out, OVERLAP)
     if hold_out > trained_hold_out:
         raise ValueError(f"--hold_out {hold_out} is more than the {trained_hold_out} images that "
                          f"the training of {source} held out: it has seen the others; give at "
                          f"most --hold_out {trained_hold_out}, or other images by --data")
     return Reference(specs, hold_out, HELD_OUT if hold_out > 0 else TRAIN)
+
+
+def judge_split(reference, state, data, is_of_other_stage=False):
+    """The reference, whose images are only held out if the files are as they were in training.
+
+    state: dict of the checkpoint. data: ImageData of the reference. is_of_other_stage: whether the
+    checkpoint's hold-out is not that of the model, as of a DiT's checkpoint for its decoder.
+    """
+    if reference.split != HELD_OUT or not data.identity():             # built-in worlds are known
+        return reference
+    has_changed = state.get("data") not in (None, data.identity())
+    if has_changed or is_of_other_stage:
+        return reference._replace(split=OVERLAP)
+    return reference
 
 
 def paths_of_files(specs):
@@ -827,9 +841,12 @@ def report_data(data, rank):
 def report_reference(reference):
     """Say, on stderr, that numbers are of images that the model knows."""
     if reference.split == TRAIN:
-        print("warning: the reference are images that the model was trained on, so the numbers "
-              "look too good; give other images by --data, or train with --hold_out N",
-              file=sys.stderr)
+        print("warning: the model was trained on the reference images, so the numbers look too "
+              "good; give other images by --data, or train with --hold_out N", file=sys.stderr)
+    if reference.split == OVERLAP:
+        print("warning: the training may have seen some of the reference images: their folder is "
+              "in or around its --data, has changed since, or was held out of another stage; then "
+              "the numbers look too good", file=sys.stderr)
 
 
 def is_npz(specs):

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,11 +104,12 @@ def run(main, parse_args):
     except KeyboardInterrupt as stop:                  # with a message where something was kept
         if int(os.environ.get("RANK", 0)) > 0:         # rank 0 says it
             raise SystemExit(1) from None
-        raise SystemExit(str(stop) or "stopped; nothing was kept: give the command again") from None
+        raise SystemExit(str(stop) or "stopped; give the command again") from None
     except RuntimeError as error:
         if is_of_another_process(error):
-            raise SystemExit("error: another process of this run has ended; its message says why; "
-                             "the last checkpoint is whole") from None
+            cause = str(error).splitlines()[0]
+            raise SystemExit(f"error: no connection to the other processes of this run ({cause}); "
+                             f"if one of them has ended, its message says why") from None
         raise
     finally:
         for number in stop_signals():                  # the process is ending anyway
@@ -168,7 +170,8 @@ def stop_signals():
 
 def interrupt(number, frame):
     """Handler outside of training loops: stop at once, as Ctrl-C does by default."""
-    raise KeyboardInterrupt
+    if time.monotonic() - stop_request.time > stop_request.TOGETHER:   # else it ended the loop
+        raise KeyboardInterrupt
 
 
 def interrupt_again(dropped):
@@ -233,7 +236,8 @@ stop_request = StopRequest()                           # of this process
 
 def say_in_handler(line):
     """Write a line to stderr, past Python's buffers, which a handler may not enter again."""
-    os.write(2, f"\n{line}\n".encode())
+    with contextlib.suppress(OSError):                 # the terminal may be gone
+        os.write(2, f"\n{line}\n".encode())
 
 
 # ---------------------------------------------------------------------------- training steps
@@ -460,7 +464,10 @@ class Lock:
 
     def is_current(self):
         """Whether the locked file is still the one at the path."""
-        return self.path.exists() and self.path.stat().st_ino == os.fstat(self.file.fileno()).st_ino
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def release(self):
         """Remove the file, then give up the lock."""
@@ -482,8 +489,8 @@ def lock(path, is_folder=False):
     if int(os.environ.get("RANK", 0)) == 0:
         try:
             taken = Lock(file, path)
-        except ValueError as error:
-            problem = str(error)
+        except (ValueError, OSError) as error:
+            problem = one_line(error)
     problem = gather(problem)[0]
     if problem:
         raise ValueError(problem)
@@ -506,15 +513,18 @@ def check_out(path, flag="--out"):
     if not str(path).strip():
         raise ValueError(f"{flag} is empty, perhaps a variable that is not set; name a path")
     ancestor = Path(path).absolute()
-    while not ancestor.exists():
+    while not ancestor.exists() and ancestor != ancestor.parent:       # a drive may be missing
         ancestor = ancestor.parent
+    if not ancestor.exists():
+        raise ValueError(f"{flag} {path} cannot be written: there is no {ancestor}")
     is_folder = ancestor.is_dir()
     if ancestor != Path(path).absolute() and not is_folder:
         raise ValueError(f"{flag} {path} cannot be written: {ancestor} is a file, not a folder")
     if not is_folder and not ancestor.is_file():       # it would be replaced by a file
         raise ValueError(f"{flag} {path} is a pipe or a device; name a file or a folder")
-    if not os.access(ancestor, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written: no permission for {ancestor}")
+    folder = ancestor if is_folder else ancestor.parent                # where a temporary file goes
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: no permission for {folder}")
 
 
 def check_suffix(path, suffixes, flag="--out"):
@@ -549,7 +559,9 @@ def load_checkpoint(path):
         if Path(path).suffix == ".safetensors":
             state = read_nested_safetensors(path)
         else:
-            state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            # Windows cannot replace a file that is mapped, as a resumed run will.
+            is_mapped = zipfile.is_zipfile(path) and sys.platform != "win32"
+            state = torch.load(path, "cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely: another kind of file, "
                          f"cut short, or with code in it ({type(error).__name__}); copy or train "
@@ -777,6 +789,8 @@ def check_unchanged(args, stored, fixed):
         # A flag that is newer than the checkpoint was off when it was written.
         if given[name] != stored.get(name) and (name in stored or given[name]):
             was = stored.get(name)
+            if isinstance(was, list):
+                was = shlex.join(map(str, was))
             advice = "resume without it" if was is None else f"resume with --{name} {was}"
             raise ValueError(f"--{name} {given[name]} differs from the checkpoint's {was}; "
                              f"{advice}")
@@ -829,6 +843,8 @@ def load_resumable(args):
     state = load_checkpoint(path)
     if type(state.get("step")) is not int:
         raise ValueError(f"{path} has step {state.get('step')!r}, not a number; start another run")
+    if not isinstance(state.get("opt"), (dict, list)):
+        raise ValueError(f"{path} has no optimizer; start another run from its weights by --init")
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} "
                          f"to go on")
@@ -845,19 +861,26 @@ def load_optimizer(optimizer, state):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's optimizer does not fit ({error}); start another run "
                          f"from its weights by --init") from error
-    check_moments(optimizer)
-
-
-def check_moments(optimizer):
-    """Raise ValueError unless the moments of all parameters have their shapes and are finite."""
     names = {"momentum_buffer"}                        # of Muon
     if isinstance(optimizer, torch.optim.AdamW):
-        names = {"step", "exp_avg", "exp_avg_sq"}
-    for parameter, moments in optimizer.state.items():
-        is_right = moments.keys() == names
+        names = ADAM_MOMENTS
+    shapes = {parameter: parameter.shape for parameter in optimizer.state}
+    check_moments(optimizer.state, shapes, names)
+
+
+ADAM_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def check_moments(states, shapes, names):
+    """Raise ValueError unless the moments of all parameters have their shapes and are finite.
+
+    states: parameter or its name -> moments. shapes: of the parameters. names: of the moments.
+    """
+    for parameter, moments in states.items():
+        is_right = parameter in shapes and moments.keys() == names
         for name, moment in moments.items():
             is_tensor = isinstance(moment, torch.Tensor)
-            fits = is_tensor and (name == "step" or moment.shape == parameter.shape)
+            fits = is_tensor and (name == "step" or moment.shape == shapes.get(parameter))
             is_right = is_right and fits and bool(moment.isfinite().all())
         if not is_right:
             raise ValueError("the checkpoint's optimizer has moments of other weights, or that are "
@@ -882,8 +905,8 @@ def warn_of_flags(log, args, resumed):
             log.warn(f"--{name} {step} is not below --steps {args.steps}: {effect}")
 
 
-def check_same_data(stored, current, hold_out):
-    """Say what changed in the data of a resumed run since its checkpoint: a line, or None.
+def describe_change(stored, current, hold_out):
+    """Describe what changed in the data of a resumed run since its checkpoint, or return None.
 
     stored, current: ImageData.identity() then and now; stored is None in older checkpoints.
     Raises ValueError if images were held out, since others would be now: a change reorders them.
@@ -900,11 +923,11 @@ def check_same_data(stored, current, hold_out):
             changes.append(f"{source} had {then['images']} images and has {now['images']}")
         elif then != now:
             changes.append(f"{source} has other names or labels for its {now['images']} images")
-    told = "the data changed since the checkpoint: " + ", ".join(changes)
+    change = "the data changed since the checkpoint: " + ", ".join(changes)
     if hold_out > 0:
-        raise ValueError(f"{told}; images that --hold_out {hold_out} kept for evaluation would "
+        raise ValueError(f"{change}; images that --hold_out {hold_out} kept for evaluation would "
                          f"move into training; bring the images back, or start another run")
-    return f"{told}; the run goes on with them, in another order"
+    return f"{change}; the run goes on with them, in another order"
 
 
 class Updates:
@@ -962,8 +985,9 @@ class Checkpoints:
         """
         if self.rank > 0:
             return
-        for leftover in self.out.glob("*.tmp"):
-            leftover.unlink()
+        for pattern in ("last.pt.tmp", "log.jsonl.tmp", "preview_*.png.tmp"):
+            for leftover in self.out.glob(pattern):
+                leftover.unlink()
         if start == 0:
             self.last.unlink(missing_ok=True)
             self.previous.unlink(missing_ok=True)
@@ -979,6 +1003,16 @@ class Checkpoints:
         if self.updates.have_diverged() or is_left_out and is_end:
             self.stop_diverged()
 
+    def keep_previous(self):
+        """Give the checkpoint that is to be replaced a second name, or copy it without links."""
+        if not self.last.exists():
+            return
+        try:
+            os.link(self.last, self.previous)
+        except OSError:
+            shutil.copyfile(self.last, self.previous)
+        self.has_previous = True
+
     def drop_previous(self):
         self.previous.unlink(missing_ok=True)
         self.has_previous = False
@@ -988,10 +1022,13 @@ class Checkpoints:
         recent = self.updates.recent
         if self.has_previous:
             os.replace(self.previous, self.last)
-        advice = "start anew with a lower --lr, --clip 1 or --dtype fp32"
-        if self.last.exists():
+        advice = "start anew with lower learning rates, --clip 1 or --dtype fp32"
+        if self.last.exists() and all(recent):
+            advice = (f"{self.last} was resumed without a finite step: if lower learning rates and "
+                      f"--clip 1 change nothing, its weights are spoilt; then {advice}")
+        elif self.last.exists():
             advice = (f"{self.last} is the last checkpoint with a finite loss: go on from it by "
-                      f"--resume with a lower --lr or --clip 1, or {advice}")
+                      f"--resume with lower learning rates or --clip 1, or {advice}")
         raise ValueError(f"the run has diverged: gradients were not finite and updates left out in "
                          f"{sum(recent)} of the last {len(recent)} steps; {advice}")
 
@@ -1025,11 +1062,8 @@ class Checkpoints:
         for name, weight in [*state["model"].items(), *state.get("ema", {}).items()]:
             if not weight.isfinite().all():
                 return f"step {done} is not saved, since {name} is not finite"
-        if not self.has_previous:                      # else it is the last one known to be sane
-            with contextlib.suppress(OSError):         # no checkpoint yet, or no links here
-                os.link(self.last, self.previous)
-                self.has_previous = True
         try:
+            self.keep_previous()
             save_checkpoint(self.last, step=done, **state)
         except OSError as error:
             self.drop_previous()                       # it is the same as the last one
@@ -1093,7 +1127,8 @@ class Log:
     """
     def __init__(self, args, rank, device, start, parameters, data):
         self.steps, self.batch, self.device = args.steps, args.batch, device
-        self.last_step, self.last_time = start, time.time()
+        self.start, self.start_time = start, time.time()
+        self.last_step, self.last_time = start, self.start_time
         self.out, self.rank = Path(args.out), rank
         self.unwritten = ""                            # lines that the disk had no room for
         self.first_seconds = None                      # of the first step
@@ -1166,10 +1201,10 @@ class Log:
 
         The first of them waits for the loader workers, the second shows the pace.
         """
-        seconds = time.time() - self.last_time
-        if step == self.last_step + 1:
+        seconds = time.time() - self.start_time
+        if step == self.start + 1:
             self.first_seconds = seconds
-        elif step == self.last_step + 2:
+        elif step == self.start + 2:
             pace = seconds - self.first_seconds
             self.say(f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s; at "
                      f"its pace the other {self.steps - step} take "
@@ -1190,13 +1225,19 @@ class Log:
                  f"| {time_left(seconds_left)} left")
         self.last_step, self.last_time = step, time.time()
 
-    def picture(self, picture, step):
-        """Write a PIL picture as OUT/preview_STEP.png. A full disk costs no more than this."""
+    def preview(self, step, draw):
+        """Write OUT/preview_STEP.png, on rank 0. What prevents it costs no more than the picture.
+
+        draw: function that returns it, a PIL image.
+        """
+        if self.rank > 0:
+            return
         path = self.out / f"preview_{step:07d}.png"
         try:
+            picture = draw()
             write_whole(path, lambda f: picture.save(f, "png"))
-        except OSError as error:
-            self.say(f"warning: {one_line(error)}; training goes on without it")
+        except (ValueError, OSError) as error:
+            self.warn(f"{one_line(error)}; training goes on without a preview of step {step}")
 
 
 def read_record(line):

@@ -482,7 +482,7 @@ def parse_args(argv=None):
     p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
                    help="Number of images (default: 3 for each label or prompt).")
     p.add_argument("--out",
-                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.npz: arr_0 and labels; "
+                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.npz: arr_0, labels, names; "
                         f"without a suffix: a folder of PNG files (default: samples.png, with "
                         f"--prompt prompts.png).")
     add_model_flags(p)
@@ -656,7 +656,7 @@ def stale_parts(parts):
 
 
 def report_stale_parts(parts):
-    """Say which folders finish_parts() is going to delete."""
+    """Say which folders delete_parts() is going to delete."""
     for folder in stale_parts(parts):
         print(f"{folder} has images of a run with other flags or weights that was stopped; it is "
               f"deleted when this run is done (to keep it, stop now and name another --out)")
@@ -723,9 +723,9 @@ def says_what_is_kept(files):
                                 f"goes on when the command is given again") from None
 
 
-def save_npz(f, files, labels):
-    """Write images and labels to an open file as np.savez does, one image at a time: 50,000 of 256
-    px are 10 GB.
+def save_npz(f, files, labels, names):
+    """Write images, labels and their names to an open file as np.savez does, one image at a time:
+    50,000 of 256 px are 10 GB. names: of classes or prompts; label i is names[i].
     """
     width, height = Image.open(files[0]).size
     header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
@@ -736,6 +736,8 @@ def save_npz(f, files, labels):
                 member.write(np.asarray(Image.open(file)).tobytes())
         with archive.open("labels.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array(member, labels)
+        with archive.open("names.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, np.array(names))
 
 
 def save_grid(out, files, captions):
@@ -810,13 +812,14 @@ def sample_to(out, args, rank, world, device):
     if args.prompt:
         model, rae, state = load_t2i_models(args, device)
         models = [model]
-        captions = args.prompt
+        captions = names = args.prompt
         n = args.n or 3 * len(captions)
         labels = np.resize(range(len(captions)), n)                     # numbers of prompts
     else:
         model, rae, state, weak = load_models(args, device)
         models = [model, weak] if weak else [model]
         labels, captions = choose_classes(args, state)
+        names = [*state["class_names"], "none"]
         n = len(labels)
 
     def draw_images(numbers):
@@ -844,7 +847,7 @@ def sample_to(out, args, rank, world, device):
         if out.suffix == "":
             parts.rename(out)
         elif out.suffix.lower() == ".npz":
-            runtime.write_whole(out, lambda f: save_npz(f, files, labels))
+            runtime.write_whole(out, lambda f: save_npz(f, files, labels, names))
         else:
             save_grid(out, files, captions)
     delete_parts(parts)

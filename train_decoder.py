@@ -49,7 +49,6 @@ from release import (
     LARGEST_SIDE,
     PUBLISHED_RAES,
     check_checkpoint,
-    check_statistics,
     is_published_rae,
     load_encoder,
     load_packed_rae,
@@ -962,7 +961,7 @@ def main(args, data=None):
     check_batch(data, args.batch)
     change_of_data = None
     if resumed:
-        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(),
+        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(),
                                                  args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
@@ -1014,7 +1013,11 @@ def main(args, data=None):
         log.say(f"measuring the latents of {n} images")
         mean, var = latent_statistics(networks.ema_encoder, statistics_data, n, args.micro_batch,
                                       rank, world, args.workers, device)
-        check_statistics(mean, var, f"--encoder {args.encoder}")
+        if not (mean.isfinite().all() and var.isfinite().all()):
+            raise ValueError(f"the latents of --encoder {args.encoder} are not finite; if it is a "
+                             f"VAE, the run has diverged: lower --lr, or give --clip 1")
+        if n == 1:
+            log.warn("one image has no variance: latents will not be normalised; give more images")
         log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
         return mean, var
 
@@ -1035,10 +1038,8 @@ def main(args, data=None):
             step, is_stop, **networks.state(), rae=packed_rae, args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=data.identity())
 
-    def preview(step):
-        if rank > 0:
-            return
-        log.picture(reconstruction_picture(rae, load_images(val_data, range(12))), step)
+    def draw_preview():
+        return reconstruction_picture(rae, load_images(val_data, range(12)))
 
     def evaluate(step):
         for source, name in enumerate(val_data.domains):
@@ -1088,7 +1089,7 @@ def main(args, data=None):
             checkpoints.say_stopped()
             break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
-            preview(done)
+            log.preview(done, draw_preview)
         if args.eval_every and (done % args.eval_every == 0 or is_end):
             evaluate(done)
 

@@ -193,11 +193,8 @@ def check_flags(args):
 
 
 # ---------------------------------------------------------------------------- data
-def cached_batches(data, rae, args, start, rank, world, device):
-    """Yields like data.batches, but latents in place of images.
-
-    The first --cache images are encoded once; each micro-batch is drawn from them at random.
-    """
+def encode_cache(data, rae, args, rank, world, device):
+    """Latents n c h w, in half precision, and labels n of the first --cache images."""
     unit = args.micro_batch * world
     turns = -(-args.cache // unit)                          # rounded up
     encoded = []
@@ -211,6 +208,11 @@ def cached_batches(data, rae, args, start, rank, world, device):
     in_order = [part for turn in zip(*runtime.gather(encoded), strict=True) for part in turn]
     latents = torch.cat([part[0] for part in in_order])
     labels = torch.cat([part[1] for part in in_order])
+    return latents, labels
+
+
+def cached_batches(latents, labels, args, start, rank, world):
+    """Yields like data.batches, but latents, of which each micro-batch is drawn at random."""
     for step in range(start, args.steps):
         for micro in range(rank, args.batch // args.micro_batch, world):
             rng = np.random.default_rng((args.seed, step, micro))
@@ -268,7 +270,7 @@ def main(args, data=None):
     check_batch(data, args.batch)
     change_of_data = None
     if resumed:
-        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(),
+        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(),
                                                  args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
@@ -316,12 +318,10 @@ def main(args, data=None):
             num_classes=data.num_classes, class_names=data.class_names,
             latent_shape=[channels, grid], data=data.identity())
 
-    def preview(step):
-        if rank > 0:
-            return
+    def draw_preview():
         labels = list(range(min(36, data.num_classes)))
         images = sample.generate(ema, rae, labels + labels, args)
-        log.picture(sample.draw_grid(images, data.class_names[:36]), step)
+        return sample.draw_grid(images, data.class_names[:36])
 
     def evaluate(step):
         results = evaluate_generation(ema, rae, val_data, args, args.eval_n, rank, world,
@@ -331,7 +331,8 @@ def main(args, data=None):
 
     # ---------------------------------------------------------------- loop
     if args.cache:
-        stream = cached_batches(data, rae, args, start, rank, world, device)
+        latents, labels = encode_cache(data, rae, args, rank, world, device)
+        stream = cached_batches(latents, labels, args, start, rank, world)
     else:
         stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                          stop=args.steps)
@@ -373,7 +374,7 @@ def main(args, data=None):
             checkpoints.say_stopped()
             break
         if args.preview_every and (done % args.preview_every == 0 or is_end):
-            preview(done)
+            log.preview(done, draw_preview)
         if args.eval_every and (done % args.eval_every == 0 or is_end):
             evaluate(done)
 

@@ -35,7 +35,7 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_amounts, check_batch, fit_defaults, open_data
+from data import batches, check_amounts, check_batch, fit_defaults, open_data, parse_specs
 from eval_t2i import evaluate_prompts
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
@@ -281,12 +281,21 @@ def check_flags(args):
     if args.release_dir and not is_published:
         raise ValueError(f"--release_dir {args.release_dir} is for published models; name one by "
                          f"--init or --rae, or leave the flag out")
+    if args.eval_every and not is_built_in(args.data):
+        raise ValueError("--eval_every runs ShapesEval, which measures nothing without shapes "
+                         "among --data; leave it out")
     if args.shard and args.eval_every:
         raise ValueError("--eval_every draws with all weights on one process, and --shard spreads "
                          "them; evaluate checkpoints by eval_t2i.py")
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ValueError("--shard needs processes to share among; start with torchrun "
                          "--nproc_per_node=N train_t2i.py")
+
+
+def is_built_in(specs):
+    """Whether shapes is among the sources of --data."""
+    paths, _ = parse_specs(specs)
+    return ["shapes"] in paths.values()
 
 
 # ---------------------------------------------------------------------------- data
@@ -467,12 +476,16 @@ def load_moments(t2i, optimizer, stored):
 
     stored: what whole_state() has under "opt", whatever the number of processes then and now.
     """
+    if len(stored["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError("the checkpoint's optimizer is of other weights; start another run from "
+                         "its weights by --init")
+    shapes = {name: parameter.shape for name, parameter in t2i.named_parameters()}
+    runtime.check_moments(stored["state"], shapes, runtime.ADAM_MOMENTS)
     groups = []
     for group, stored_group in zip(optimizer.param_groups, stored["param_groups"], strict=True):
         groups.append({**group, "params": stored_group["params"]})      # names of parameters
     state = dict(state=stored["state"], param_groups=groups)
     set_optimizer_state_dict(t2i, optimizer, state, options=WHOLE)
-    runtime.check_moments(optimizer)
 
 
 # ---------------------------------------------------------------------------- training
@@ -542,7 +555,7 @@ def main(args, data=None, conversation=None):
     check_batch(data, args.batch)
     change_of_data = None
     if resumed:
-        change_of_data = runtime.check_same_data(resumed.get("data"), data.identity(), 0)
+        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(), 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
         prompts = preview_prompts(args, packed_rae["size"])
@@ -592,10 +605,12 @@ def main(args, data=None, conversation=None):
     # Previews and ShapesEval draw one image of a prompt, so nothing is to choose from.
     drawing = argparse.Namespace(**dict(vars(args), batch=72, best_of=1, verifier="answer"))
 
-    def preview(step):
-        images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
-        log.picture(sample.draw_grid(images, prompts), step)
-        t2i.train()                                         # it is the EMA itself with --ema 0
+    def draw_preview():
+        try:
+            images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
+        finally:
+            t2i.train()                                     # it is the EMA itself with --ema 0
+        return sample.draw_grid(images, prompts)
 
     def evaluate(step):
         results = evaluate_prompts(ema.eval(), rae, drawing, args.eval_n, rank, world)
@@ -657,7 +672,7 @@ def main(args, data=None, conversation=None):
             checkpoints.say_stopped()
             break
         if prompts and (done % args.preview_every == 0 or is_end):
-            preview(done)
+            log.preview(done, draw_preview)
         if args.eval_every and (done % args.eval_every == 0 or is_end):
             evaluate(done)
 

@@ -1662,6 +1662,7 @@ def test_a_worker_that_is_killed_is_reported():
 
 def test_a_worker_that_hangs_is_reported(monkeypatch):
     monkeypatch.setattr(data_module, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(data_module, "SECONDS_OF_IMAGE", 0)
     run = batches(open_data("shapes", 64), 8, 8, workers=2)
     workers = workers_of(run)
     for worker in workers:

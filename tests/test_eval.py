@@ -323,6 +323,7 @@ def trained_on_photos(photos, tmp_path):
     for name, shipped in (("dit", SHIPPED), ("rae", release.SHIPPED_RAE)):
         state = dict(runtime.load_checkpoint(shipped))
         state["args"] = dict(state["args"], data=[str(photos)], hold_out=4)
+        state["data"] = open_data(str(photos), 64).identity()
         paths[name] = tmp_path / f"{name}.pt"
         torch.save(state, paths[name])
     return paths
@@ -351,11 +352,25 @@ def test_held_out_images_are_the_default_reference(stage, trained_on_photos, cap
 def test_images_of_the_training_are_told(stage, trained_on_photos, photos, capsys):
     results = evaluate(stage, trained_on_photos, "--hold_out", 0)
     assert (results["reference_split"], results["n"]) == ("train", 12)
-    assert "the reference are images that the model was trained on" in capsys.readouterr().err
+    assert "the model was trained on the reference images" in capsys.readouterr().err
 
     results = evaluate(stage, trained_on_photos, "--data", photos / ".." / "photos")
     assert results["reference_split"] == "train"
-    assert "the reference are images that the model was trained on" in capsys.readouterr().err
+    assert "the model was trained on the reference images" in capsys.readouterr().err
+
+
+@pytest.mark.shipped
+@both_stages
+def test_files_that_changed_since_training_may_have_been_seen(stage, trained_on_photos, photos,
+                                                             capsys):
+    new = photos / "new.png"
+    Image.new("RGB", (64, 64)).save(new)
+    try:
+        results = evaluate(stage, trained_on_photos)
+    finally:
+        new.unlink()
+    assert results["reference_split"] == "may overlap train"
+    assert "the training may have seen some of the reference images" in capsys.readouterr().err
 
 
 @pytest.mark.shipped

@@ -157,7 +157,7 @@ def test_signals_are_only_caught_within_the_loop():
 
 
 @pytest.mark.parametrize("message, line", [
-    ("", "stopped; nothing was kept: give the command again"), ("7 are kept", "7 are kept")])
+    ("", "stopped; give the command again"), ("7 are kept", "7 are kept")])
 def test_a_script_that_is_stopped_ends_with_a_line(message, line):
     def main(args):
         raise KeyboardInterrupt(message)
@@ -214,6 +214,15 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_sane_checkpoint(tmp_path):
     run_script(train_dit, "--resume", "--lr", "1e-3", "--clip", 1, "--steps", kept["step"] + 2,
                "--out", tmp_path)
     assert all(weight.isfinite().all() for weight in load_last(tmp_path)["model"].values())
+
+
+def test_a_checkpoint_without_a_finite_step_is_called_spoilt(tmp_path):
+    run_script(train_dit, *DIT_FLAGS, "--dtype", "fp32", "--steps", 1, "--lr", "1e15", "--clip", 0,
+               "--warmup", 0, "--out", tmp_path)
+    message = "resumed without a finite step: .* spoilt; then start anew"
+    with pytest.raises(ValueError, match=message):
+        run_script(train_dit, "--resume", "--lr", "1e-4", "--clip", 1, "--steps", 40,
+                   "--out", tmp_path)
 
 
 def checkpoints_of(folder, steps=1000):
@@ -302,6 +311,12 @@ def test_a_released_lock_leaves_no_file(tmp_path):
 def open_log(folder, start=0):
     args = train_dit.parse_args(["--steps", "100", "--out", str(folder)])
     return runtime.Log(args, 0, torch.device("cpu"), start, 0, open_data("shapes", 64))
+
+
+def test_the_pace_of_the_first_steps_is_told_once(tmp_path, capsys):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 6, "--log_every", 1, "--out", tmp_path)
+    assert capsys.readouterr().out.count("the first step took") == 1
+    assert sum("first_step_seconds" in record for record in read_log(tmp_path)) == 1
 
 
 def test_torn_and_foreign_lines_do_not_prevent_a_resume(tmp_path):
@@ -407,14 +422,22 @@ def test_the_log_waits_for_room(tmp_path):
 
 def test_a_preview_without_room_costs_only_the_preview(tmp_path, capsys):
     log = open_log(tmp_path)
-    noise = torch.randint(256, (200, 200, 3), dtype=torch.uint8)
+    noise = Image.fromarray(torch.randint(256, (200, 200, 3), dtype=torch.uint8).numpy())
     with files_up_to(30_000):
-        log.picture(Image.fromarray(noise.numpy()), step=7)
+        log.preview(7, lambda: noise)
     assert "preview_0000007.png could not be written: File too large" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
-    log.picture(Image.fromarray(noise.numpy()), step=7)
+    log.preview(7, lambda: noise)
     assert Image.open(tmp_path / "preview_0000007.png").size == (200, 200)
+
+
+def test_a_preview_that_cannot_be_drawn_costs_only_the_preview(tmp_path, capsys):
+    def draw():
+        raise ValueError("the model draws latents that are not finite")
+
+    open_log(tmp_path).preview(7, draw)
+    assert "not finite; training goes on without a preview of step 7" in capsys.readouterr().out
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path):

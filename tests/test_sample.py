@@ -355,10 +355,11 @@ def test_an_npz_holds_what_numpy_writes(tmp_path):
         files.append(tmp_path / f"{i}.png")
         sample.save_png(Image.fromarray(image), files[i])
     with open(tmp_path / "x.npz", "wb") as f:
-        sample.save_npz(f, files, np.arange(3))
+        sample.save_npz(f, files, np.arange(3), ["7", "8", "9"])
     arrays = np.load(tmp_path / "x.npz")
     assert np.array_equal(arrays["arr_0"], images)
     assert arrays["labels"].tolist() == [0, 1, 2]
+    assert arrays["names"].tolist() == ["7", "8", "9"]
 
 
 @pytest.fixture

@@ -658,7 +658,7 @@ def test_text_has_no_conversations():
 def test_a_source_with_too_few_images_is_refused(tmp_path, capsys):
     write_grey_images(tmp_path / "images", 3)
     with pytest.raises(SystemExit):
-        run_script(train_decoder, *DECODER_FLAGS, "--out", tmp_path / "out",
+        run_script(train_decoder, *DECODER_FLAGS, "--hold_out", 4, "--out", tmp_path / "out",
                    "--data", "a=shapes:0.5", f"b={tmp_path / 'images'}:0.5")
     assert "has 3 images: --hold_out 4 must be below 3" in capsys.readouterr().err
 

@@ -168,7 +168,7 @@ def test_missing_captions_are_counted(tmp_path):
     assert_refused(r"1 of 1 images", empty)
     files = {"0.png": plain_image(), "0.txt": b"x", "1.png": plain_image()}
     shard = write_tar(tmp_path / "a.tar", files)
-    assert_refused(r"1 of 2 images have no text, first .*a\.tar \(1\.png\)", shard)
+    assert_refused(r"1 of 2 images have no text, first .*a\.tar/1\.png", shard)
     records = [{"image": "some/0.png", "caption": "a"}, {"image": "some/1.png"}]
     lines = write_jsonl(tmp_path / "a.jsonl", records)
     assert_refused(r"1 of 2 images have no text, first .*1\.png \(line 2: ", lines)

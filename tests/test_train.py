@@ -599,7 +599,8 @@ def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
     latents = latents.flatten(1).float()
 
     drawn = set()
-    stream = train_dit.cached_batches(data, rae, args, 0, 0, 1, torch.device("cpu"))
+    cache = train_dit.encode_cache(data, rae, args, 0, 1, torch.device("cpu"))
+    stream = train_dit.cached_batches(*cache, args, 0, 0, 1)
     for _, _, cached_latents, labels, _ in stream:
         for cached, label in zip(cached_latents.flatten(1).float(), labels.tolist(), strict=True):
             nearest = int((latents - cached).square().mean(1).argmin())
@@ -807,6 +808,21 @@ def test_all_that_is_too_large_for_the_data_is_told_at_once(tmp_path, capsys):
     assert_refused(train_dit, [*common, "--hold_out", 4, "--eval_n", 30, "--batch", 8],
                    "has 10 images: --batch 8 must be at most the 6 to train on; --eval_n 30 must "
                    "be at most the 4 held out", capsys)
+
+
+def test_evaluations_of_one_image_are_refused_before_training(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 10)
+    assert_refused(train_dit, ["--data", tmp_path / "images", "--eval_every", 1, "--hold_out", 1,
+                               "--out", tmp_path / "run"],
+                   "--eval_n 1 must be at least 2; give --hold_out 2", capsys)
+
+
+def test_shapeseval_of_other_data_is_refused_before_training(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 10)
+    (tmp_path / "images" / "a.txt").write_text("a cat")
+    assert_refused(train_t2i, ["--data", tmp_path / "images", "--eval_every", 1,
+                               "--out", tmp_path / "run"],
+                   "--eval_every runs ShapesEval, which measures nothing without shapes", capsys)
 
 
 @pytest.mark.parametrize("script, amounts", [

@@ -73,10 +73,17 @@ def run_training(stage, script, *words):
     print(f"\n{stage}: torchrun {' '.join(words)}", flush=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # Each process has a core of its own, so more threads would only wait for each other.
-    result = subprocess.run(torchrun + words, env={"OMP_NUM_THREADS": "1", **os.environ})
-    if result.returncode:
-        raise ValueError(f"{script} ended with exit code {result.returncode}; its own message is "
-                         f"above")
+    # It has a session of its own, so that Ctrl-C reaches it by us alone, once.
+    process = subprocess.Popen(torchrun + words, env={"OMP_NUM_THREADS": "1", **os.environ},
+                               start_new_session=True)
+    try:
+        exit_code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()                            # torchrun passes it on
+        process.wait()
+        raise
+    if exit_code:
+        raise ValueError(f"{script} ended with exit code {exit_code}; its own message is above")
     minutes[stage] = (time.time() - start) / 60
 
 
