@@ -624,6 +624,13 @@ def check_qwen2(arguments, source):
     check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
 
 
+def load_resumed(args, script):
+    """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
+    state = runtime.load_resumable(args)
+    check_checkpoint(state, script, f"{args.out}/last.pt")
+    return state
+
+
 def check_packed_rae(packed, source):
     """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
     if not isinstance(packed, dict):

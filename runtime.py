@@ -905,13 +905,14 @@ def warn_of_flags(log, args, resumed):
             log.warn(f"--{name} {step} is not below --steps {args.steps}: {effect}")
 
 
-def describe_change(stored, current, hold_out):
+def describe_change(resumed, current, hold_out):
     """Describe what changed in the data of a resumed run since its checkpoint, or return None.
 
-    stored, current: ImageData.identity() then and now; stored is None in older checkpoints.
+    resumed: the checkpoint; None: it is a new run. current: ImageData.identity().
     Raises ValueError if images were held out, since others would be now: a change reorders them.
     """
-    if stored is None or stored == current:
+    stored = resumed.get("data") if resumed else None
+    if stored is None or stored == current:            # older checkpoints do not say
         return None
     changes = []
     for name in sorted(stored.keys() | current.keys()):

@@ -48,11 +48,11 @@ from release import (
     LARGEST_PATCH,
     LARGEST_SIDE,
     PUBLISHED_RAES,
-    check_checkpoint,
     is_published_rae,
     load_encoder,
     load_packed_rae,
     load_release,
+    load_resumed,
     load_strict,
     load_vit,
     pixel_statistics,
@@ -945,10 +945,7 @@ def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
-    resumed = None
-    if args.resume:
-        resumed = runtime.load_resumable(args)
-        check_checkpoint(resumed, "train_decoder.py", f"{args.out}/last.pt")
+    resumed = load_resumed(args, "train_decoder.py") if args.resume else None
 
     # ---------------------------------------------------------------- data
     statistics_data = data
@@ -959,10 +956,7 @@ def main(args, data=None):
                                     hold_out=args.hold_out, objects=1)
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
-    change_of_data = None
-    if resumed:
-        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(),
-                                                 args.hold_out)
+    change_of_data = runtime.describe_change(resumed, data.identity(), args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:

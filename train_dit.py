@@ -255,10 +255,7 @@ def main(args, data=None):
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
-    resumed = None
-    if args.resume:
-        resumed = runtime.load_resumable(args)
-        release.check_checkpoint(resumed, "train_dit.py", f"{args.out}/last.pt")
+    resumed = release.load_resumed(args, "train_dit.py") if args.resume else None
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
     packed_rae = choose_autoencoder(args, resumed, init)
     channels, grid, _ = packed_rae["latent_var"].shape
@@ -268,10 +265,7 @@ def main(args, data=None):
         data = open_data(args.data, packed_rae["size"], args.seed, flip=args.flip == "on",
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
-    change_of_data = None
-    if resumed:
-        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(),
-                                                 args.hold_out)
+    change_of_data = runtime.describe_change(resumed, data.identity(), args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",

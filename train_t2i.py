@@ -530,10 +530,7 @@ def main(args, data=None, conversation=None):
     lock = runtime.lock(args.out, is_folder=True)
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
-    resumed = None
-    if args.resume:
-        resumed = runtime.load_resumable(args)
-        release.check_checkpoint(resumed, "train_t2i.py", f"{args.out}/last.pt")
+    resumed = release.load_resumed(args, "train_t2i.py") if args.resume else None
     init = resumed
     if args.init and not resumed:
         init = read_t2i(args.init, args.release_dir)
@@ -553,9 +550,7 @@ def main(args, data=None, conversation=None):
         data = open_data(args.data, packed_rae["size"], args.seed, objects=OBJECTS,
                          chat=conversation)
     check_batch(data, args.batch)
-    change_of_data = None
-    if resumed:
-        change_of_data = runtime.describe_change(resumed.get("data"), data.identity(), 0)
+    change_of_data = runtime.describe_change(resumed, data.identity(), 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
         prompts = preview_prompts(args, packed_rae["size"])

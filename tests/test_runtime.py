@@ -142,11 +142,11 @@ OLD = {"": {"images": 16, "names": "a"}}
     ({}, "--data is gone"),
     ({**OLD, "b": {"images": 2, "names": "c"}}, "source b of --data was not there")])
 def test_data_that_changed_since_the_checkpoint_are_told(now, told):
-    assert told in runtime.describe_change(OLD, now, hold_out=0)
+    assert told in runtime.describe_change({"data": OLD}, now, hold_out=0)
     with pytest.raises(ValueError, match=f"{told}.*would move into training"):
-        runtime.describe_change(OLD, now, hold_out=3)
+        runtime.describe_change({"data": OLD}, now, hold_out=3)
 
 
-@pytest.mark.parametrize("stored", [OLD, None], ids=["same", "older checkpoint"])
-def test_data_that_did_not_change_need_no_word(stored):
-    assert runtime.describe_change(stored, OLD, hold_out=3) is None
+@pytest.mark.parametrize("resumed", [{"data": OLD}, {}, None], ids=["same", "older", "new run"])
+def test_data_that_did_not_change_need_no_word(resumed):
+    assert runtime.describe_change(resumed, OLD, hold_out=3) is None
