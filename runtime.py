@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from datetime import timedelta
@@ -248,6 +249,8 @@ def autocast(device, dtype):
 
 def data_parallel(model):
     """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
+    # Of a 1 x 1 convolution, whose strides are ambiguous: it costs a copy of one small kernel.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers"                      # its name from torch 2.14 on
     if name not in options:
