@@ -4,7 +4,7 @@
 
 A scenario is a small run of a script. It is started again and again, each time interrupted at a
 random moment, until it has come to its end. Then its result must equal, bit for bit, that of the
-same run without interruption, and nothing may be left behind: no process, no temporary file.
+same run without interruption (images of samples: but for roundings by 1 of 255), and nothing may be left behind: no process, no temporary file.
 The interruptions: kill -9, the three signals that end a run after its step, and a disk that is
 full for the rest of the process (a limit on the size of files). Linux only.
 """
@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 import conftest
 import sample
@@ -118,11 +120,27 @@ def interrupt(children, event, rng):
     elif event != FULL_DISK:
         with contextlib.suppress(ProcessLookupError):                  # it has just ended
             os.kill(rng.choice(children).pid, getattr(signal, event))  # one is enough
-    has_ended = wait(children, PATIENCE)
+    has_ended = end_as_torchrun(children)
     for child in children:
         child.kill()
         child.join()
     return has_ended
+
+
+def end_as_torchrun(children):
+    """Wait for processes to end. If one fails, the others are told to, as torchrun does."""
+    deadline = time.time() + PATIENCE
+    while time.time() < deadline:
+        alive = [child for child in children if child.is_alive()]
+        if not alive:
+            return True
+        has_failed = any(child.exitcode for child in children)
+        if has_failed and not wait(alive, 2):                          # they may end by themselves
+            for child in alive:
+                child.terminate()
+            return wait(alive, deadline - time.time())
+        time.sleep(0.05)
+    return False
 
 
 def survivors(children):
@@ -147,15 +165,23 @@ def is_complete(scenario, folder):
 
 
 def is_equal(scenario, folder, reference):
-    """Whether two folders hold the same result, to the bit."""
+    """Whether two folders hold the same result: weights to the bit, images to a rounding."""
     if scenario.script is sample:
         images = sorted((folder / "images").iterdir())
         others = sorted((reference / "images").iterdir())
-        names = [path.name for path in images] == [path.name for path in others]
-        return names and all(a.read_bytes() == b.read_bytes()
-                             for a, b in zip(images, others, strict=True))
+        if [path.name for path in images] != [path.name for path in others]:
+            return False
+        return all(is_same_image(a, b) for a, b in zip(images, others, strict=True))
     state, other = conftest.load_last(folder), conftest.load_last(reference)
     return conftest.largest_difference(state, other) == 0
+
+
+def is_same_image(path, other):
+    """Whether pixels differ by 1 of 255 at most: images that were missing are drawn in batches of
+    other sizes, whose matmuls round in other ways.
+    """
+    pixels = np.asarray(Image.open(path)).astype(int)
+    return np.abs(pixels - np.asarray(Image.open(other))).max() <= 1
 
 
 def leftovers(folder):
