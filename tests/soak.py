@@ -4,7 +4,8 @@
 
 A scenario is a small run of a script. It is started again and again, each time interrupted at a
 random moment, until it has come to its end. Then its result must equal, bit for bit, that of the
-same run without interruption (images of samples: but for roundings by 1 of 255), and nothing may be left behind: no process, no temporary file.
+same run without interruption (images of samples: but for roundings by 1 of 255), and nothing may
+be left behind: no process, no temporary file.
 The interruptions: kill -9, the three signals that end a run after its step, and a disk that is
 full for the rest of the process (a limit on the size of files). Linux only.
 """
