@@ -880,6 +880,12 @@ def open_array(path):
         return np.memmap(path, dtype, "r", offset, shape, order=order)
 
 
+# What a damaged .npz raises. RuntimeError: it is encrypted, or compressed in another way;
+# OSError: a wrong position.
+NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
+              OSError)
+
+
 @contextlib.contextmanager
 def damage_of(path):
     """Turn what zipfile and numpy raise for a damaged file into a ValueError that names it."""
@@ -888,9 +894,7 @@ def damage_of(path):
     except MemoryError:                           # a limit of this process
         raise ValueError(f"{path} has more compressed images than there is memory; "
                          f"{SAVE_UNCOMPRESSED}") from None
-    # RuntimeError: it is encrypted, or compressed in another way; OSError: a wrong position
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
-            OSError) as error:
+    except NPZ_ERRORS as error:
         raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
 
 

@@ -16,7 +16,6 @@ import hashlib
 import math
 import time
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 import metrics
 import runtime
 import sample
-from data import Arrays, load_images, open_data, read_array_header
+from data import NPZ_ERRORS, Arrays, load_images, open_data, read_array_header
 from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from runtime import at_least
 
@@ -122,9 +121,7 @@ def read_statistics(path):
             for name in STATISTICS:                    # ADM's file has 2 GB of images as well
                 if f"{name}.npy" in archive.namelist():
                     arrays[name] = read_array(archive, name)
-    # What zip files and arrays that are cut short or foreign raise.
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, SyntaxError,
-            NotImplementedError, RuntimeError) as error:
+    except (*NPZ_ERRORS, KeyError, SyntaxError) as error:              # the last: of a header
         raise ValueError(f"{path} has statistics that can't be read ({error}); copy or make them "
                          f"again") from error
     if "mu" not in arrays or "sigma" not in arrays:

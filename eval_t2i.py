@@ -44,16 +44,19 @@ LARGEST_FILE = 2 ** 24         # bytes of --prompts: 100 times GenEval's
 
 
 # ---------------------------------------------------------------------------- ShapesEval
+def has_shapes(specs):
+    """Whether shapes is among the sources of --data."""
+    paths, _ = parse_specs(specs)
+    return ["shapes"] in paths.values()
+
+
 def check_world(state, source):
     """Raise ValueError if a T2I was not trained on shapes, which are all that ShapesEval asks for.
 
     state: dict of the checkpoint, from the file `source`. Published models know shapes, too.
     """
     specs, _ = release.training_data(state, source)
-    if not specs:
-        return
-    paths, _ = parse_specs(specs)
-    if ["shapes"] not in paths.values():
+    if specs and not has_shapes(specs):
         raise ValueError(f"{source} was trained on {' '.join(specs)}, without shapes: ShapesEval "
                          f"would measure nothing; draw prompts of its own world by --prompts FILE, "
                          f"or by sample.py --prompt")

@@ -4,6 +4,7 @@ Nothing is decoded here. What is not read is counted with the reason: see Passed
 """
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -141,11 +142,21 @@ def count_images(paths, at_most, with_conversations):
         folders = {folder for name in names for folder in name.split("/")[:-1]}
         if names and not any(split_of(folder) for folder in folders):
             count += len(names)
-        else:                                     # no plain folder: it may not be read as a whole
+        elif os.path.isdir(path):                 # it may not be read as a whole
             count += len(list_images(path, with_conversations, PassedOver()))
+        else:
+            count += count_of_file(path, with_conversations, os.stat(path).st_mtime_ns)
         if count >= at_most:
             return at_most
     return count
+
+
+@functools.lru_cache
+def count_of_file(path, with_conversations, modified):
+    """Number of images of a tar or .jsonl, which is listed once, unless it is modified: flags are
+    first fitted to it, then checked against it.
+    """
+    return len(list_images(path, with_conversations, PassedOver()))
 
 
 def check_path(path):

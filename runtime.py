@@ -57,10 +57,19 @@ DTYPE = default_dtype()
 
 
 # ---------------------------------------------------------------------------- processes
+def process_rank():
+    """Number of this process among those of torchrun, also before setup(); 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """Number of processes, also before setup()."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process_rank(), world_size()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -103,7 +112,7 @@ def run(main, parse_args):
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
-        if int(os.environ.get("RANK", 0)) > 0:         # rank 0 says it
+        if process_rank() > 0:                         # rank 0 says it
             raise SystemExit(1) from None
         raise SystemExit(str(stop) or "stopped; give the command again") from None
     except RuntimeError as error:
@@ -220,7 +229,7 @@ class StopRequest:
         """Handler within loops."""
         if self.name is None:
             self.name, self.time = signal.Signals(number).name, time.monotonic()
-            if int(os.environ.get("RANK", 0)) == 0:
+            if process_rank() == 0:
                 say_in_handler(f"{self.name}: stopping after this step; once more to stop at once")
         elif time.monotonic() - self.time > self.TOGETHER:
             say_in_handler("stopped at once, without a checkpoint of this step")
@@ -316,7 +325,7 @@ def optimizer_step(optimizers, model, clip, loss, step, lr):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
-    elif int(os.environ.get("RANK", 0)) == 0:
+    elif process_rank() == 0:
         print(f"step {step}: not finite, update left out: loss {loss}, grad {grad_norm}, lr {lr}",
               file=sys.stderr)
     model.zero_grad(set_to_none=True)
@@ -489,7 +498,7 @@ def lock(path, is_folder=False):
     path = Path(path)
     file = path / ".lock" if is_folder else path.with_name(f".{path.name}.lock")
     taken, problem = None, None
-    if int(os.environ.get("RANK", 0)) == 0:
+    if process_rank() == 0:
         try:
             taken = Lock(file, path)
         except (ValueError, OSError) as error:
@@ -809,11 +818,6 @@ def default_micro_batch(batch):
     return max(1, batch // world_size())
 
 
-def world_size():
-    """Number of processes, also before setup()."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def check_run_flags(args):
     """Raise ValueError for flags of a run that contradict each other or the files that are
     there.
@@ -1114,8 +1118,7 @@ def progress_bar(items, description, total=None):
     items: an iterable; or a number, then the bar is to be updated. total: number of items of an
     iterable that does not say so.
     """
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    disable = None if is_first else True               # None: tqdm looks for a terminal
+    disable = True if process_rank() > 0 else None     # None: tqdm looks for a terminal
     options = dict(desc=description, leave=False, disable=disable, dynamic_ncols=True)
     if isinstance(items, int):
         return tqdm(total=items, **options)

@@ -671,7 +671,6 @@ def delete_parts(parts):
 
 def save_png(image, path):
     """Write a PIL image as a PNG file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     runtime.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
 
 

@@ -956,7 +956,8 @@ def main(args, data=None):
                                     hold_out=args.hold_out, objects=1)
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
-    change_of_data = runtime.describe_change(resumed, data.identity(), args.hold_out)
+    identity = data.identity()
+    change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:
@@ -1030,7 +1031,7 @@ def main(args, data=None):
         flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
         checkpoints.save(
             step, is_stop, **networks.state(), rae=packed_rae, args=flags,
-            opt=[optimizer.state_dict() for optimizer in all_optimizers], data=data.identity())
+            opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)
 
     def draw_preview():
         return reconstruction_picture(rae, load_images(val_data, range(12)))

@@ -265,7 +265,8 @@ def main(args, data=None):
         data = open_data(args.data, packed_rae["size"], args.seed, flip=args.flip == "on",
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
-    change_of_data = runtime.describe_change(resumed, data.identity(), args.hold_out)
+    identity = data.identity()
+    change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
@@ -310,7 +311,7 @@ def main(args, data=None):
             step, is_stop, model=model.state_dict(), ema=ema.state_dict(),
             opt=optimizer.state_dict(), rae=packed_rae, args=runtime.flags_as_dict(args),
             num_classes=data.num_classes, class_names=data.class_names,
-            latent_shape=[channels, grid], data=data.identity())
+            latent_shape=[channels, grid], data=identity)
 
     def draw_preview():
         labels = list(range(min(36, data.num_classes)))

@@ -14,7 +14,6 @@ Writes OUT/last.pt (all that sampling and an exact resume need), OUT/log.jsonl, 
 """
 import argparse
 import copy
-import os
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -35,8 +34,8 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_amounts, check_batch, fit_defaults, open_data, parse_specs
-from eval_t2i import evaluate_prompts
+from data import batches, check_amounts, check_batch, fit_defaults, open_data
+from eval_t2i import evaluate_prompts, has_shapes
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
 from runtime import at_least
@@ -281,21 +280,15 @@ def check_flags(args):
     if args.release_dir and not is_published:
         raise ValueError(f"--release_dir {args.release_dir} is for published models; name one by "
                          f"--init or --rae, or leave the flag out")
-    if args.eval_every and not is_built_in(args.data):
+    if args.eval_every and not has_shapes(args.data):
         raise ValueError("--eval_every runs ShapesEval, which measures nothing without shapes "
                          "among --data; leave it out")
     if args.shard and args.eval_every:
         raise ValueError("--eval_every draws with all weights on one process, and --shard spreads "
                          "them; evaluate checkpoints by eval_t2i.py")
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if args.shard and runtime.world_size() == 1:
         raise ValueError("--shard needs processes to share among; start with torchrun "
                          "--nproc_per_node=N train_t2i.py")
-
-
-def is_built_in(specs):
-    """Whether shapes is among the sources of --data."""
-    paths, _ = parse_specs(specs)
-    return ["shapes"] in paths.values()
 
 
 # ---------------------------------------------------------------------------- data
@@ -550,7 +543,8 @@ def main(args, data=None, conversation=None):
         data = open_data(args.data, packed_rae["size"], args.seed, objects=OBJECTS,
                          chat=conversation)
     check_batch(data, args.batch)
-    change_of_data = runtime.describe_change(resumed, data.identity(), 0)
+    identity = data.identity()
+    change_of_data = runtime.describe_change(resumed, identity, 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
         prompts = preview_prompts(args, packed_rae["size"])
@@ -595,7 +589,7 @@ def main(args, data=None, conversation=None):
         state = whole_state(t2i, ema, optimizer)            # all processes take part
         checkpoints.save(
             step, is_stop, **state, asked=asked, rae=packed_rae, args=flags, llm=t2i.llm.config,
-            tokenizer=t2i.tokenizer.json, latent_shape=latent_shape, data=data.identity())
+            tokenizer=t2i.tokenizer.json, latent_shape=latent_shape, data=identity)
 
     # Previews and ShapesEval draw one image of a prompt, so nothing is to choose from.
     drawing = argparse.Namespace(**dict(vars(args), batch=72, best_of=1, verifier="answer"))

@@ -17,6 +17,7 @@ import torch
 from study import (
     RepeatedImages,
     Study,
+    add_study_flags,
     check_names,
     command_line,
     run_study,
@@ -47,8 +48,6 @@ def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
     p.add_argument("names", nargs="*", metavar="STUDY",
                    help=f"Studies to make: {' '.join(STUDIES)} (default: all).")
-    p.add_argument("--seeds", type=runtime.at_least(0), nargs="+", default=[0, 1, 2],
-                   help="Seeds of each training.")
     p.add_argument("--data", nargs="+", default=["shapes"], help="Images of the study losses.")
     p.add_argument("--encoder", default="tiny", help="Encoder of the study losses.")
     p.add_argument("--steps", type=runtime.at_least(20), default=600,
@@ -59,8 +58,7 @@ def parse_args(argv=None):
                    help="Images with prompts to finetune on.")
     p.add_argument("--n", type=runtime.at_least(36), default=360,
                    help="Images of each kind that are judged.")
-    p.add_argument("--out", type=Path, default=Path("runs/autoencoders"),
-                   help="Folder of runs and pictures.")
+    add_study_flags(p, "runs/autoencoders")
     options = p.parse_args(argv)
     check_names(p, options.names, STUDIES)
     return options

@@ -20,6 +20,7 @@ import torch
 from study import (
     RepeatedImages,
     Study,
+    add_study_flags,
     check_names,
     command_line,
     run_study,
@@ -123,14 +124,11 @@ def parse_args(argv=None):
     p = runtime.Parser(__doc__, {})
     p.add_argument("names", nargs="*", default=list(FINDINGS), metavar="FINDING",
                    help=f"Findings to look for: {' '.join(FINDINGS)} (default: all).")
-    p.add_argument("--seeds", type=runtime.at_least(0), nargs="+", default=[0, 1, 2],
-                   help="Seeds of each training.")
     p.add_argument("--steps", type=runtime.at_least(200), default=TOY["steps"],
                    help="Steps of each training.")
     p.add_argument("--n", type=runtime.at_least(36), default=144,
                    help="Images of each kind that are judged.")
-    p.add_argument("--out", type=Path, default=Path("runs/findings"),
-                   help="Folder of runs and pictures.")
+    add_study_flags(p, "runs/findings")
     options = p.parse_args(argv)
     check_names(p, options.names, FINDINGS)
     return options

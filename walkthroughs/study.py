@@ -71,6 +71,13 @@ def train_to_the_end(script, args, **main_arguments):
                                 "when the command is given again")
 
 
+def add_study_flags(p, out):
+    """The flags of --seeds, and of --out with its default, a folder."""
+    p.add_argument("--seeds", type=runtime.at_least(0), nargs="+", default=[0, 1, 2],
+                   help="Seeds of each training.")
+    p.add_argument("--out", type=Path, default=Path(out), help="Folder of runs and pictures.")
+
+
 def check_names(parser, names, known):
     """End the script with a message unless all names are known."""
     unknown = [name for name in names if name not in known]
