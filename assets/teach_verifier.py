@@ -1,6 +1,6 @@
 """Teach a text-to-image model to tell which of its own images came out right, for --best_of.
 
-    python walkthroughs/verifier.py --n 10000 --steps 1000 --out runs/verifier
+    python assets/teach_verifier.py --n 10000 --steps 1000 --out runs/verifier
 
 It draws n latents for prompts of the kind it was trained on, read_scene says which are right, and
 the language model learns to answer "Does this image align with the prompt: ...?" from the latents

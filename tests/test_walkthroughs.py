@@ -51,7 +51,7 @@ def test_curves_need_a_run_with_numbers(tmp_path, content, message):
 @pytest.mark.parametrize("name, flags", [
     ("walkthroughs/zoom.py", ["{}"]),
     ("walkthroughs/best_of.py", ["--ckpt", "{}", "--n", 1]),
-    ("walkthroughs/verifier.py", ["--ckpt", "{}"]),
+    ("assets/teach_verifier.py", ["--ckpt", "{}"]),
     ("assets/export.py", ["{}", "OUT/x.safetensors"]),
     ("assets/make_tiny_encoder.py", ["--init", "{}", "--images", 500, "--steps", 1,
                                      "--out", "OUT/x.safetensors"]),

@@ -143,8 +143,8 @@ for panel, k in zip(panels, (0, 20, 35, 45, 50), strict=True):
     panel.set_aspect("equal")
 panels[0].set(ylabel="second coordinate", xlim=(-3, 3), ylim=(-3, 3))
 panels[2].set_xlabel("first coordinate (data have unit variance)")
-lesson.show(figure, "trajectories", f"{POINTS} points (blue) from noise to data, and the ways of 12 "
-            "of them (red); 50 steps of Euler")
+lesson.show(figure, "trajectories", f"{POINTS} points (blue) from noise to data, and the ways of "
+            "12 of them (red); 50 steps of Euler")
 
 # %% [markdown]
 # ### The direction of time
@@ -166,7 +166,8 @@ for panel, (name, points) in zip(panels, runs.items(), strict=True):
     panel.set_aspect("equal")
 panels[0].set(ylabel="second coordinate", xlim=(-5, 5), ylim=(-5, 5))
 panels[1].set_xlabel("first coordinate")
-lesson.show(figure, "direction_of_time", f"where {POINTS} points end; the same network in all three")
+lesson.show(figure, "direction_of_time",
+            f"where {POINTS} points end; the same network in all three")
 
 # %% [markdown]
 # ### The loss by time
@@ -176,15 +177,16 @@ lesson.show(figure, "direction_of_time", f"where {POINTS} points end; the same n
 
 # %%
 grid = torch.linspace(0.02, 0.98, 25)
+MANY = lesson.size(4000, quick=500)
 
 
 @torch.no_grad()
-def loss_at(network, t, n=lesson.size(4000, quick=500)):
+def loss_at(network, t):
     """The mean loss of a network at one time."""
     torch.manual_seed(2)
-    x0 = spiral(n)
-    label = torch.zeros(n, dtype=torch.long)
-    return flow_matching_loss(network, x0, label, t.expand(n), torch.randn_like(x0)).mean()
+    x0 = spiral(MANY)
+    label = torch.zeros(MANY, dtype=torch.long)
+    return flow_matching_loss(network, x0, label, t.expand(MANY), torch.randn_like(x0)).mean()
 
 
 error_of_v = torch.stack([loss_at(model, t) for t in grid])
@@ -195,7 +197,7 @@ axes.axhline(2, color="black", linestyle="--", linewidth=1)
 axes.annotate("the answer is always 0", (0.02, 2.03), fontsize=10)
 axes.set(xlabel="time t (0: data, 1: noise)", ylabel="squared error per coordinate", ylim=(0, 2.3))
 axes.legend()
-lesson.show(figure, "loss_by_time", "4000 points at each of 25 times")
+lesson.show(figure, "loss_by_time", f"{MANY} points at each of 25 times")
 
 # %% [markdown]
 # ### One network, read in two ways
@@ -227,8 +229,8 @@ for panel in panels:
     panel.set_aspect("equal")
 panels[0].set(ylabel="second coordinate", xlim=(-3, 3), ylim=(-3, 3))
 panels[1].set_xlabel("first coordinate")
-lesson.show(figure, "two_readings", f"{POINTS} points each; at t = 1 the best guess is the mean of all "
-            "data, as nothing else is known")
+lesson.show(figure, "two_readings", f"{POINTS} points each; at t = 1 the best guess is the mean of "
+            "all data, as nothing else is known")
 
 # %% [markdown]
 # ## Figure

@@ -7,10 +7,12 @@
 A lesson is also a notebook: its cells begin with `# %%`. There, no flags are read.
 """
 import argparse
+import io
 import json
 import platform
 import sys
 import time
+import warnings
 from datetime import date
 from pathlib import Path
 from textwrap import wrap
@@ -18,8 +20,11 @@ from textwrap import wrap
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 
-import runtime
+warnings.filterwarnings("ignore", message="IProgress")         # of tqdm, in a bare notebook
+
+import runtime  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IS_NOTEBOOK = "ipykernel" in sys.modules
@@ -79,13 +84,17 @@ class Lesson:
         text = "\n".join([*wrap(caption, 10 * int(figure.get_figwidth())),
                           f"{command}, {seconds:.0f} s"])
         figure.text(0, 0, text, va="top", fontsize=11, color="dimgrey")
-        path = self.folder / f"{name}.png"
-        runtime.write_whole(path, lambda f: figure.savefig(f, bbox_inches="tight"))
-        print(f"figure: {path}")
-        if IS_NOTEBOOK:
-            from IPython.display import display
-            display(figure)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, bbox_inches="tight")
         plt.close(figure)
+        picture = Image.open(drawn).convert("RGB").quantize(256)        # a third of the bytes
+        path = self.folder / f"{name}.png"
+        runtime.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
+        print(f"figure: {shown_path(path)}")
+        if IS_NOTEBOOK:
+            from IPython.display import Image as ShownImage
+            from IPython.display import display
+            display(ShownImage(filename=path))
 
     def number(self, name, value, low, high, quick=None):
         """Print a number beside what to expect, from low to high. quick: (low, high) of --quick."""
@@ -101,7 +110,8 @@ class Lesson:
         seconds = time.time() - self.start
         content = runtime.to_json(dict(seconds=seconds, numbers=self.numbers)).encode()
         runtime.write_whole(self.folder / "numbers.json", lambda f: f.write(content))
-        print(f"{self.name}: {seconds:.0f} s, figures and numbers are in {self.folder}")
+        print(f"{self.name}: {seconds:.0f} s, figures and numbers are in "
+              f"{shown_path(self.folder)}")
 
     # ------------------------------------------------------------------------ sweeps
     def sweep(self, name, arms, run, seeds=(0, 1, 2)):
@@ -139,6 +149,13 @@ class Lesson:
         write_json(kept, everything)
         partial.unlink()
         return results
+
+
+def shown_path(path):
+    """A path as a text, short if it lies within the project."""
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return str(path)
 
 
 def end_in_one_line(kind, error, trace):
