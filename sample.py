@@ -1,13 +1,14 @@
 """Draw images from a trained DiT: time grids, solvers, guidance, pictures.
 
     python sample.py                                    the class grid of the shipped model
+    python sample.py --out samples.gif                  an animation: the grid emerges from noise
     python sample.py --prompt "two red circles and a blue star" "a green ring above a red cross"
     python sample.py --ckpt runs/dit/last.pt --n 1000 --guidance 1 --out samples.npz
     torchrun --nproc_per_node=8 sample.py --release imagenet256 --num_images 50000 --out all.npz
 
 Image number i is a function of (seed, i), whatever the batch size and the number of processes.
-Give the command of a killed run again, and it goes on. `--num_images` is `--n`, which torchrun
-would take for a flag of its own.
+Give the command of a killed run again, and it goes on; only an animation starts anew.
+`--num_images` is `--n`, which torchrun would take for a flag of its own.
 """
 import argparse
 import contextlib
@@ -157,12 +158,19 @@ def noise(shape, seed, indices, step=0):
     return torch.from_numpy(np.stack(samples))
 
 
+def sampling_times(model, args):
+    """The times of the solver for a DiT, shifted by the number of elements in its latents."""
+    shift = math.sqrt(model.in_channels * model.grid ** 2 / model.shift_base)
+    return time_grid(args.sampling_steps, shift, args.release_grid)
+
+
 @torch.no_grad()
-def draw(model, y, args, indices, weak=None):                           # [S4]
+def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     """Draw latents b c h w from conditions y.
 
     y: class ids b or text conditions b n d. args: sampling flags. indices: b image numbers, for the
-    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance.
+    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: dict whose
+    keys are times of the solver, rounded to fp32; its values become the states x_t b c h w there.
     """
     def noise_of_step(k):
         shape = (model.in_channels, model.grid, model.grid)
@@ -176,13 +184,18 @@ def draw(model, y, args, indices, weak=None):                           # [S4]
         velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
         velocity = cfg(model, y, null, 1, args.interval)                # y is null already
-    shift = math.sqrt(x[0].numel() / model.shift_base)
-    times = time_grid(args.sampling_steps, shift, args.release_grid)
+    if states:
+        velocity = recorded(velocity, states)
+    times = sampling_times(model, args)
     with runtime.progress_bar(evaluations(args), "velocity") as bar:
         velocity = counted(velocity, bar)
         if args.solver == "euler_maruyama":
-            return euler_maruyama(velocity, x, times, noise_of_step)
-        return SOLVERS[args.solver](velocity, x, times)
+            x = euler_maruyama(velocity, x, times, noise_of_step)
+        else:
+            x = SOLVERS[args.solver](velocity, x, times)
+    if states:
+        states[times[-1].float().item()] = x                            # not evaluated at the end
+    return x
 
 
 def counted(velocity, bar):
@@ -193,33 +206,49 @@ def counted(velocity, bar):
     return velocity_and_count
 
 
+def recorded(velocity, states):
+    """The same velocity, which also keeps x in the dict `states` if t is one of its keys.
+
+    Heun evaluates most times twice, first at a guess, then at the state, which replaces the guess.
+    """
+    def velocity_and_record(x, t):
+        time_now = t[0].item()                                          # all b are equal
+        if time_now in states:
+            states[time_now] = x
+        return velocity(x, t)
+    return velocity_and_record
+
+
 def evaluations(args):
     """How often a solver evaluates the velocity for a batch of images."""
     steps = args.sampling_steps - 1 if args.release_grid else args.sampling_steps
     return 2 * steps - 1 if args.solver == "heun" else steps
 
 
-def draw_prompts(t2i, prompts, args, indices):
-    """Latents b c h w of b prompts. indices: b image numbers, for the noise and the plans."""
+def draw_prompts(t2i, prompts, args, indices, states=None):
+    """Latents b c h w of b prompts. indices: b image numbers, for the noise and the plans.
+
+    states: as in draw().
+    """
     if not t2i.plan:
         unique = list(dict.fromkeys(prompts))                           # each prompt is read once
         conditions = t2i.conditions(unique)                             # u n d
         y = conditions[[unique.index(prompt) for prompt in prompts]]    # b n d
-        return draw(t2i.dit, y, args, indices)
+        return draw(t2i.dit, y, args, indices, states=states)
     # Plans of the same prompt differ: each of its tokens is drawn with a number in [0,1).
     normal = noise((t2i.plan,), args.seed, indices, step=10 ** 6)       # a step no solver reaches
     uniform = torch.special.ndtr(normal).clamp(max=1 - 1e-7)            # b plan
-    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices)
+    return draw(t2i.dit, t2i.conditions(prompts, uniform), args, indices, states=states)
 
 
-def best_of(t2i, prompts, args, indices):
+def best_of(t2i, prompts, args, indices, states=None):
     """Latents b c h w of b prompts: of --best_of candidates each, the one that --verifier likes
-    best.
+    best. states: as in draw(), those of all candidates.
     """
     n = args.best_of
     candidates = [prompt for prompt in t2i.fit(prompts) for _ in range(n)]
     numbers = [i * n + j for i in indices for j in range(n)]
-    latents = draw_prompts(t2i, candidates, args, numbers)              # b*n c h w
+    latents = draw_prompts(t2i, candidates, args, numbers, states)      # b*n c h w
     if n == 1:
         return latents
     scores = VERIFIERS[args.verifier](t2i, latents, candidates)
@@ -244,26 +273,26 @@ def to_images(rae, latents):
     return rearrange((images * 255).round().byte(), "b c h w -> b h w c").cpu()
 
 
-def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32"):
+def generate(model, rae, labels, args, indices=None, weak=None, dtype="fp32", states=None):
     """Draw images uint8 b H W 3 of b class ids (num_classes: unconditional).
 
     args: sampling flags. indices: image numbers, for the noise (default: 0, 1, ...). weak: DiT of
-    AutoGuidance. dtype: precision of matmuls.
+    AutoGuidance. dtype: precision of matmuls. states: as in draw().
     """
     if indices is None:
         indices = range(len(labels))
     device = rae.pixel_mean.device
     y = torch.as_tensor(labels, device=device)
     with runtime.autocast(device, dtype):
-        return to_images(rae, draw(model, y, args, indices, weak))
+        return to_images(rae, draw(model, y, args, indices, weak, states))
 
 
-def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32"):
+def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", states=None):
     """Draw images uint8 b H W 3 of b prompts. As generate; args also has best_of and verifier."""
     if indices is None:
         indices = range(len(prompts))
     with runtime.autocast(rae.pixel_mean.device, dtype):
-        return to_images(rae, best_of(t2i, prompts, args, indices))
+        return to_images(rae, best_of(t2i, prompts, args, indices, states))
 
 
 # ---------------------------------------------------------------------------- grids
@@ -331,6 +360,99 @@ def draw_grid(images, captions):
     return sheet
 
 
+# ---------------------------------------------------------------------------- animations
+# A frame is the decoded state x_t of the solver itself, which is pure noise at t = 1. The model's
+# estimate of x_0, x_t - t v, would show the final shapes after a third of the steps.
+FRAMES = 24                                # after the first one, which is noise
+FRAME_MS, LAST_FRAME_MS = 120, 2000        # how long frames are shown
+MOST_ANIMATED = 72                         # images, since all their frames are in memory at once
+# The plot of t beside the grid, in pixels.
+SCHEDULE_SIZE = (220, 240)
+SCHEDULE_AXES = (58, 34, 208, 184)         # left, top, right, bottom
+
+
+def frame_steps(steps):
+    """The numbers of solver steps after which a frame is taken: 0, ..., steps, evenly spaced."""
+    return np.unique(np.linspace(0, steps, FRAMES + 1).round().astype(int)).tolist()
+
+
+def draw_frames(draw_images, rae, n, times, args):
+    """Draw the n images of an animation. Returns a list of frames, each uint8 n H W 3.
+
+    draw_images: function of image numbers and of states, which it fills in as draw() does. times:
+    of the solver, in fp32.
+    """
+    frame_times = [times[step] for step in frame_steps(len(times) - 1)]
+    batches = {t: [] for t in frame_times}
+    for numbers in runtime.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
+        states = dict.fromkeys(frame_times)
+        draw_images(numbers, states)
+        with runtime.autocast(rae.pixel_mean.device, args.dtype):
+            for t in frame_times:
+                batches[t].append(to_images(rae, states[t]))
+    return [torch.cat(batches[t]) for t in frame_times]
+
+
+def draw_schedule(times, step):
+    """A PIL picture of t over the solver's steps, with a dot at t after `step` steps.
+
+    times: of the solver. A grey line shows them without the time shift.
+    """
+    steps = len(times) - 1
+    left, top, right, bottom = SCHEDULE_AXES
+
+    def place(step, t):
+        return left + (right - left) * step / steps, bottom - (bottom - top) * t
+
+    picture = Image.new("RGB", SCHEDULE_SIZE, "white")
+    page = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=11)
+    page.rectangle(SCHEDULE_AXES, outline="silver")
+    page.line([place(0, 1), place(steps, 0)], "darkgray")
+    page.line([place(k, t) for k, t in enumerate(times)], "black", 2)
+    x, y = place(step, times[step])
+    page.ellipse((x - 4, y - 4, x + 4, y + 4), "red")
+    page.text((left, top - 12), f"t = {times[step]:.3f}", "red", ImageFont.load_default(15), "ls")
+    page.text((left - 8, top), "noise 1", "black", font, "rm")
+    page.text((left - 8, (top + bottom) / 2), "t", "black", font, "rm")
+    page.text((left - 8, bottom), "data 0", "black", font, "rm")
+    page.text((left, bottom + 8), "0", "black", font, "ma")
+    page.text(((left + right) / 2, bottom + 8), "steps done", "black", font, "ma")
+    page.text((right, bottom + 8), f"{steps}", "black", font, "ma")
+    page.text((left, bottom + 26), "black: shifted time grid", "black", font, "la")
+    page.text((left, bottom + 40), "grey: without the shift", "gray", font, "la")
+    return picture
+
+
+def draw_frame(images, captions, times, step):
+    """A PIL picture of a frame in 256 colours: the grid of its images, beside it the schedule."""
+    grid = draw_grid(images, captions)
+    schedule = draw_schedule(times, step)
+    size = (grid.width + schedule.width, max(grid.height, schedule.height))
+    frame = Image.new("RGB", size, "white")
+    frame.paste(grid, (0, 0))
+    frame.paste(schedule, (grid.width, (frame.height - schedule.height) // 2))
+    # Median cut, Pillow's default, is no closer to the picture, and takes 1.8 times the bytes.
+    return frame.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+
+
+def save_animation(out, frames, captions, times):
+    """Write the frames of draw_frames() as a GIF, which holds the last one and starts again."""
+    steps = frame_steps(len(times) - 1)
+    pictures = []
+    for step, images in zip(steps, frames, strict=True):
+        pictures.append(draw_frame(images, captions, times, step))
+    milliseconds = [FRAME_MS for _ in pictures[1:]] + [LAST_FRAME_MS]
+    options = dict(format="gif", save_all=True, append_images=pictures[1:], duration=milliseconds,
+                   loop=0)
+    runtime.write_whole(out, lambda f: pictures[0].save(f, **options))
+
+
+def is_animation(out):
+    """Whether --out asks for an animation."""
+    return Path(out).suffix.lower() == ".gif"
+
+
 # ---------------------------------------------------------------------------- flags
 # Sampling flags default to None, since presets (--release, --recipe) set some of them.
 SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
@@ -342,14 +464,14 @@ PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of bot
 # Bounds that catch a slip of the keyboard before it fills the memory: far beyond any use, as papers
 # draw 50,000 images in 50 steps.
 MOST_IMAGES, MOST_STEPS, MOST_CANDIDATES = 10 ** 6, 10 ** 4, 10 ** 4
-# What --out can be: suffix -> how Pillow saves a grid; an .npz of arrays; or a folder.
+# What --out can be: suffix -> how Pillow saves a grid; a .gif; an .npz of arrays; or a folder.
 PICTURES = {
     ".png": dict(format="png"),
     ".jpg": dict(format="jpeg", quality=95),
     ".jpeg": dict(format="jpeg", quality=95),
     ".webp": dict(format="webp", lossless=True),
 }
-OUT_SUFFIXES = [*PICTURES, ".npz", ""]
+OUT_SUFFIXES = [*PICTURES, ".gif", ".npz", ""]
 
 
 def add_sampling_flags(p):
@@ -480,11 +602,11 @@ def parse_args(argv=None):
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
     p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
-                   help="Number of images (default: 3 for each label or prompt).")
+                   help="Number of images (default: 3 for each label or prompt, 1 in a .gif).")
     p.add_argument("--out",
-                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.npz: arr_0, labels, names; "
-                        f"without a suffix: a folder of PNG files (default: samples.png, with "
-                        f"--prompt prompts.png).")
+                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.gif: the grid emerging from "
+                        f"noise; X.npz: arr_0, labels, names; without a suffix: a folder of PNG "
+                        f"files (default: samples.png, with --prompt prompts.png).")
     add_model_flags(p)
     add_verifier_flags(p)
     return p.parse(argv, resolve, check_flags)
@@ -507,6 +629,21 @@ def check_flags(args):
                          f"images with prompts")
     for prompt in args.prompt or []:
         check_prompt(prompt)
+    if is_animation(args.out):
+        check_animation_flags(args)
+
+
+def check_animation_flags(args):
+    """Raise ValueError for flags that do not go with an animation."""
+    if args.best_of > 1:
+        raise ValueError(f"--best_of {args.best_of} chooses among finished images, but --out "
+                         f"{args.out} shows how each one emerges; use --best_of 1, or --out X.png")
+    if args.n and args.n > MOST_ANIMATED:
+        raise ValueError(f"--n {args.n} is too many for --out {args.out}, which shows at most "
+                         f"{MOST_ANIMATED} images; use --n {MOST_ANIMATED}, or --out X.png")
+    if runtime.world_size() > 1:
+        raise ValueError(f"--out {args.out} is drawn by one process, not {runtime.world_size()}; "
+                         f"start it with python, or use --out X.png")
 
 
 # ---------------------------------------------------------------------------- models and labels
@@ -750,7 +887,26 @@ def save_grid(out, files, captions):
     save_picture(sheet, out)
 
 
+def save_files(out, files, labels, names, captions):
+    """Turn the drawn files into what the suffix of `out` says: their folder, an .npz or a grid."""
+    if out.suffix == "":
+        files[0].parent.rename(out)
+    elif out.suffix.lower() == ".npz":
+        runtime.write_whole(out, lambda f: save_npz(f, files, labels, names))
+    else:
+        save_grid(out, files, captions)
+
+
 # ---------------------------------------------------------------------------- main
+def number_of_images(args, num_captions):
+    """The number of images to draw. num_captions: of labels or prompts."""
+    if args.n:
+        return args.n
+    if is_animation(args.out):
+        return min(num_captions, MOST_ANIMATED)
+    return 3 * num_captions
+
+
 def choose_classes(args, state):
     """Class ids of the n images, an array, and the captions of the first ones, which repeat.
 
@@ -759,7 +915,7 @@ def choose_classes(args, state):
     class_names = state["class_names"]
     names = args.labels or (EIGHT_CLASSES if args.release else ["balanced"])
     labels = parse_labels(names, class_names, state["args"]["class_dropout"])
-    n = args.n or 3 * len(labels)
+    n = number_of_images(args, len(labels))
     if names == ["random"]:
         rng = np.random.default_rng((args.seed, 0, 0, 1))               # apart from the noise's
         labels = rng.integers(len(labels), size=n)
@@ -812,7 +968,7 @@ def sample_to(out, args, rank, world, device):
         model, rae, state = load_t2i_models(args, device)
         models = [model]
         captions = names = args.prompt
-        n = args.n or 3 * len(captions)
+        n = number_of_images(args, len(captions))
         labels = np.resize(range(len(captions)), n)                     # numbers of prompts
     else:
         model, rae, state, weak = load_models(args, device)
@@ -821,35 +977,36 @@ def sample_to(out, args, rank, world, device):
         names = [*state["class_names"], "none"]
         n = len(labels)
 
-    def draw_images(numbers):
-        if args.prompt:
-            prompts = [args.prompt[i] for i in labels[numbers]]
-            return generate_prompts(model, rae, prompts, args, numbers, args.dtype)
-        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype)
-
-    # ---------------------------------------------------------------- images
-    parts = parts_folder(out, args, rae, *models)
-    files = [parts / f"{i:06d}.png" for i in range(n)]
     if rank == 0:
-        report_stale_parts(parts)
         if args.prompt:
             report_cut_prompts(model, captions)
             report_unknown_words(captions, state)
         if n < len(captions):
             print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
-    draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
 
-    # ---------------------------------------------------------------- output
-    if rank > 0:
-        return
-    with says_what_is_kept(files):
-        if out.suffix == "":
-            parts.rename(out)
-        elif out.suffix.lower() == ".npz":
-            runtime.write_whole(out, lambda f: save_npz(f, files, labels, names))
-        else:
-            save_grid(out, files, captions)
-    delete_parts(parts)
+    def draw_images(numbers, states=None):
+        if args.prompt:
+            prompts = [args.prompt[i] for i in labels[numbers]]
+            return generate_prompts(model, rae, prompts, args, numbers, args.dtype, states)
+        return generate(model, rae, labels[numbers], args, numbers, weak, args.dtype, states)
+
+    # ---------------------------------------------------------------- images, and output
+    if is_animation(out):
+        dit = model.dit if args.prompt else model
+        times = sampling_times(dit, args).float().tolist()
+        frames = draw_frames(draw_images, rae, n, times, args)
+        save_animation(out, frames, captions, times)
+    else:
+        parts = parts_folder(out, args, rae, *models)
+        files = [parts / f"{i:06d}.png" for i in range(n)]
+        if rank == 0:
+            report_stale_parts(parts)
+        draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+        if rank > 0:
+            return
+        with says_what_is_kept(files):
+            save_files(out, files, labels, names, captions)
+        delete_parts(parts)
     seconds = time.time() - start
     print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
 

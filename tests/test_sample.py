@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_sample.py
 """
 import argparse
+import itertools
 import math
 import time
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 import runtime
 import sample
-from conftest import SHIPPED, run_script, start
+from conftest import ROOT, SHIPPED, run_script, start
 from release import load_dit
 from sample import (
     autoguidance,
@@ -312,6 +313,148 @@ def test_a_small_grid_shows_all():
     assert sample.shown_in_grid(108, 36, 64, 64) == (list(range(108)), 36)
 
 
+# ---------------------------------------------------------------------------- animations
+@pytest.mark.parametrize("steps, frames", [
+    (1, [0, 1]), (3, [0, 1, 2, 3]), (48, list(range(0, 49, 2)))])
+def test_frames_are_evenly_spaced_from_noise_to_data(steps, frames):
+    assert sample.frame_steps(steps) == frames
+
+
+def test_there_are_no_more_frames_for_more_steps():
+    for steps in (25, 49, 50, 1000):
+        frames = sample.frame_steps(steps)
+        assert len(frames) == 25
+        assert frames[0] == 0 and frames[-1] == steps
+
+
+def test_the_guesses_of_heun_are_not_recorded():
+    inputs = []
+
+    def velocity(x, t):
+        inputs.append(x)
+        return -x
+
+    times = time_grid(4, 1.0)
+    states = dict.fromkeys(times[:-1].tolist())
+    heun(sample.recorded(velocity, states), torch.ones(1, 1, 1, 1), times)
+
+    assert len(inputs) == 7                            # noise, then a guess and a state, thrice
+    assert torch.equal(torch.cat(list(states.values())), torch.cat(inputs[::2]))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
+@pytest.mark.parametrize("release_grid", [False, True])
+def test_recorded_states_go_from_noise_to_the_latents_and_change_nothing(solver, release_grid):
+    model, _, _ = load_dit(SHIPPED)
+    args = four_steps(solver)
+    args.release_grid = release_grid
+    labels = torch.tensor([35])
+    states = dict.fromkeys(sample.sampling_times(model, args).float().tolist())
+
+    latents = draw(model, labels, args, range(1), states=states)
+
+    assert torch.equal(latents, draw(model, labels, args, range(1)))
+    states = list(states.values())
+    assert torch.equal(states[0], sample.noise((192, 4, 4), args.seed, range(1)))
+    assert torch.equal(states[-1], latents)
+    for x, x_next in itertools.pairwise(states):
+        assert not torch.equal(x, x_next)
+
+
+def read_frames(path):
+    """The frames of an animation as RGB pictures, how long each is shown, and how often all are."""
+    animation = Image.open(path)
+    frames, milliseconds = [], []
+    for i in range(animation.n_frames):
+        animation.seek(i)
+        frames.append(animation.convert("RGB"))
+        milliseconds.append(animation.info["duration"])
+    return frames, milliseconds, animation.info["loop"]
+
+
+def difference(image, other):
+    """Mean absolute difference of two pictures of one size, in grey levels."""
+    return np.abs(np.asarray(image).astype(int) - np.asarray(other)).mean()
+
+
+@pytest.mark.parametrize("flags, steps", [
+    (["--labels", 0, 35, "--n", 2], 3),
+    (["--labels", 0, 35, "--n", 3, "--batch", 2, "--solver", "heun"], 3),
+    (["--labels", "none", "--n", 1, "--release_grid"], 2),
+    (["--prompt", "a red star", "a blue ring", "--n", 2], 3),
+])
+def test_an_animation_goes_from_noise_to_the_grid(tmp_path, flags, steps):
+    run_script(sample, *flags, "--sampling_steps", 3, "--out", tmp_path / "x.gif")
+    run_script(sample, *flags, "--sampling_steps", 3, "--out", tmp_path / "x.png")
+
+    frames, milliseconds, loops = read_frames(tmp_path / "x.gif")
+    grid = Image.open(tmp_path / "x.png")
+    assert milliseconds == [120] * steps + [2000]
+    assert loops == 0                                  # without end
+    assert frames[0].width == grid.width + sample.SCHEDULE_SIZE[0]
+    assert frames[0].height == max(grid.height, sample.SCHEDULE_SIZE[1])
+    of_grid = (0, 0, *grid.size)
+    assert difference(frames[-1].crop(of_grid), grid) < 1.5             # of 256 colours
+    assert difference(frames[0].crop(of_grid), grid) > 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gif", "x.png"]
+
+
+def test_the_schedule_shows_where_the_solver_is():
+    times = time_grid(8, 3.0).tolist()
+    red = (255, 0, 0)
+    left, top, right, bottom = sample.SCHEDULE_AXES
+    assert sample.draw_schedule(times, 0).getpixel((left, top)) == red
+    assert sample.draw_schedule(times, 8).getpixel((right, bottom)) == red
+    middle = ((left + right) // 2, round(bottom - 150 * times[4]))
+    assert times[4] == 0.75
+    assert sample.draw_schedule(times, 4).getpixel(middle) == red
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--n", "73"], "--n 73 is too many for --out x.GIF, which shows at most 72"),
+    (["--prompt", "a star", "--best_of", "2"], "--best_of 2 chooses among finished images"),
+])
+def test_what_an_animation_cannot_show_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args([*flags, "--out", "x.GIF"])
+    assert message in capsys.readouterr().err
+
+
+def test_an_animation_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--out", "x.gif"])
+    assert "--out x.gif is drawn by one process, not 2" in capsys.readouterr().err
+
+
+def test_an_animation_shows_one_image_of_each_class_up_to_a_bound():
+    args = sample.parse_args(["--out", "x.gif"])
+    assert sample.number_of_images(args, 36) == 36
+    assert sample.number_of_images(args, 1000) == 72
+
+
+def test_a_stopped_animation_leaves_nothing_half_written(tmp_path, draws_one_batch):
+    (tmp_path / "x.gif").write_bytes(b"of an earlier run")
+    draws_one_batch()
+    with pytest.raises(KeyboardInterrupt):
+        run_script(sample, *QUICK, "--batch", 3, "--out", tmp_path / "x.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gif"]
+    assert (tmp_path / "x.gif").read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.shipped
+def test_the_shipped_animation_is_small_and_whole():
+    path = ROOT / "assets" / "samples.gif"
+    assert path.stat().st_size <= 1.5e6
+    frames, milliseconds, loops = read_frames(path)
+    assert milliseconds == [120] * 24 + [2000]
+    assert loops == 0
+    # The class grid of samples.png has the same images above two others of each class.
+    grid = Image.open(ROOT / "assets" / "samples.png")
+    first_images = (0, 28, 794, 28 + 64)               # of the first twelve classes
+    assert difference(frames[-1].crop(first_images), grid.crop(first_images)) < 2
+
+
 # ---------------------------------------------------------------------------- the script
 QUICK = ["--sampling_steps", 2, "--labels", "red_circle", 35, "--n", 5]
 
@@ -341,9 +484,9 @@ def test_the_suffix_chooses_the_format_of_a_grid(tmp_path, name, kind):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["x.gif", "x.npy", "x.tar.gz", "runs/v1.2"])
+@pytest.mark.parametrize("name", ["x.bmp", "x.npy", "x.tar.gz", "runs/v1.2"])
 def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"use one of .png .jpg .jpeg .webp .npz, or a folder"):
+    with pytest.raises(ValueError, match=r"use one of .png .* .gif .npz, or a folder"):
         run_script(sample, "--out", tmp_path / name)
     assert not (tmp_path / name).exists()
 
