@@ -37,4 +37,4 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf runs .pytest_cache __pycache__ */__pycache__ samples.png prompts.png
+	rm -rf runs .pytest_cache __pycache__ */__pycache__ samples.png samples.gif prompts.png
