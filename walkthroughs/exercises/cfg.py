@@ -18,8 +18,8 @@ def cfg(model, y, null, scale, interval=(0, 1)):
     it in the shape of y.
     scale: 1 gives v itself. interval: two times in [0,1].
     Returns: function (x b c h w, t b) -> guided velocity b c h w, as euler and heun take it.
-    Source: arXiv 2207.12598; the interval: 2404.07724. Lines of the solution: 13, of which five
-    serve speed: they run both conditions in one batch, and skip the null condition if it is not
-    needed.
+    Source: arXiv 2207.12598; the interval: 2404.07724. Lines of the solution: 13, since it runs
+    both conditions in one batch and skips the null condition where it is not needed. Without that,
+    8 will do.
     """
     raise NotImplementedError("your code here")

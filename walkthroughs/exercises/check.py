@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from comparison import Wrong
+from comparison import Failed, Wrong
 from references import EXERCISES
 
 import runtime
@@ -65,6 +65,10 @@ def load(path):
 
 def describe(error, path):
     """What an exception says of the student's file, with the line that led to it."""
+    inputs = ""
+    if isinstance(error, Failed):
+        inputs = f" (inputs: {error})"
+        error = error.__cause__
     line = None
     if isinstance(error, SyntaxError) and error.filename == str(path):
         line = error.lineno
@@ -77,7 +81,7 @@ def describe(error, path):
         return f"{message}{place}"
     if isinstance(error, NotImplementedError) and message == HOLE:
         return f"still a hole{place}"
-    return f"raises {type(error).__name__}{place}: {message}"
+    return f"raises {type(error).__name__}{place}: {message}{inputs}"
 
 
 # %% All of them

@@ -16,6 +16,10 @@ class Wrong(Exception):
     """What is wrong with a solution, in a sentence that a student can act on."""
 
 
+class Failed(Exception):
+    """What the student's code was given when it raised the exception that is the cause of this."""
+
+
 class Case(NamedTuple):
     """Inputs to compare on. inputs: () -> a tuple, equal each time. text: what they are."""
     text: str
@@ -46,17 +50,26 @@ class Comparison(NamedTuple):
         solution = member(module, self.name)
 
         def run_solution(*inputs):
-            return as_tuple(self.run(solution, *inputs))
+            return self.values(self.run(solution, *inputs))
 
         for case in self.cases:
             inputs = case.inputs()
-            got = run_solution(*inputs)
-            wanted = as_tuple(self.run(self.product, *case.inputs()))
+            try:
+                got = run_solution(*inputs)
+            except Exception as error:                 # the student's code may raise anything
+                raise Failed(case.text) from error
+            wanted = self.values(self.run(self.product, *case.inputs()))
             check_unchanged(inputs, case.inputs())
             if not self.equal(got, wanted):
                 cause = self.find_mistakes(got, wanted, case, run_solution)
                 raise Wrong(cause or self.describe(got, wanted, case))
             check_gradient(got, wanted)
+
+    def values(self, result):
+        """A result as a tuple of tensors. What cannot be a tensor stays as it is."""
+        if len(self.results) == 1 or not isinstance(result, (tuple, list)):
+            result = (result,)
+        return tuple(as_tensor(value) for value in result)
 
     def equal(self, got, wanted):
         """Whether results are equal in number, shape, dtype and, within the tolerance, value."""
@@ -70,7 +83,7 @@ class Comparison(NamedTuple):
         for count in (1, 2):
             candidates = []
             for made in combinations(self.mistakes, count):
-                result = as_tuple(self.reference(frozenset(made), *case.inputs()))
+                result = self.values(self.reference(frozenset(made), *case.inputs()))
                 if self.explains(result, got) and not self.explains(result, wanted):
                     candidates.append(made)
             if candidates:
@@ -89,7 +102,7 @@ class Comparison(NamedTuple):
             except Exception:              # the student's code may raise anything in other cases
                 continue
             for made in candidates:
-                result = as_tuple(self.reference(frozenset(made), *case.inputs()))
+                result = self.values(self.reference(frozenset(made), *case.inputs()))
                 explained[made] += int(self.explains(result, got))
         return max(candidates, key=explained.get)
 
@@ -106,7 +119,7 @@ class Comparison(NamedTuple):
     def describe(self, got, wanted, case):
         """A sentence on how results differ, where no known mistake gives the student's."""
         if len(got) != len(wanted):
-            return f"returns {len(got)} values, wanted {len(wanted)}: {', '.join(self.results)}"
+            return f"the function must return {' and '.join(self.results)}"
         for name, one, other in zip(self.results, got, wanted, strict=True):
             if not (same_dtype(one, other) and close(one, other, self.tolerance)):
                 return f"{difference(name, one, other)} (inputs: {case.text})"
@@ -121,14 +134,11 @@ def member(module, name):
     return getattr(module, name)
 
 
-def as_tuple(result):
-    """A result as a tuple of tensors. What cannot be a tensor stays as it is."""
-    values = []
-    for value in result if isinstance(result, tuple) else (result,):
-        if isinstance(value, (int, float, complex, np.ndarray, np.generic)):
-            value = torch.as_tensor(value)
-        values.append(value)
-    return tuple(values)
+def as_tensor(value):
+    """A number or an array as a tensor. Anything else stays as it is."""
+    if isinstance(value, (int, float, complex, np.ndarray, np.generic)):
+        return torch.as_tensor(value)
+    return value
 
 
 def same_dtype(got, wanted):

@@ -26,7 +26,7 @@ class RoPE(nn.Module):
         """Prepare cosines and sines.
 
         head_dim: channels of a head, a multiple of 4. grid: tokens per side, so n = grid*grid.
-        Lines of the solution: 4, with build_rotary_pos_embed of timm.layers; about 8 without.
+        Lines of the solution: 4, with build_rotary_pos_embed of timm.layers; 8 without.
         """
         raise NotImplementedError("your code here")
 
@@ -35,6 +35,6 @@ class RoPE(nn.Module):
 
         x: queries or keys, b k n head_dim, with k heads.
         Returns: b k n head_dim, dtype of x.
-        Lines of the solution: 1, with apply_rot_embed of timm.layers; about 5 without.
+        Lines of the solution: 1, with apply_rot_embed of timm.layers; 4 without.
         """
         raise NotImplementedError("your code here")
