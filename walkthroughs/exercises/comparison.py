@@ -75,8 +75,10 @@ class Comparison(NamedTuple):
         """Whether results are equal in number, shape, dtype and, within the tolerance, value."""
         if len(got) != len(wanted):
             return False
-        return all(same_dtype(a, b) and close(a, b, self.tolerance)
-                   for a, b in zip(got, wanted, strict=True))
+        for one, other in zip(got, wanted, strict=True):
+            if not (same_dtype(one, other) and close(one, other, self.tolerance)):
+                return False
+        return True
 
     def find_mistakes(self, got, wanted, case, run_solution):
         """The sentence of the mistakes, one or two, that give the student's result, or None."""
@@ -111,8 +113,9 @@ class Comparison(NamedTuple):
         if len(result) != len(got):
             return False
         for one, other in zip(result, got, strict=True):
-            if not torch.is_tensor(other) or not close(one.squeeze(), other.squeeze(),
-                                                       self.tolerance):
+            if not torch.is_tensor(other):
+                return False
+            if not close(one.squeeze(), other.squeeze(), self.tolerance):
                 return False
         return True
 
