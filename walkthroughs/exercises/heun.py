@@ -1,0 +1,24 @@
+"""Exercise: a second-order solver.
+
+Replace the raise by your code, import what you need at the top, then run:
+    python walkthroughs/exercises/check.py heun
+"""
+
+
+def heun(velocity, x, times):
+    """Integrate dx/dt = velocity from the first of the times to the last, by Heun's steps.
+
+        x_next = x + (t_next - t) velocity(x, t)                            Euler's guess
+        v      = (velocity(x, t) + velocity(x_next, t_next)) / 2
+        x     <- x + (t_next - t) v
+
+    The last step is Euler's: the velocity at t = 0 itself is not trained. So N steps take 2 N - 1
+    evaluations of the velocity.
+
+    velocity: function (x b c h w, t b) -> dx/dt b c h w. It takes one time for each sample.
+    x: state at the first time, b c h w. It must not be changed in place.
+    times: from 1 (noise) to 0 (data), steps + 1 of them, fp64, not evenly spaced.
+    Returns: state at the last time, b c h w, dtype of x.
+    Source: Karras et al. (arXiv 2206.00364) algorithm 1. Lines of the solution: 8.
+    """
+    raise NotImplementedError("your code here")
