@@ -11,7 +11,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.shipped
 
 PRODUCT_FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("shapes/*.py")])
-FOLDERS_OF_CODE = (".", "shapes", "tests", "assets", "walkthroughs")
+FOLDERS_OF_CODE = (".", "shapes", "tests", "assets", "walkthroughs", "walkthroughs/exercises")
 
 
 def name_in_readme(path):
