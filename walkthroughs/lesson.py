@@ -83,7 +83,7 @@ class Lesson:
         command = f"python walkthroughs/{self.name}.py"
         text = "\n".join([*wrap(caption, 10 * int(figure.get_figwidth())),
                           f"{command}, {seconds:.0f} s"])
-        figure.text(0, 0, text, va="top", fontsize=11, color="dimgrey")
+        figure.text(0, -0.03, text, va="top", fontsize=11, color="dimgrey")
         drawn = io.BytesIO()
         figure.savefig(drawn, bbox_inches="tight")
         plt.close(figure)
