@@ -221,7 +221,14 @@ PLANTED = [
     ("euler", [("t = times[i].", "t = times[i + 1].")], "evaluated at t_next"),
     ("euler", [("x = x + float", "x += float")], "changed in place"),
     ("euler", [("len(times) - 1", "len(times) - 2")], "the last step is missing"),
-    ("euler", [("times[i].to(x.dtype)", "times[i]")], "dtype torch.float64"),
+    ("euler", [("times[i].to(x.dtype)", "times[i]")],
+     "given t in float64; give it x's dtype, float32"),
+    ("heun", [("dt * v, times[i + 1].to(x.dtype)", "dt * v, times[i + 1]")],
+     "given t in float64; give it x's dtype, float32"),
+    ("heun", [("dt = float(times[i + 1] - times[i])",
+               "dt = (times[i + 1] - times[i]).reshape(1, 1, 1, 1)")],
+     "given x in float64, though it came in float32"),
+    ("heun", [("if i < len(times) - 2:", "if times[i + 1] != 0:")], "only where it ends at 0"),
     ("heun", [("if i < len(times) - 2:", "if True:")], "last step is Heun's"),
     ("heun", [("0.5 * v + 0.5 * v2", "v + v2")], "take their mean"),
     ("heun", [("dt * v, times[i + 1]", "dt * v, times[i]")], "at the old time t"),
@@ -303,6 +310,96 @@ PLANTED = [
 ]
 
 
+# Slips of a sign, a bracket or a letter.
+SLIPS = [
+    ("time_shift", [("(a - 1)", "(1 - a)")], "a sign in the denominator is wrong"),
+    ("time_shift", [("(a - 1)", "a")], "a in place of a - 1"),
+    ("time_shift", [("(dim / base) **", "dim **")], "not divided by base"),
+    ("time_shift", [(" / (1 + (a - 1) * t)", "")], "the denominator is missing"),
+    ("flow_matching_loss", [("x0 - eps\n", "t.reshape(b, 1, 1, 1) * (x0 - eps)\n")],
+     "multiplied by t;"),
+    ("flow_matching_loss", [("x0 - eps\n", "(1 - t.reshape(b, 1, 1, 1)) * (x0 - eps)\n")],
+     "multiplied by 1-t;"),
+    ("flow_matching_loss", [("+ x0 - eps", "- x0 - eps")], "not eps \\+ x0"),
+    ("flow_matching_loss", [("x0 + t.", "x0 - t.")], "a sign in x_t is wrong"),
+    ("flow_matching_loss", [("* (eps - x0)", "* (eps + x0)")], "1\\+t where 1-t belongs"),
+    ("flow_matching_loss", [("* (eps - x0)", "* eps")], "has to fade"),
+    ("flow_matching_loss", [("+ x0 - eps", "- x_t")], "compared with x_t"),
+    ("flow_matching_loss", [("(error ** 2)", "error")], "the error is not squared"),
+    ("euler", [("times[i + 1] - times[i]", "times[i + 1] + times[i]")], "of a step are added"),
+    ("euler", [("    return x", "        return x")], "is the return inside the loop"),
+    ("euler", [("x = x + float", "x = float")], "x itself is not added"),
+    ("euler", [("times[i + 1] - times[i]", "times[i] - times[i]")], "no step changes it"),
+    ("euler", [("times[i + 1] - times[i]", "-times[i + 1]")], "as long as t_next;"),
+    ("heun", [("0.5 * v + 0.5 * v2", "0.5 * v - 0.5 * v2")], "are subtracted"),
+    ("heun", [("0.5 * v + 0.5 * v2", "v + 0.5 * v2")], "only the second velocity is halved"),
+    ("heun", [("0.5 * v + 0.5 * v2", "0.5 * v + v2")], "only the first velocity is halved"),
+    ("heun", [("velocity(x + dt", "velocity(x - dt")], "guess goes the wrong way"),
+    ("heun", [("velocity(x + dt * v", "velocity(x + v")], "in Euler's guess, v is not multiplied"),
+    ("heun", [("velocity(x + dt * v", "velocity(dt * v")], "in Euler's guess, x itself"),
+    ("heun", [("velocity(x, times[i]", "velocity(x, times[i + 1]")], "first evaluation is at"),
+    ("heun", [("    return x", "        return x")], "is the return inside the loop"),
+    ("cfg", [("scale * (v - v_null)", "scale * (v_null - v)")], "a sign is wrong"),
+    ("cfg", [("scale * (v - v_null)", "scale * (v + v_null)")], "added in the brackets"),
+    ("cfg", [("guided = v_null +", "guided =")], "v_null in front is missing"),
+    ("cfg", [("interval[0] <= t", "interval[0] < t")], "the lower end.*use <="),
+    ("cfg", [("t <= interval[1]", "t < interval[1]")], "the upper end.*use <="),
+    ("cfg", [(" & (t <= interval[1])", "")], "only the lower end"),
+    ("cfg", [("(interval[0] <= t) & ", "")], "only the upper end"),
+    ("patchify", [("height // patch, patch, width // patch, patch)",
+                   "patch, height // patch, patch, width // patch)"),
+                  ("permute(0, 2, 4, 3, 5, 1)", "permute(0, 3, 5, 2, 4, 1)")], "not neighbours"),
+    ("patchify", [("x.permute(0, 5, 1, 3, 2, 4)", "x.permute(0, 5, 3, 1, 4, 2)")],
+     "not neighbours"),
+    ("adaln_block", [("(1 + scale)", "(1 - scale)")], "multiplied by 1 - scale"),
+    ("adaln_block", [(" + shift", " - shift")], "the shift is subtracted"),
+    ("adaln_block", [("x + c *", "x - c *")], "the attention's output is subtracted"),
+    ("adaln_block", [("x + f *", "x - f *")], "the MLP's output is subtracted"),
+    ("adaln_block", [("x + c *", "x +")], "the attention's gate is forgotten"),
+    ("adaln_block", [("x + f *", "x +")], "the MLP's gate is forgotten"),
+    ("adaln_block", [("x + f *", "f *")], "not added to the MLP's output"),
+    ("adaln_block", [("x + c *", "x + f *"), ("x + f * self.mlp", "x + c * self.mlp")],
+     "the two gates are swapped"),
+    ("adaln_block", [("self.norm2(x), d, e", "self.norm2(x), a, e")], "the attention's shift"),
+    ("adaln_block", [("self.norm2(x), d, e", "self.norm2(x), d, b")], "the attention's scale"),
+    ("adaln_block", [("x + f *", "x + c *")], "the attention's gate; it has gate2"),
+    ("rope", [("10000 ** (-torch", "10000 ** (torch")], "the exponent is positive"),
+    ("rope", [("[row, column]", "[row, row]")], "the column is not used"),
+    ("rope", [("outer(n // grid", "outer(n")], "the row is n // grid"),
+    ("rope", [("outer(n % grid", "outer(n")], "the column is n % grid"),
+    ("rope", [("[row, column]", "[column, column]")], "the row is not used"),
+    ("rope", [("4) / (head_dim / 4)", "4) / 1")], "the exponent is -i;"),
+    ("rope", [("4) / (head_dim / 4)", "4) / head_dim")], "not -i / head_dim"),
+    ("rope", [("self.cos - x2", "self.cos + x2")], "one of the two signs is wrong"),
+    ("rope", [("self.sin + x2", "self.sin - x2")], "a sign in the second of each pair"),
+    ("latent_statistics", [("squares / n - mean", "squares / n + mean")], "mean is added"),
+    ("latent_statistics", [("- mean ** 2", "- mean")], "the mean is not squared"),
+    ("latent_statistics", [("squares / n - mean ** 2", "mean ** 2 - squares / n")], "wrong sign"),
+    ("latent_statistics", [("total = total +", "total ="), ("squares = squares +", "squares =")],
+     "replaces the sums"),
+    ("adaptive_weight", [(".sqrt() / (", ".sqrt() * (")], "are multiplied"),
+    ("adaptive_weight", [("(gan_gradient **", "(rec_gradient **")], "are those of rec_gradient"),
+    ("adaptive_weight", [("= (rec_gradient", "= (gan_gradient")], "are those of gan_gradient"),
+    ("adaptive_weight", [("() + 1e-6", "() - 1e-6"), ("(0, 10000)", "(max=10000)")],
+     "the 1e-6 is subtracted"),
+    ("adaptive_weight", [("() + 1e-6)", "()) + 1e-6")],
+     "not in the denominator"),
+    ("frechet_distance", [("(cov1 + cov2)", "(cov1 - cov2)")], "a covariance is subtracted"),
+    ("frechet_distance", [(".sum() + (cov1", ".sum() - (cov1")], "covariances are subtracted"),
+    ("frechet_distance", [("(cov1 + cov2)", "cov1")], "tr\\(cov2\\) is missing"),
+    ("frechet_distance", [("(cov1 + cov2)", "cov2")], "tr\\(cov1\\) is missing"),
+    ("frechet_distance", [("(mean1 - mean2)", "(mean1 + mean2)")], "the means are added"),
+    ("frechet_distance", [("- 2 * values", "+ 2 * values")], "the root is added"),
+    ("frechet_distance", [(" - 2 * values.sqrt().sum()", "")], "term of the root is missing"),
+]
+
+
+@pytest.mark.parametrize("name, changes, diagnosis", SLIPS)
+def test_a_slip_is_named(name, changes, diagnosis, tmp_path):
+    result = grade(tmp_path, name, plant(name, *changes))
+    assert re.search(diagnosis, result), result
+
+
 @pytest.mark.parametrize("name, changes, diagnosis", PLANTED)
 def test_a_usual_mistake_is_named(name, changes, diagnosis, tmp_path):
     result = grade(tmp_path, name, plant(name, *changes))
@@ -355,6 +452,58 @@ def test_an_error_is_reported_with_its_line(tmp_path):
         """)
     assert result.startswith("raises AttributeError (time_shift.py, line 4): ")
     assert result.endswith("(inputs: 768 channels of 16 x 16 tokens)")
+
+
+# Errors of first attempts: the changes, the hint, and a part of the error's own message.
+ERRORS = [
+    ("flow_matching_loss", [("t.reshape(b, 1, 1, 1)", "t")], "in the shape b 1 1 1", "size of ten"),
+    ("cfg", [("inside[:, None, None, None]", "inside")], "in the shape b 1 1 1", "size of tensor"),
+    ("cfg", [("(interval[0] <= t) & (t <= interval[1])", "interval[0] <= t <= interval[1]")],
+     "choose for each sample", "ambiguous"),
+    ("cfg", [("torch.as_tensor(null, dtype=y.dtype).expand(y.shape)", "torch.full_like(y, null)")],
+     "null may be a tensor", "must be Number"),
+    ("cfg", [("torch.as_tensor(null, dtype=y.dtype).expand", "null.expand")],
+     "null may be a number", "has no attribute 'expand'"),
+    ("add_noise", [("random(len(latents), 1, 1, 1)", "random(len(latents))")],
+     "in the shape b 1 1 1", "size of tensor"),
+    ("euler", [("len(times) - 1", "len(times)")], "N \\+ 1 times make N steps", "out of bounds"),
+    ("heun", [("len(times) - 1", "len(times)")], "N \\+ 1 times make N steps", "out of bounds"),
+    ("time_shift", [("(dim / base) ** 0.5", "(dim / base).sqrt()")], "number of Python", "no attr"),
+    ("time_shift", [("    a =", "    import torch; a ="), ("(dim / base) ** 0.5",
+                                                           "torch.sqrt(dim / base)")],
+     "takes a tensor, but this is a number", "must be Tensor"),
+    ("time_shift", [("return a * t", "return float(t)")], "take one number", "only one element"),
+    ("rope", [("import torch\n        super", "super")], "import it at the top", "not defined"),
+    ("rope", [("head_dim // 4)", "head_dim // 2)")], "each pair of channels", "size of te"),
+    ("latent_statistics", [("(latents ** 2).sum(0)", "(latents ** 2).sum((0, 1)).flatten()")],
+     "sum over the batch", "size of tensor"),
+    ("adaln_block", [("a, b), rope)", "a, b))")], "rotary positions, too", "missing 1 required"),
+    ("adaln_block", [("return x * (1", "return x.double() @ x.mT * (1")], "two dtypes", "type"),
+    ("patchify", [("b, -1, patch * patch * c)", "b, -1, patch * patch * patch)")],
+     "keeps the number of elements", "is invalid for input"),
+    ("frechet_distance", [("    values =", "    torch.linalg.cholesky(cov1)\n    values =")],
+     "a Cholesky factor needs full rank", "positive-definite"),
+]
+
+
+@pytest.mark.parametrize("name, changes, hint, message", ERRORS)
+def test_an_error_is_explained_before_its_own_message(name, changes, hint, message, tmp_path):
+    result = grade(tmp_path, name, plant(name, *changes))
+    assert re.search(f"^raises .*{hint}.*The message: .*{message}", result), result
+
+
+def test_an_error_of_another_kind_is_not_explained(tmp_path):
+    result = grade(tmp_path, "time_shift", "def time_shift(t, dim, base): return {}[dim]")
+    assert result.startswith("raises KeyError") and "The message" not in result
+
+
+def test_what_the_model_refuses_is_said_with_the_case(tmp_path):
+    null_of_y = "torch.as_tensor(null, dtype=y.dtype).expand(y.shape)"
+    result = grade(tmp_path, "cfg", plant("cfg", (null_of_y, "torch.as_tensor(null)")))
+    assert "given y as (6,) for 4 samples" in result
+    assert "one condition for each, here (4, 5, 6)" in result
+    assert result.endswith("(inputs: text as the condition: y 4 5 6 and null 6, to be broadcast "
+                           "to y)")
 
 
 def test_a_file_that_is_no_python_is_reported_with_its_line(tmp_path):
@@ -453,10 +602,10 @@ def test_the_lines_of_the_solution_are_counted_right(name):
 
 # What the docstrings say of solutions that leave out the project's extras, as those by hand do.
 SHORTER = {
-    "cfg": ["8 will do"],
+    "cfg": ["8 give the same"],
     "rope": ["8 without", "4 without"],
     "latent_statistics": ["9."],
-    "frechet_distance": ["3 will do"],
+    "frechet_distance": ["3 give the same"],
 }
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from comparison import Failed, Wrong
+from hints import find_hint
 from references import EXERCISES
 
 import runtime
@@ -78,9 +79,12 @@ def describe(error, path):
     place = f" ({path.name}, line {line})" if line else ""
     message = runtime.one_line(error)
     if isinstance(error, Wrong):
-        return f"{message}{place}"
+        return f"{message}{place}{inputs}"
     if isinstance(error, NotImplementedError) and message == HOLE:
         return f"still a hole{place}"
+    hint = find_hint(path.stem, message)
+    if hint:
+        message = f"{hint}. The message: {message}"
     return f"raises {type(error).__name__}{place}: {message}{inputs}"
 
 

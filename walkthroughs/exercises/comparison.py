@@ -86,12 +86,24 @@ class Comparison(NamedTuple):
             candidates = []
             for made in combinations(self.mistakes, count):
                 result = self.values(self.reference(frozenset(made), *case.inputs()))
-                if self.explains(result, got) and not self.explains(result, wanted):
+                explained = self.explains(result, got) and not self.explains(result, wanted)
+                if explained and self.is_right_before(case, made):
                     candidates.append(made)
             if candidates:
                 made = self.choose(candidates, run_solution)
                 return "; and ".join(self.mistakes[name] for name in made)
         return None
+
+    def is_right_before(self, case, made):
+        """Whether mistakes change nothing in the cases before this one, in which the student's
+        function was right.
+        """
+        for earlier in self.cases[:self.cases.index(case)]:
+            wanted = self.values(self.run(self.product, *earlier.inputs()))
+            result = self.values(self.reference(frozenset(made), *earlier.inputs()))
+            if not self.explains(result, wanted):
+                return False
+        return True
 
     def choose(self, candidates, run_solution):
         """Of mistakes that explain one case alike, those that explain the most cases."""
@@ -198,7 +210,7 @@ def difference(name, got, wanted):
         return f"{name} is not finite: nan or inf"
     got = got.detach().double()
     wanted = wanted.detach().double()
-    factor = constant_factor(got, wanted)
+    factor = constant_factor(got, wanted) if got.numel() > 1 else None
     if factor is not None and abs(factor + 1) < 1e-3:
         return f"{name} has the opposite sign of the project's"
     if factor is not None:
@@ -212,7 +224,7 @@ def difference(name, got, wanted):
 
 
 def constant_factor(got, wanted):
-    """k if got = k * wanted for several values, or for one that is not 0, else None."""
+    """k if got = k * wanted, else None. Of a single number, this says nothing."""
     size = wanted.square().sum()
     if size == 0:
         return None

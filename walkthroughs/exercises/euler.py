@@ -12,9 +12,10 @@ def euler(velocity, x, times):
 
     The times run from noise to data, so t_next - t is negative. They are not evenly spaced.
 
-    velocity: function (x b c h w, t b) -> dx/dt b c h w. It takes one time for each sample.
+    velocity: function (x b c h w, t b) -> dx/dt b c h w. It takes one time for each sample, in the
+    dtype of x.
     x: state at the first time, b c h w. It must not be changed in place.
-    times: from 1 (noise) to 0 (data), steps + 1 of them, fp64.
+    times: from 1 (noise) down to 0 (data) or above, steps + 1 of them, fp64.
     Returns: state at the last time, b c h w, dtype of x.
     Lines of the solution: 4.
     """

@@ -12,12 +12,13 @@ def heun(velocity, x, times):
         v      = (velocity(x, t) + velocity(x_next, t_next)) / 2
         x     <- x + (t_next - t) v
 
-    The last step is Euler's: the velocity at t = 0 itself is not trained. So N steps take 2 N - 1
-    evaluations of the velocity.
+    The last step, wherever it ends, is Euler's: it mostly ends at t = 0, where the velocity is not
+    trained. So N steps take 2 N - 1 evaluations of the velocity.
 
-    velocity: function (x b c h w, t b) -> dx/dt b c h w. It takes one time for each sample.
+    velocity: function (x b c h w, t b) -> dx/dt b c h w. It takes one time for each sample, in the
+    dtype of x.
     x: state at the first time, b c h w. It must not be changed in place.
-    times: from 1 (noise) to 0 (data), steps + 1 of them, fp64, not evenly spaced.
+    times: from 1 (noise) down to 0 (data) or above, steps + 1 of them, fp64, not evenly spaced.
     Returns: state at the last time, b c h w, dtype of x.
     Source: Karras et al. (arXiv 2206.00364) algorithm 1. Lines of the solution: 8.
     """

@@ -42,6 +42,10 @@ TIME_SHIFT_MISTAKES = {
                "are swapped, a = sqrt(dim / base)",
     "root": "the square root is missing: a = sqrt(dim / base)",
     "plus": "the denominator has a + 1 in place of a - 1",
+    "a alone": "the denominator has a in place of a - 1",
+    "minus": "a sign in the denominator is wrong: it is 1 + (a - 1) t",
+    "no denominator": "the denominator is missing",
+    "no base": "dim is not divided by base: a = sqrt(dim / base)",
     "numerator": "the numerator lacks its factor a",
     "base": "base is ignored: 4096 is only its default",
 }
@@ -53,14 +57,23 @@ def reference_time_shift(made, t, dim, base):
     if "base" in made:
         base = 4096
     a = (dim / base) ** 0.5
+    if "no base" in made:
+        a = dim ** 0.5
     if "root" in made:
         a = a * a
     if "inverse" in made:
         a = 1 / a
     numerator = t if "numerator" in made else a * t
+    slope = a - 1
     if "plus" in made:
-        return numerator / (1 + (a + 1) * t)
-    return numerator / (1 + (a - 1) * t)
+        slope = a + 1
+    if "a alone" in made:
+        slope = a
+    if "minus" in made:
+        slope = -slope
+    if "no denominator" in made:
+        return numerator
+    return numerator / (1 + slope * t)
 
 
 def times_to_shift(dtype):
@@ -83,13 +96,22 @@ time_shift = Comparison(
 FLOW_MISTAKES = {
     "time": "t and 1-t are swapped in x_t: t = 0 is data and t = 1 is noise, so "
             "x_t = (1-t) x0 + t eps",
+    "mixed minus": "a sign in x_t is wrong: it is x0 + t (eps - x0), which is (1-t) x0 + t eps",
+    "mixed sum": "x_t has 1+t where 1-t belongs: x_t = (1-t) x0 + t eps",
+    "all of x0": "x_t is x0 + t eps; the data has to fade as the noise comes: (1-t) x0 + t eps",
     "model time": "the model is given 1-t; give it t",
     "sign": "the velocity has the wrong sign: v = eps - x0, not x0 - eps",
+    "plus": "the velocity is a difference: v = eps - x0, not eps + x0",
+    "times t": "the velocity is multiplied by t; v = eps - x0 alone, at each t (x_t - x0 is t v)",
+    "times 1-t": "the velocity is multiplied by 1-t; v = eps - x0 alone, at each t (eps - x_t is "
+                 "(1-t) v)",
     "predicts eps": "the model's output is compared with eps; it predicts v = eps - x0",
     "predicts x0": "the model's output is compared with x0; it predicts v = eps - x0",
     "sees data": "the model is given x0 itself; give it x_t",
     "sees noise": "the model is given eps itself; give it x_t",
+    "predicts x_t": "the model's output is compared with x_t; it predicts v = eps - x0",
     "absolute": "the error is not squared, only its absolute value is taken",
+    "error": "the error is not squared",
     "root": "a square root too many: the loss is the squared error itself",
     "sum": "the errors of a sample are summed; take their mean",
     "batch": "the mean is over the batch, too: return one loss for each sample, b",
@@ -98,10 +120,15 @@ FLOW_MISTAKES = {
 
 
 class Velocity(nn.Module):
-    """A made-up velocity that depends on all of its arguments, and checks their shapes."""
-    def __init__(self):
+    """A made-up velocity that depends on all of its arguments, and checks their shapes and dtypes.
+
+    condition_shape: shape of one sample's condition. dtype: that of x, or None for any.
+    """
+    def __init__(self, condition_shape=(), dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.7))
+        self.condition_shape = condition_shape
+        self.dtype = dtype
 
     def forward(self, x, t, y):
         b = len(x)
@@ -109,17 +136,36 @@ class Velocity(nn.Module):
             shape = tuple(t.shape) if torch.is_tensor(t) else type(t).__name__
             raise Wrong(f"the velocity is given t as {shape}; it takes one time for each sample, "
                         f"here {(b,)}")
-        if not torch.is_tensor(y) or len(y.shape) == 0 or len(y) != b:
+        if self.dtype not in (None, x.dtype):
+            raise Wrong(f"the velocity is given x in {dtype_name(x.dtype)}, though it came in "
+                        f"{dtype_name(self.dtype)}; keep its dtype (a step as a "
+                        f"Python number does, a step as a tensor of another dtype may not)")
+        if t.dtype != x.dtype:
+            raise Wrong(f"the velocity is given t in {dtype_name(t.dtype)}; give it x's dtype, "
+                        f"{dtype_name(x.dtype)}")
+        wanted = (b, *self.condition_shape)
+        if not torch.is_tensor(y) or y.shape != wanted:
             shape = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
             raise Wrong(f"the model is given y as {shape} for {b} samples; it takes one condition "
-                        f"for each")
+                        f"for each, here {wanted}")
         condition = y.float().reshape(b, -1).sin().mean(1)                 # b
         return torch.sin(self.weight * x + column(condition)) * column(1 + t) + column(t * t)
+
+
+def dtype_name(dtype):
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def reference_flow_matching_loss(made, velocity, x0, y, t, eps):
     mix = column(1 - t if "time" in made else t)                        # b 1 1 1
     x_t = x0 + mix * (eps - x0)                                         # b c h w
+    if "mixed minus" in made:
+        x_t = x0 - mix * (eps - x0)
+    if "mixed sum" in made:
+        x_t = x0 + mix * (eps + x0)
+    if "all of x0" in made:
+        x_t = x0 + mix * eps
     if "sees data" in made:
         x_t = x0
     if "sees noise" in made:
@@ -129,10 +175,21 @@ def reference_flow_matching_loss(made, velocity, x0, y, t, eps):
         target = eps
     if "predicts x0" in made:
         target = x0
+    if "predicts x_t" in made:
+        target = x_t
+    if "plus" in made:
+        target = eps + x0
+    if "times t" in made:
+        target = column(t) * target
+    if "times 1-t" in made:
+        target = column(1 - t) * target
     if "sign" in made:
         target = -target
     error = velocity(x_t, 1 - t if "model time" in made else t, y) - target         # b c h w
-    error = error.abs() if "absolute" in made else error ** 2
+    if "absolute" in made:
+        error = error.abs()
+    elif "error" not in made:
+        error = error ** 2
     if "half" in made:
         error = error / 2
     loss = error.sum((1, 2, 3)) if "sum" in made else error.mean((1, 2, 3))         # b
@@ -166,33 +223,49 @@ flow_matching_loss = Comparison(
 
 
 # ------------------------------------------------------------------------------ euler, heun
-EULER_MISTAKES = {
+STEP_MISTAKES = {
     "upward": "the steps go the wrong way: t_next - t is negative on the way from noise to data, "
               "and x becomes x + (t_next - t) v",
-    "next": "the velocity is evaluated at t_next; Euler's step takes it at t",
     "backward": "the times are walked from the last to the first; they are in order already, from "
                 "noise (1) to data (0)",
     "no last": "the last step is missing: N + 1 times make N steps",
     "no first": "the first step is missing: N + 1 times make N steps",
+    "only first": "only the first step is taken: is the return inside the loop?",
+    "no step": "x comes back as it was: no step changes it",
     "even": "the steps are all of one size; take the difference of neighbouring times",
     "whole": "a step is as long as t; it is as long as t_next - t",
+    "whole next": "a step is as long as t_next; it is as long as t_next - t",
+    "plus": "the two times of a step are added; it is as long as t_next - t",
     "unit": "the velocity is not multiplied by the length of the step",
+    "no x": "x itself is not added: x becomes x + (t_next - t) v",
+}
+EULER_MISTAKES = {
+    **STEP_MISTAKES,
+    "next": "the velocity is evaluated at t_next; Euler's step takes it at t",
 }
 HEUN_MISTAKES = {
-    "upward": EULER_MISTAKES["upward"],
+    **STEP_MISTAKES,
     "all": "the last step is Heun's; it is to be Euler's, since the velocity at t = 0 is not "
            "trained",
+    "at zero": "the last step is Euler's only where it ends at 0; it is to be Euler's wherever it "
+               "ends, so compare with the last of the times",
     "euler": "no step has a second evaluation of the velocity: this is Euler's solver",
     "sum": "the two velocities are added; take their mean",
+    "difference": "the two velocities are subtracted; take their mean, (v + v_next) / 2",
+    "half": "only the second velocity is halved; take the mean of both, (v + v_next) / 2, with the "
+            "brackets",
+    "half of first": "only the first velocity is halved; take the mean of both, (v + v_next) / 2",
     "second": "only the second velocity is used; take the mean of both",
+    "first at next": "the first evaluation is at t_next; it is at t",
     "old time": "the second evaluation is at the old time t; it is at t_next",
     "old x": "the second evaluation is at the old x; it is at Euler's guess x_next",
+    "guess upward": "Euler's guess goes the wrong way: x_next = x + (t_next - t) v",
+    "guess unit": "in Euler's guess, v is not multiplied by the length of the step: x_next = "
+                  "x + (t_next - t) v",
+    "guess no x": "in Euler's guess, x itself is not added: x_next = x + (t_next - t) v",
     "midpoint": "this is the midpoint method, which evaluates at the middle of the step; Heun's "
                 "evaluates at its end",
     "from guess": "the step starts from the guess x_next; it starts from x",
-    "no last": EULER_MISTAKES["no last"],
-    "no first": EULER_MISTAKES["no first"],
-    "backward": EULER_MISTAKES["backward"],
 }
 
 
@@ -206,68 +279,123 @@ def steps_of(made, times):
         steps = steps[:-1]
     if "no first" in made:
         steps = steps[1:]
+    if "only first" in made:
+        steps = steps[:1]
+    if "no step" in made:
+        steps = []
     return steps
 
 
-def velocity_of_solver(x, t):
-    """A made-up velocity that depends on x and t."""
-    return Velocity()(x, t, torch.ones(len(x))).detach()
+def step_length(made, t, t_next, even):
+    """t_next - t. even: the mean of all steps."""
+    length = t_next - t
+    if "even" in made:
+        length = even
+    if "whole" in made:
+        length = -t
+    if "whole next" in made:
+        length = -t_next
+    if "plus" in made:
+        length = t_next + t
+    if "unit" in made:
+        length = -1
+    return -length if "upward" in made else length
+
+
+def mean_step(times):
+    return float(times[-1] - times[0]) / (len(times) - 1)
+
+
+def velocity_of_solver(dtype):
+    """A made-up velocity that depends on x and t, for x of this dtype."""
+    model_of_any_condition = Velocity(dtype=dtype)
+
+    def velocity(x, t):
+        return model_of_any_condition(x, t, torch.ones(len(x))).detach()
+    return velocity
 
 
 def at(x, t):
     """The same time t for each sample of x: b."""
-    return torch.full((x.shape[0],), t)
+    return torch.full((x.shape[0],), t, dtype=x.dtype)
 
 
 def reference_euler(made, velocity, x, times):
-    even = float(times[-1] - times[0]) / (len(times) - 1)
     for t, t_next in steps_of(made, times):
-        length = t_next - t
-        if "even" in made:
-            length = even
-        if "whole" in made:
-            length = -t
-        if "unit" in made:
-            length = -1
-        if "upward" in made:
-            length = -length
-        x = x + length * velocity(x, at(x, t_next if "next" in made else t))
+        length = step_length(made, t, t_next, mean_step(times))
+        v = velocity(x, at(x, t_next if "next" in made else t))
+        x = length * v if "no x" in made else x + length * v
     return x
 
 
 def reference_heun(made, velocity, x, times):
-    last = steps_of(made, times)[-1:]
     for t, t_next in steps_of(made, times):
-        length = t - t_next if "upward" in made else t_next - t
-        v = velocity(x, at(x, t))
-        guess = x + length * v
+        length = step_length(made, t, t_next, mean_step(times))
+        v = velocity(x, at(x, t_next if "first at next" in made else t))
+        guess = guess_of_heun(made, x, length, v)
         start = x
-        if ("all" in made or [(t, t_next)] != last) and "euler" not in made:
+        if has_second_evaluation(made, t_next, times):
             if "midpoint" in made:
                 v = velocity(x + length / 2 * v, at(x, (t + t_next) / 2))
             else:
                 second = velocity(x if "old x" in made else guess,
                                   at(x, t if "old time" in made else t_next))
-                v = second if "second" in made else (v + second) / 2
-                if "sum" in made:
-                    v = 2 * v
+                v = mean_velocity(made, v, second)
                 if "from guess" in made:
                     start = guess
-        x = start + length * v
+        x = length * v if "no x" in made else start + length * v
     return x
+
+
+def guess_of_heun(made, x, length, v):
+    """Where Euler's step ends."""
+    if "guess upward" in made:
+        return x - length * v
+    if "guess unit" in made:
+        return x + v
+    if "guess no x" in made:
+        return length * v
+    return x + length * v
+
+
+def has_second_evaluation(made, t_next, times):
+    """Whether a step is Heun's, not Euler's."""
+    if "euler" in made:
+        return False
+    if "all" in made:
+        return True
+    if "at zero" in made:
+        return t_next != 0
+    return t_next != float(times[-1])
+
+
+def mean_velocity(made, first, second):
+    """The velocity of a step of Heun's."""
+    if "second" in made:
+        return second
+    if "sum" in made:
+        return first + second
+    if "difference" in made:
+        return (first - second) / 2
+    if "half" in made:
+        return first + second / 2
+    if "half of first" in made:
+        return first / 2 + second
+    return (first + second) / 2
 
 
 def solver_inputs(steps, shape, last=0.0, dtype=torch.float32):
     x = torch.randn(shape, generator=seeded(), dtype=dtype)
     u = torch.linspace(1, last, steps + 1, dtype=torch.float64)
-    return velocity_of_solver, x, 3 * u / (1 + 2 * u)                   # uneven: shifted by a = 3
+    times = 3 * u / (1 + 2 * u)                                         # uneven: shifted by a = 3
+    return velocity_of_solver(dtype), x, times
 
 
 SOLVER_CASES = [
     Case("5 steps of latents 3 2 4 4", lambda: solver_inputs(5, (3, 2, 4, 4))),
     Case("2 steps", lambda: solver_inputs(2, (2, 3, 1, 2))),
     Case("latents in fp64", lambda: solver_inputs(3, (2, 2, 2, 2), dtype=torch.float64)),
-    Case("times that end before 0", lambda: solver_inputs(4, (2, 1, 2, 2), last=0.1)),
+    Case("times that end above 0", lambda: solver_inputs(4, (2, 1, 2, 2), last=0.1)),
     Case("one step of one sample", lambda: solver_inputs(1, (1, 1, 2, 2))),
 ]
 
@@ -280,6 +408,10 @@ heun = Comparison("heun", sample.heun, call, SOLVER_CASES, reference_heun, HEUN_
 CFG_MISTAKES = {
     "off by one": "the scale is off by one: v + scale (v - v_null) has to be "
                   "v_null + scale (v - v_null), so that scale 1 gives v",
+    "towards": "a sign is wrong, so the velocity moves away from v: v_null + scale (v - v_null), "
+               "not v_null + scale (v_null - v)",
+    "plus": "v and v_null are added in the brackets: v_null + scale (v - v_null)",
+    "no null": "v_null in front is missing: v_null + scale (v - v_null)",
     "swapped": "v and v_null are swapped: the velocity has to move away from v_null, "
                "v_null + scale (v - v_null)",
     "unguided": "the velocity comes back unguided, v itself",
@@ -292,6 +424,11 @@ CFG_MISTAKES = {
            "sample",
     "all": "all samples must be inside the interval for one to be guided; decide for each sample",
     "ends": "the ends of the interval belong to it: use <=, not <",
+    "low end": "the lower end of the interval belongs to it: use <=, not <",
+    "high end": "the upper end of the interval belongs to it: use <=, not <",
+    "low only": "only the lower end of the interval is looked at; t has to be below the upper, too",
+    "high only": "only the upper end of the interval is looked at; t has to be above the lower, "
+                 "too",
 }
 
 
@@ -304,6 +441,12 @@ def reference_cfg(made, velocity, y, null, scale, interval, x, t):
     guided = v_null + scale * (v - v_null)
     if "off by one" in made:
         guided = v + scale * (v - v_null)
+    if "towards" in made:
+        guided = v_null - scale * (v - v_null)
+    if "plus" in made:
+        guided = v_null + scale * (v + v_null)
+    if "no null" in made:
+        guided = scale * (v - v_null)
     if "product" in made:
         guided = scale * v
     if "unguided" in made:
@@ -314,6 +457,14 @@ def reference_cfg(made, velocity, y, null, scale, interval, x, t):
     inside = (t >= low) & (t <= high)                                   # b
     if "ends" in made:
         inside = (t > low) & (t < high)
+    if "low end" in made:
+        inside = (t > low) & (t <= high)
+    if "high end" in made:
+        inside = (t >= low) & (t < high)
+    if "low only" in made:
+        inside = t >= low
+    if "high only" in made:
+        inside = t <= high
     if "ignored" in made:
         inside = torch.ones_like(inside)
     if "inverted" in made:
@@ -346,10 +497,10 @@ def cfg_inputs(scale, interval=None, t=(0.1, 0.4, 0.6, 0.9)):
 
 
 def cfg_of_text():
-    velocity, _, _, scale, interval, x, t = cfg_inputs(2.5)
+    _, _, _, scale, interval, x, t = cfg_inputs(2.5)
     y = torch.randn(4, 5, 6, generator=seeded(1))                       # b n d
     null = torch.randn(6, generator=seeded(2))                          # d
-    return velocity, y, null, scale, interval, x, t
+    return Velocity((5, 6)), y, null, scale, interval, x, t
 
 
 def cfg_of_a_number():
@@ -359,15 +510,16 @@ def cfg_of_a_number():
 
 cfg = Comparison(
     "cfg", sample.cfg, run_cfg,
-    [Case("times inside and outside the interval", lambda: cfg_inputs(3.0, (0.3, 0.7))),
+    [Case("class ids y 4 and null 4, times inside and outside the interval",
+          lambda: cfg_inputs(3.0, (0.3, 0.7))),
      Case("the default interval", lambda: cfg_inputs(3.0)),
      Case("scale 1", lambda: cfg_inputs(1.0)),
      Case("scale 0", lambda: cfg_inputs(0.0)),
      Case("all times outside the interval", lambda: cfg_inputs(3.0, (0.0, 0.05))),
      Case("times at the ends of the interval",
           lambda: cfg_inputs(3.0, (0.25, 0.75), (0.25, 0.75, 0.5, 1.0))),
-     Case("text as the condition, null of shape d", cfg_of_text),
-     Case("a number as the null condition", cfg_of_a_number)],
+     Case("text as the condition: y 4 5 6 and null 6, to be broadcast to y", cfg_of_text),
+     Case("class ids y 4 and the null condition a number, 7", cfg_of_a_number)],
     reference_cfg, CFG_MISTAKES)
 
 
@@ -377,9 +529,16 @@ PATCH_MISTAKES = {
     "transposed": "rows and columns within a patch are swapped: p (row) comes before q (column)",
     "channels first": "the channel comes first within a token; it comes last, p q c",
     "channels between": "the channel comes between row and column; it comes last, p q c",
+    "strided": "the pixels of a token are not neighbours: the row of a pixel is h * patch + p, so "
+               "H is split into (h p), not (p h), and W into (w q)",
     "reshape": "a reshape alone takes pixels as they lie in memory, not patch by patch: split H "
                "and W, then permute the axes",
 }
+
+
+def image_pattern(made):
+    """The einops pattern of images."""
+    return "b c (p h) (q w)" if "strided" in made else "b c (h p) (w q)"
 
 
 def token_pattern(made):
@@ -401,13 +560,14 @@ def reference_patchify(made, images, patch):
     b, c, height, width = images.shape
     if "reshape" in made:
         return images.reshape(b, height // patch * (width // patch), patch * patch * c)
-    return rearrange(images, f"b c (h p) (w q) -> {token_pattern(made)}", p=patch, q=patch)
+    return rearrange(images, f"{image_pattern(made)} -> {token_pattern(made)}", p=patch, q=patch)
 
 
 def reference_unpatchify(made, tokens, grid, patch):
     if "reshape" in made:
         return tokens.reshape(len(tokens), 3, grid * patch, grid * patch)
-    return rearrange(tokens, f"{token_pattern(made)} -> b c (h p) (w q)", h=grid, p=patch, q=patch)
+    return rearrange(tokens, f"{token_pattern(made)} -> {image_pattern(made)}", h=grid, p=patch,
+                     q=patch)
 
 
 def patchify_of_project(images, patch):
@@ -444,6 +604,8 @@ MODULATE_MISTAKES = {
     "order": "the shift is added before x is scaled: x * (1 + scale) + shift",
     "no shift": "the shift is missing",
     "no scale": "the scale is missing",
+    "minus shift": "the shift is subtracted; add it",
+    "minus scale": "x is multiplied by 1 - scale; multiply it by 1 + scale",
 }
 BLOCK_MISTAKES = {
     "no gate": "the gates are forgotten: x + gate * f(...)",
@@ -452,10 +614,21 @@ BLOCK_MISTAKES = {
     "no modulate": "the norms' outputs are not modulated",
     "swapped": "shift and scale are swapped: the six parts are shift1, scale1, gate1, shift2, "
                "scale2, gate2",
+    "no gate1": "the attention's gate is forgotten: x + gate1 attn(...)",
+    "no gate2": "the MLP's gate is forgotten: x + gate2 mlp(...)",
+    "gates": "the two gates are swapped: the attention has gate1, the MLP gate2",
+    "first parts": "the MLP is given the attention's shift, scale and gate; it has its own",
+    "first shift": "the MLP is given the attention's shift; it has shift2",
+    "first scale": "the MLP is given the attention's scale; it has scale2",
+    "first gate": "the MLP is given the attention's gate; it has gate2",
+    "minus1": "the attention's output is subtracted from x; add it",
+    "minus2": "the MLP's output is subtracted from x; add it",
     "gate first": "the six parts are taken as gate, shift, scale; they are shift, scale, gate",
     "halves": "the first three parts are given to the MLP; they are the attention's",
     "scale": "the norm's output is multiplied by scale; multiply it by 1 + scale",
     "no residual": "x itself is not added: x + gate * f(...)",
+    "no residual1": "x itself is not added to the attention's output: x + gate1 attn(...)",
+    "no residual2": "x itself is not added to the MLP's output: x + gate2 mlp(...)",
     "one norm": "norm1 is used twice; the MLP has norm2",
     "parallel": "the MLP sees the x from before the attention; it comes after it",
     "gate plus one": "the gate is 1 + gate; it is gate, so that a new block changes nothing",
@@ -467,10 +640,14 @@ def reference_modulate(made, x, shift, scale):
     if "swapped" in made:
         shift, scale = scale, shift
     factor = scale if "scale" in made else 1 + scale
+    if "minus scale" in made:
+        factor = 1 - scale
     if "no scale" in made:
         factor = 1
     if "no shift" in made:
         return x * factor
+    if "minus shift" in made:
+        shift = -shift
     if "order" in made:
         return (x + shift) * factor
     return x * factor + shift
@@ -483,15 +660,21 @@ def reference_block(made, d, heads, x, cond):
     attention_parts, mlp_parts = parts[:3], parts[3:]
     if "halves" in made:
         attention_parts, mlp_parts = mlp_parts, attention_parts
+    if "gates" in made:
+        attention_parts[2], mlp_parts[2] = mlp_parts[2], attention_parts[2]
+    for index, part in enumerate(("shift", "scale", "gate")):
+        if "first parts" in made or f"first {part}" in made:
+            mlp_parts[index] = attention_parts[index]
 
     def attention(x):
         return block.attn(x, rope)
 
-    branches = [(attention, block.norm1, attention_parts), (block.mlp, block.norm2, mlp_parts)]
+    branches = [("1", attention, block.norm1, attention_parts),
+                ("2", block.mlp, block.norm2, mlp_parts)]
     if "mlp first" in made:
         branches.reverse()
     before = x                                                          # b n d
-    for function, norm, (shift, scale, gate) in branches:
+    for number, function, norm, (shift, scale, gate) in branches:
         if "gate first" in made:
             shift, scale, gate = scale, gate, shift
         if "swapped" in made:
@@ -508,9 +691,12 @@ def reference_block(made, d, heads, x, cond):
         change = function(seen)
         if "gate plus one" in made:
             gate = 1 + gate
-        if "no gate" not in made:
+        if "no gate" not in made and f"no gate{number}" not in made:
             change = gate * change
-        x = change if "no residual" in made else x + change
+        if f"minus{number}" in made:
+            change = -change
+        without_x = "no residual" in made or f"no residual{number}" in made
+        x = change if without_x else x + change
     return x
 
 
@@ -578,6 +764,14 @@ ROPE_MISTAKES = {
     "sin cos": "sine and cosine are swapped",
     "line": "positions are the numbers of the tokens on a line; use the row in one half of the "
             "channels and the column in the other",
+    "row of a line": "the row is n // grid, not the number n of the token",
+    "column of a line": "the column is n % grid, not the number n of the token",
+    "row twice": "the column is not used: it turns the second half of the channels",
+    "column twice": "the row is not used: it turns the first half of the channels",
+    "growing": "the exponent is positive, so the angles grow with i; it is -i / (head_dim / 4)",
+    "undivided": "the exponent is -i; it is -i / (head_dim / 4)",
+    "bands of a head": "the angles fall too slowly with i: the exponent is -i / (head_dim / 4), "
+                       "not -i / head_dim",
     "bands": "the angles fall too slowly with i: the exponent is -i / (head_dim / 4), as each half "
              "has head_dim / 4 pairs",
     "one": "rows and columns are counted from 1; count them from 0",
@@ -585,19 +779,34 @@ ROPE_MISTAKES = {
                    "channels, the column the second",
     "reflected": "one of the two signs is wrong, so the pairs are reflected, not turned: "
                  "(x1 cos - x2 sin, x1 sin + x2 cos)",
+    "reflected second": "a sign in the second of each pair is wrong: x1 sin + x2 cos",
+    "opposite first": "the first of each pair has the opposite sign: x1 cos - x2 sin",
+    "opposite second": "a sign in the second of each pair is wrong: x1 sin + x2 cos",
 }
 
 
 def reference_rope(made, head_dim, grid, x):
     pairs = head_dim // 4
     divisor = 2 * pairs if "bands" in made else pairs
+    if "bands of a head" in made:
+        divisor = head_dim
+    if "undivided" in made:
+        divisor = 1
+    if "growing" in made:
+        divisor = -divisor
     frequencies = 10000.0 ** (-torch.arange(pairs) / divisor)           # dh/4
     n = torch.arange(grid * grid)
     row, col = n // grid, n % grid                                      # n each
-    if "line" in made:
-        row, col = n, n
+    if "row of a line" in made or "line" in made:
+        row = n
+    if "column of a line" in made or "line" in made:
+        col = n
     if "swapped" in made:
         row, col = col, row
+    if "row twice" in made:
+        col = row
+    if "column twice" in made:
+        row = col
     if "one" in made:
         row, col = row + 1, col + 1
     row_angles = row[:, None] * frequencies                             # n dh/4
@@ -617,6 +826,12 @@ def reference_rope(made, head_dim, grid, x):
     turned = [first * cos - second * sin, first * sin + second * cos]
     if "reflected" in made:
         turned[0] = first * cos + second * sin
+    if "reflected second" in made:
+        turned[1] = second * cos - first * sin
+    if "opposite first" in made:
+        turned[0] = -turned[0]
+    if "opposite second" in made:
+        turned[1] = first * sin - second * cos
     if "halves" in made:
         return torch.cat(turned, dim=-1).to(x.dtype)
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
@@ -653,6 +868,10 @@ STATISTICS_MISTAKES = {
                          "differences between the batches' means",
     "last": "only the last batch counts; use all n images",
     "first": "only the first batch counts; use all n images",
+    "overwritten": "each batch replaces the sums of those before; add to them",
+    "plus": "the square of the mean is added; subtract it",
+    "mean alone": "the mean is not squared: the variance is E[x^2] - E[x]^2",
+    "opposite": "the variance has the wrong sign: it is E[x^2] - E[x]^2",
     "swapped": "mean and variance are swapped",
     "sum": "these are sums; divide them by n",
 }
@@ -677,6 +896,16 @@ def reference_latent_statistics(made, encoder, data, n, batch):
     if "mean of variances" in made:
         variances = [part.var(axes, correction=correction) for part in latents.split(batch)]
         variance = torch.stack(variances).mean(0)
+    if "overwritten" in made:
+        kept = latents[-batch:].shape[0] / len(latents)
+        mean = kept * latents[-batch:].mean(axes)
+        variance = kept * latents[-batch:].square().mean(axes) - mean ** 2
+    if "plus" in made:
+        variance = latents.square().mean(axes) + mean ** 2
+    if "mean alone" in made:
+        variance = latents.square().mean(axes) - mean
+    if "opposite" in made:
+        variance = -variance
     if "std" in made:
         variance = variance.sqrt()
     if "sum" in made:
@@ -724,9 +953,13 @@ latent_statistics = Comparison(
 # ------------------------------------------------------------------------------ adaptive_weight
 WEIGHT_MISTAKES = {
     "inverse": "numerator and denominator are swapped: |rec_gradient| is above",
+    "product": "the norms are multiplied; divide the first by the second",
+    "rec twice": "both norms are those of rec_gradient; gan_gradient is below",
+    "gan twice": "both norms are those of gan_gradient; rec_gradient is above",
+    "minus epsilon": "the 1e-6 is subtracted; add it",
     "no clamp": "the limit is missing: at most 1e4",
-    "no epsilon": "the 1e-6 in the denominator is missing: without it, a gradient of 0 gives nan "
-                  "or inf",
+    "no epsilon": "the 1e-6 is not in the denominator, within its brackets: without it, a gradient "
+                  "of 0 gives nan or inf",
     "squares": "the norms are squared; a norm is the root of the sum of squares",
     "absolute": "these are sums of absolute values; the norm is the root of the sum of squares",
     "largest": "these are the largest absolute values; the norm is the root of the sum of squares",
@@ -746,9 +979,15 @@ def reference_adaptive_weight(made, rec_gradient, gan_gradient):
         above, below = above ** 2, below ** 2
     if "inverse" in made:
         above, below = below, above
-    if "no epsilon" not in made:
+    if "rec twice" in made:
+        below = above
+    if "gan twice" in made:
+        above = below
+    if "minus epsilon" in made:
+        below = below - 1e-6
+    elif "no epsilon" not in made:
         below = below + 1e-6
-    weight = above / below
+    weight = above * below if "product" in made else above / below
     if "low" in made:
         return weight.clamp(min=1e4)
     return weight if "no clamp" in made else weight.clamp(max=1e4)
@@ -781,6 +1020,12 @@ FRECHET_MISTAKES = {
     "determinant": "this is the root of a determinant; take the trace of the matrix root",
     "one": "the factor 2 of the root is missing",
     "plus": "the root is added; it is subtracted",
+    "no root term": "the term of the root is missing: - 2 (cov1 cov2)^(1/2)",
+    "both subtracted": "the covariances are subtracted; add their traces",
+    "traces subtracted": "a covariance is subtracted; both are added, tr(cov1 + cov2 - ...)",
+    "cov1 alone": "tr(cov2) is missing",
+    "cov2 alone": "tr(cov1) is missing",
+    "means added": "the means are added; take their difference",
     "same": "the root is that of cov1 cov1, or of cov2 cov2; it is that of cov1 cov2",
     "no means": "the distance of the means is missing",
     "norm": "the distance of the means is not squared",
@@ -818,14 +1063,27 @@ def reference_frechet_distance(made, mean1, cov1, mean2, cov2):
         root = root / 2
     if "plus" in made:
         root = -root
+    if "no root term" in made:
+        root = 0 * root
     squared = (mean1 - mean2).square().sum()
+    if "means added" in made:
+        squared = (mean1 + mean2).square().sum()
     if "norm" in made:
         squared = squared.sqrt()
     if "mean of squares" in made:
         squared = squared / len(mean1)
     if "no means" in made:
         squared = 0 * squared
-    distance = squared + cov1.trace() + cov2.trace() - 2 * root
+    trace = cov1.trace() + cov2.trace()
+    if "traces subtracted" in made:
+        trace = cov1.trace() - cov2.trace()
+    if "both subtracted" in made:
+        trace = -trace
+    if "cov1 alone" in made:
+        trace = cov1.trace()
+    if "cov2 alone" in made:
+        trace = cov2.trace()
+    distance = squared + trace - 2 * root
     if "only means" in made:
         distance = squared
     return distance.sqrt() if "root of all" in made else distance
