@@ -1,8 +1,10 @@
 # %% [markdown]
 # # Lesson 9: what a decoder learns from its data and its losses
 #
-# 35 minutes of class, 4 minutes on 2 CPU cores. Needs: lesson 1.
-
+# 35 minutes of class, 3 minutes on 2 CPU cores. Needs: lesson 1. The encoder of an RAE is frozen;
+# all that the decoder knows of pixels, it has from its training images and from its loss. We give
+# it images of another world, lines of letters, and then two more terms of the loss: one that
+# compares features, and a discriminator (a generative adversarial network, GAN).
 
 # %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
@@ -32,11 +34,12 @@ sys.path[:0] = [str(root), str(root / "walkthroughs")]
 
 # %%
 import json
+from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from lesson import COLOURS, Lesson, draw_band, draw_dots, draw_paper_line, train, values_of
+from lesson import COLOURS, Lesson, draw_paper_line, train, values_of
 
 import metrics
 import train_decoder
@@ -50,16 +53,43 @@ lesson = Lesson("09_decoder_data")
 # %% [markdown]
 # ## Question
 #
+# What must be among the images that a decoder is trained on, and what do perceptual and adversarial
+# losses add to the plain distance of pixels (L1)?
+#
 # ## Predict
 #
+# Write down, before you run anything:
+#
+# 1. A decoder that has seen nothing but shapes is given the latents of letters, from an encoder
+#    that has seen nothing but shapes either. Will letters come back at all?
+# 2. Half of the training images become letters. What happens to the reconstruction of shapes: does
+#    it get better, worse, or neither?
+# 3. Where the latents leave open how a detail looks, what does a decoder draw that is trained by L1
+#    alone? What does it draw if a discriminator looks at the result?
+# 4. The loss of the discriminator is 1 if it always answers 0. Will it fall to 0, or stay at 1?
+
+# %% [markdown]
 # ## Read
 #
+# - `ReconstructionLoss` in train_decoder.py, `[D2]`: a weighted sum. `FeatureDistance` below it
+#   compares what the shipped encoder says of both images; LPIPS does so with a network that was
+#   trained on photographs.
+# - `adaptive_weight` in train_decoder.py, `[D3]`: how strong the GAN is.
+# - `hinge_loss` in train_decoder.py, `[D4]`: what the discriminator minimises. What is it if all
+#   logits are 0?
+# - `Mixture` in data.py: which image comes from which source. `--data a=shapes:0.5 b=text:0.5` is
+#   all that is needed.
+
+# %% [markdown]
 # ## Run
 #
-# ### Five decoders
+# ### Decoders with other data and other losses
+#
+# Each starts from the shipped decoder, which was trained on shapes alone, and goes on for 80 steps
+# of 32 images. The encoder stays as it is.
 
 # %%
-STEPS = lesson.size(100, quick=2)
+STEPS = lesson.size(80, quick=2)
 BOTH = ["shapes=shapes:0.5", "text=text:0.5"]
 DECODERS = {
     "shapes, L1": dict(data=["shapes"]),
@@ -71,21 +101,111 @@ DECODERS = {
 }
 
 
-def train_one(name, seed, folder):
+def folder_of(name, seed):
+    return lesson.folder / f"{name}_{seed}"
+
+
+@cache
+def train_one(name, seed):
     """The RAE whose decoder is trained on from the shipped one, with these data and losses."""
-    path = train(train_decoder, folder, seed, init=SHIPPED_RAE, decoder_depth=4, lr=3e-3,
-                 steps=STEPS, batch=lesson.size(32, quick=4), log_every=lesson.size(5, quick=1),
-                 eval_every=0, stats_n=64, **DECODERS[name])
+    path = train(train_decoder, folder_of(name, seed), seed, init=SHIPPED_RAE, decoder_depth=4,
+                 lr=3e-3, steps=STEPS, batch=lesson.size(32, quick=4),
+                 log_every=lesson.size(5, quick=1), eval_every=0, stats_n=64, **DECODERS[name])
     return load_rae(path).to(lesson.device)
 
 
+SHOWN = ["shapes, L1", "both, L1", "both, L1 + feature", "both, L1 + feature + GAN"]
+raes = {name: train_one(name, 0) for name in SHOWN}
+
 # %% [markdown]
-# ### What is measured
+# ### Four times enlarged
+#
+# Of each image we look at the quarter with the most edges, with pixels as squares.
+
+# %%
+worlds = {name: open_data([name], 64, split="val") for name in ("shapes", "text")}
+
+
+def quarter_with_most_edges(image):
+    """Slices of the rows and columns in which neighbouring pixels differ most.
+
+    image: uint8 H W 3.
+    """
+    image = image.float()
+    edges = image.diff(dim=0)[:, 1:].abs() + image.diff(dim=1)[1:].abs()    # H-1 W-1 3
+    half = len(image) // 2
+    best, most = None, -1.0
+    for top in range(0, half, 4):
+        for left in range(0, half, 4):
+            amount = float(edges[top:top + half, left:left + half].sum())
+            if amount > most:
+                best, most = (slice(top, top + half), slice(left, left + half)), amount
+    return best
+
+
+originals = torch.cat([load_images(world, range(4)) for world in worlds.values()])      # 8 H W 3
+rows = {"original": originals}
+for name, rae in raes.items():
+    rows[name] = to_uint8(reconstruct(rae, originals)[1])
+figure, panels = plt.subplots(len(rows), len(originals), figsize=(14, 8.6))
+for row, (name, images) in zip(panels, rows.items(), strict=True):
+    for panel, original, image in zip(row, originals, images, strict=True):
+        panel.imshow(image[quarter_with_most_edges(original)], interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+    row[0].set_ylabel(name.replace(", ", "\n").replace(" + ", "\n+ "), rotation=0, ha="right",
+                      va="center")
+lesson.show(figure, "zoom", f"held-out images and their reconstructions, after {STEPS} steps, 1 "
+            "seed")
+
+# %% [markdown]
+# ### Every term of the loss, by step
+#
+# A training writes its losses to log.jsonl. With a mixture of sources, L1 is there for each of
+# them. Is my loss normal? Look at its terms one by one.
+
+# %%
+def curve(name, term):
+    """Steps and values of a term in the log of a training: two lists."""
+    steps, values = [], []
+    for line in (folder_of(name, 0) / "log.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if term in record:
+            steps.append(record["step"])
+            values.append(record[term])
+    return steps, values
+
+
+TERMS = {                                  # title -> the terms in its panel
+    "L1 of pixels": ["l1_shapes", "l1_text"],
+    "feature distance": ["feature"],
+    "generator: - mean logit": ["gan"],
+    "discriminator: hinge loss": ["disc"],
+    "lambda of the GAN": ["gan_lambda"],
+}
+figure, panels = plt.subplots(1, len(TERMS), figsize=(15, 4))
+for panel, (title, terms) in zip(panels, TERMS.items(), strict=True):
+    for term in terms:
+        steps, values = curve("both, L1 + feature + GAN", term)
+        panel.plot(steps, values, "o-", markersize=4, label=term)
+    panel.axvline(STEPS // 4, color="black", linestyle=":", linewidth=1)
+    panel.set_title(title, fontsize=12)
+    panel.set_xlabel("step")
+panels[0].legend(fontsize=11)
+lesson.show(figure, "losses", "the training with all terms, 1 seed; dotted: where the GAN joins "
+            "the decoder's objective")
+
+# %% [markdown]
+# ### Five decoders, three seeds
+#
+# Four things are measured on held-out images of both worlds: PSNR; how much is still readable
+# (letters that are most like themselves, scenes that `read_scene` finds unchanged); the strength of
+# edges, as a share of that in the originals; and the Fréchet distance, once in the features of the
+# shipped encoder and once in those of an untrained ViT. The first is the very network that the
+# feature loss and the discriminator look through, so it may flatter them; the second is not.
 
 # %%
 N_IMAGES = lesson.size(200, quick=4)
 N_READ = lesson.size(100, quick=2)
-worlds = {name: open_data([name], 64, split="val") for name in ("shapes", "text")}
 judges = {"tiny": EncoderFeatures(load_encoder("tiny").to(lesson.device)),
           "random": EncoderFeatures(load_encoder("random").to(lesson.device))}
 
@@ -112,8 +232,7 @@ def measure(rae):
     measured = {}
     for name, world in worlds.items():
         pixels = load_images(world, range(N_IMAGES))                    # n H W 3
-        _, decoded = reconstruct(rae, pixels)
-        decoded = to_uint8(decoded)                                     # n H W 3
+        decoded = to_uint8(reconstruct(rae, pixels)[1])                 # n H W 3
         measured[f"{name}_psnr"] = float(metrics.psnr(pixels, decoded).mean())
         measured[f"{name}_edges"] = 100 * edge_strength(decoded) / edge_strength(pixels)
         for judge_name, judge in judges.items():
@@ -126,13 +245,56 @@ def measure(rae):
     return measured
 
 
-# %% [markdown]
-# ### Five decoders, three seeds
-
-# %%
 def run_decoder(arm, seed, folder):
     """Train one decoder, and measure it."""
-    return measure(train_one(arm, seed, folder))
+    return measure(train_one(arm, seed))
 
 
 results = lesson.sweep("decoders", list(DECODERS), run_decoder)
+
+# %%
+def draw_seeds(panel, names, values):
+    """Draw each seed as a dot over its arm's name, and the mean as a line. values: arms x seeds."""
+    for x, numbers in enumerate(values):
+        panel.plot(np.full(len(numbers), x), numbers, "k.", markersize=9)
+        panel.hlines(numbers.mean(), x - 0.3, x + 0.3, color=COLOURS[0], linewidth=3)
+    panel.set_xticks(range(len(names)), names)
+    panel.set_xlim(-0.6, len(names) - 0.4)
+
+
+def change(key, arm, base):
+    """Change of a number from the arm base to another, %, for each seed: an array."""
+    numbers = values_of(results, [base, arm], key)                      # 2 seeds
+    return 100 * (numbers[1] / numbers[0] - 1)
+
+
+BY_DATA = ["shapes, L1", "both, L1", "text, L1"]
+figure, panels = plt.subplots(1, 4, figsize=(15, 4.6))
+for panel, key, title, unit in (
+        (panels[0], "shapes_psnr", "shapes", "PSNR, dB"),
+        (panels[1], "text_psnr", "text", "PSNR, dB"),
+        (panels[2], "text_readable", "text: letters read", "letters, %")):
+    draw_seeds(panel, ["shapes", "both", "text"], values_of(results, BY_DATA, key))
+    panel.set(title=title, ylabel=unit, xlabel="training images")
+changes = [change(f"{world}_distance_random", "both, L1", "shapes, L1") for world in worlds]
+draw_seeds(panels[3], list(worlds), changes)
+draw_paper_line(panels[3], 100 * (1.621 / 2.406 - 1), "paper, text: -33%")
+panels[3].axhline(0, color="black", linewidth=1)
+panels[3].set(title="distance, by text", ylabel="both against shapes, %", xlabel="measured on")
+lesson.show(figure, "data", f"3 seeds as dots, mean as line, {N_IMAGES} held-out images of each "
+            f"world, {N_READ} of them read; distance: Fréchet, features of an untrained ViT; "
+            "paper: rFID of Scale-RAE, table 1, web and synthetic images without and with text")
+
+# %%
+BY_LOSS = ["both, L1", "both, L1 + feature", "both, L1 + feature + GAN"]
+figure, panels = plt.subplots(1, 4, figsize=(15, 4.6))
+for panel, key, title, unit in (
+        (panels[0], "text_psnr", "text", "PSNR, dB"),
+        (panels[1], "text_edges", "text: edges", "strength, % of the originals'"),
+        (panels[2], "text_distance_tiny", "text: a judge\nthat the loss knows", "distance"),
+        (panels[3], "text_distance_random", "text: a judge\nthat it doesn't", "distance")):
+    draw_seeds(panel, ["L1", "+ feature", "+ GAN"], values_of(results, BY_LOSS, key))
+    panel.set(title=title, ylabel=unit)
+lesson.show(figure, "terms", "decoders of both worlds with more and more terms: 3 seeds as dots, "
+            f"mean as line, {N_IMAGES} held-out images of text; distance: Fréchet, features of the "
+            "shipped encoder and of an untrained ViT")
