@@ -2,9 +2,9 @@
 # # Lesson 5: a decoder for imperfect latents
 #
 # 30 minutes of class, 3 minutes on 2 CPU cores. Needs: lessons 1 and 2. A decoder is trained on the
-# latents of real images, and then has to decode those that a DiT has drawn, which are never quite
-# right. The first paper adds noise to the latents in training. What does it cost, and when does it
-# help?
+# latents of real images. Then it has to decode those that a diffusion transformer (DiT) has drawn,
+# which are never quite right. So the first paper adds noise to the latents while the decoder is
+# trained. We look at what that costs, and when it helps.
 
 
 # %% Set-up: find nanoRAE around this file, or clone it
@@ -32,14 +32,14 @@ if any(importlib.util.find_spec(name) is None for name in packages):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", requirements], check=True)
 sys.path[:0] = [str(root), str(root / "walkthroughs")]
 
-
 # %%
 from functools import cache
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from einops import rearrange
-from lesson import COLOURS, Lesson, draw_band, draw_dots, train, values_of
+from lesson import COLOURS, Lesson, draw_band, draw_paper_line, train, values_of
 
 import metrics
 import sample
@@ -55,36 +55,56 @@ lesson = Lesson("05_noisy_decoding")
 # %% [markdown]
 # ## Question
 #
+# Should a decoder be trained on noisy latents?
+#
 # ## Predict
 #
+# `tau` says how much noise there is in training: each image gets noise of standard deviation
+# `sigma`, drawn from `|N(0, tau^2)|`. Write down, before you run anything:
+#
+# 1. Clean latents of held-out images are decoded. Which decoder gives them back better, that of
+#    `tau = 0` or that of `tau = 0.8`? By how many dB?
+# 2. Noise is added to these latents. From which `sigma` on does the order change?
+# 3. The latents come from a DiT. Which helps more of the two decoders if the DiT has hardly been
+#    trained? Which if it has been trained to the end?
+
+# %% [markdown]
 # ## Read
 #
+# - `add_noise` in train_decoder.py, `[D1]`: one `sigma` for each image, not for each step. Why not
+#   always the same?
+# - `RAE` in model.py, `[L3]`: the noise of the decoder's training is added before the latents are
+#   normalised by their statistics. A DiT draws normalised ones.
+# - `draw` in sample.py, `[S4]`: what a DiT's latents are.
+
+# %% [markdown]
 # ## Run
 #
 # ### Two decoders
+#
+# Both start from the shipped decoder, and are trained on for 120 steps of 32 images, without noise
+# and with much of it. Everything else is equal.
 
 # %%
-STEPS = lesson.size(120, quick=2)
-
-
-def train_with_noise(tau, seed, folder):
+@cache
+def train_with_noise(tau, seed):
     """The RAE whose decoder is trained on from the shipped one, with noise of strength tau."""
-    path = train(train_decoder, folder, seed, tau=tau, init=SHIPPED_RAE, decoder_depth=4, lr=3e-3,
-                 steps=STEPS, batch=lesson.size(32, quick=4), eval_every=0, stats_n=64)
+    path = train(train_decoder, lesson.folder / f"tau_{tau}_{seed}", seed, tau=tau,
+                 init=SHIPPED_RAE, decoder_depth=4, lr=3e-3, steps=lesson.size(120, quick=2),
+                 batch=lesson.size(32, quick=4), eval_every=0, stats_n=64)
     rae = load_rae(SHIPPED_RAE)           # with the latent statistics that the DiTs know
     rae.decoder = load_rae(path, with_encoder=False).decoder
     return rae.to(lesson.device)
 
 
-decoders = {}
-for tau in (0, 0.8):
-    decoders[tau] = train_with_noise(tau, 0, lesson.folder / f"tau_{tau}")
+decoders = {tau: train_with_noise(tau, 0) for tau in (0, 0.8)}
 
 # %% [markdown]
 # ### Noise on real latents
+#
+# We encode held-out images, add noise of growing strength, and decode.
 
 # %%
-N_IMAGES = lesson.size(200, quick=8)
 SIGMAS = (0, 0.2, 0.4, 0.8, 1.2, 1.6)
 val = open_data("shapes", 64, split="val")
 pixels = load_images(val, range(lesson.size(64, quick=4)))              # n H W 3, uint8
@@ -92,42 +112,43 @@ images = rearrange(pixels, "n h w c -> n c h w").to(lesson.device) / 255
 
 
 def decode_with_noise(rae, sigma):
-    """Reconstructions n H W 3, uint8, from latents to which noise was added.
-
-    sigma: standard deviation of the noise, where the encoder's latents have about 1.
-    """
+    """Images n H W 3, uint8, decoded from latents plus noise of standard deviation sigma."""
     torch.manual_seed(0)                                                # the same noise for all
     latents = rae.encode(images)                                        # n c h w, normalised
     noise = torch.randn(latents.shape).to(lesson.device)
-    # The decoder's training adds noise before the normalisation, so this is divided, too.
+    # The decoder's training adds noise before the normalisation, so ours is normalised, too.
     return sample.to_images(rae, latents + sigma * noise / rae.latent_std)
 
 
-psnr = {}
-noisy_images = {}
+noisy_images = {}                                                       # (tau, sigma) -> n H W 3
 for tau, rae in decoders.items():
-    noisy_images[tau] = [decode_with_noise(rae, sigma) for sigma in SIGMAS]
-    psnr[tau] = [float(metrics.psnr(pixels, noisy).mean()) for noisy in noisy_images[tau]]
+    for sigma in SIGMAS:
+        noisy_images[tau, sigma] = decode_with_noise(rae, sigma)
 
 # %%
-SHOWN = 1
-figure, panels = plt.subplots(2, len(SIGMAS), figsize=(13, 5))
+SHOWN = 1                                                               # the number of an image
+figure, panels = plt.subplots(2, len(SIGMAS), figsize=(13, 4.6))
 for row, tau in zip(panels, decoders, strict=True):
-    for panel, sigma, noisy in zip(row, SIGMAS, noisy_images[tau], strict=True):
-        panel.imshow(noisy[SHOWN])
+    for panel, sigma in zip(row, SIGMAS, strict=True):
+        panel.imshow(noisy_images[tau, sigma][SHOWN])
         panel.set(xticks=[], yticks=[])
-        panel.grid(False)
-        if tau == 0:
-            panel.set_title(f"sigma {sigma:g}")
-    row[0].set_ylabel(f"decoder: tau {tau:g}")
-lesson.show(figure, "noisy_images", "one held-out image, decoded from its latents plus noise of "
-            "standard deviation sigma by two decoders, n = 1 seed each")
+    row[0].set_ylabel(f"tau {tau:g}")
+for panel, sigma in zip(panels[0], SIGMAS, strict=True):
+    panel.set_title(f"sigma {sigma:g}")
+lesson.show(figure, "noisy_images", "one held-out image from its latents plus noise of standard "
+            "deviation sigma, by two decoders, 1 seed each")
 
 # %%
+def psnr(tau, sigma):
+    """Mean PSNR of images decoded from noisy latents, dB."""
+    return float(metrics.psnr(pixels, noisy_images[tau, sigma]).mean())
+
+
 figure, axes = plt.subplots(figsize=(8, 4.8))
-for tau, values in psnr.items():
-    axes.plot(SIGMAS, values, "o-", label=f"decoder trained with tau {tau:g}")
-axes.set(xlabel="standard deviation sigma of the noise on the latents (their own is 1)",
+for tau in decoders:
+    values = [psnr(tau, sigma) for sigma in SIGMAS]
+    axes.plot(SIGMAS, values, "o-", label=f"trained with tau {tau:g}")
+axes.set(xlabel="sigma of the noise on the latents (their own standard deviation is about 1)",
          ylabel="PSNR, dB")
 axes.legend()
 lesson.show(figure, "psnr_by_noise", f"mean of {len(pixels)} held-out images, 1 seed of each "
@@ -135,45 +156,50 @@ lesson.show(figure, "psnr_by_noise", f"mean of {len(pixels)} held-out images, 1 
 
 # %% [markdown]
 # ### Latents that a DiT has drawn
+#
+# An early DiT: 150 steps of training, where the shipped one had 9,000. Its latents are decoded by
+# both decoders.
 
 # %%
 N_DRAWN = lesson.size(216, quick=8)
-LABELS = [i % 36 for i in range(N_DRAWN)]
+LABELS = [i % 36 for i in range(N_DRAWN)]                               # each class in turn
 
 
 @cache
 def train_early_dit(seed):
-    """A DiT at an early time of its training, 150 steps over the shipped latents."""
+    """A DiT at an early time of its training, over the latents of the shipped RAE."""
     path = train(train_dit, lesson.folder / f"early_dit_{seed}", seed,
                  steps=lesson.size(150, quick=2), cache=lesson.size(4000, quick=64))
     return load_dit(path, lesson.device)[0]
 
 
 def draw_latents(model, seed, n):
-    """The first n of the drawn latents, of each class in turn, without guidance: n c h w."""
-    args = sample.parse_args(["--guidance", "1", "--seed", str(seed), "--sampling_steps",
-                              str(lesson.size(48, quick=2))])
+    """The first n of N_DRAWN latents that a DiT draws without guidance: n c h w."""
+    args = sample.parse_args(["--guidance", "1", "--seed", str(seed),
+                              "--sampling_steps", str(lesson.size(48, quick=2))])
     y = torch.tensor(LABELS[:n], device=lesson.device)
     return sample.draw(model, y, args, range(n))
 
 
 early_latents = draw_latents(train_early_dit(0), seed=0, n=8)
-
-# %%
-figure, panels = plt.subplots(2, 8, figsize=(14, 4.4))
+figure, panels = plt.subplots(2, 8, figsize=(14, 4))
 for row, (tau, rae) in zip(panels, decoders.items(), strict=True):
-    drawn_images = sample.to_images(rae, early_latents[:8])
-    for panel, image in zip(row, drawn_images, strict=False):
+    for panel, image in zip(row, sample.to_images(rae, early_latents), strict=True):
         panel.imshow(image)
-    for panel in row:
         panel.set(xticks=[], yticks=[])
-        panel.grid(False)
     row[0].set_ylabel(f"tau {tau:g}")
-lesson.show(figure, "early_samples", "eight latents drawn by a DiT after 150 steps, each decoded by "
-            "both decoders, n = 1 seed each")
+lesson.show(figure, "early_samples", "eight latents drawn by a DiT after 150 steps, each decoded "
+            "by both decoders, 1 seed")
 
 # %% [markdown]
 # ### Three strengths of noise, three seeds
+#
+# What is measured of reconstructions: PSNR, how many still show the same objects (`read_scene`, the
+# reader of the built-in world, decides), and the Fréchet distance to the originals in the features
+# of the shipped encoder. It plays the role of the FID, which compares means and covariances of
+# features of many images. Of samples: the same distance, to held-out images; how many show what was
+# asked for; and how far the latents are from those of any image. For that, a latent is decoded and
+# encoded again. What comes from an image comes back nearly as it was.
 
 # %%
 ARMS = ["tau 0", "tau 0.2", "tau 0.8"]
@@ -181,7 +207,7 @@ TAUS = [0, 0.2, 0.8]
 
 
 @cache
-def drawn_by_both(seed):
+def drawn_latents(seed):
     """Latents that the early DiT and the fully trained, shipped one have drawn: a dict."""
     late_dit, _, _ = load_dit(SHIPPED_DIT, lesson.device)
     return dict(early=draw_latents(train_early_dit(seed), seed, N_DRAWN),
@@ -190,15 +216,13 @@ def drawn_by_both(seed):
 
 @torch.no_grad()
 def round_trip(rae, latents):
-    """How far latents are from those of their own image, in standard deviations of a latent.
-
-    Latents of a real image come back nearly as they were. What no image has does not come back.
-    """
+    """Root mean square of what changes in latents by decoding and encoding them again."""
     again = rae.encode(rae.decode(latents))                             # b c h w
-    return float(((again - latents) * rae.latent_std).square().mean().sqrt())
+    change = (again - latents) * rae.latent_std                         # in the units of sigma
+    return float(change.square().mean().sqrt())
 
 
-def measure_drawn(rae, latents):
+def measure_samples(rae, latents):
     """Distance of decoded samples to held-out images, and how many are right, %."""
     features = EncoderFeatures(rae.encoder)
     numbers = range(len(latents))
@@ -213,15 +237,56 @@ def measure_drawn(rae, latents):
 
 def run_tau(arm, seed, folder):
     """Train a decoder with this noise, and measure reconstructions and samples."""
-    rae = train_with_noise(arm.removeprefix("tau "), seed, folder)
-    results = evaluate_reconstruction(rae, val, N_IMAGES)
+    rae = train_with_noise(float(arm.removeprefix("tau ")), seed)
+    results = evaluate_reconstruction(rae, val, lesson.size(200, quick=8))
     measured = dict(psnr=results["psnr"], readable=100 * results["readable"],
                     distance=results["frechet_distance"],
                     round_trip=round_trip(rae, rae.encode(images)))
-    for name, latents in drawn_by_both(seed).items():
-        for key, value in measure_drawn(rae, latents).items():
+    for name, latents in drawn_latents(seed).items():
+        for key, value in measure_samples(rae, latents).items():
             measured[f"{name}_{key}"] = value
     return measured
 
 
 results = lesson.sweep("noise", ARMS, run_tau)
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(14, 4.4))
+for panel, key, title, unit in (
+        (panels[0], "psnr", "exactness", "PSNR, dB"),
+        (panels[1], "readable", "objects that are still read", "reconstructions, %"),
+        (panels[2], "distance", "distance to the originals", "Fréchet distance")):
+    draw_band(panel, TAUS, values_of(results, ARMS, key), label=key)
+    panel.set(title=title, ylabel=unit, xlabel="tau of the decoder's training")
+lesson.show(figure, "reconstruction", "reconstructions of 200 held-out images; mean and range of 3 "
+            "seeds")
+
+# %%
+def change(key):
+    """Change of a number from tau 0 to tau 0.8, %, for each seed: an array."""
+    before, _, after = values_of(results, ARMS, key)
+    return 100 * (after / before - 1)
+
+
+figure, panels = plt.subplots(1, 3, figsize=(15, 4.6))
+for name, label in (("early", "early DiT"), ("late", "shipped DiT")):
+    draw_band(panels[0], TAUS, values_of(results, ARMS, f"{name}_right"), label)
+    draw_band(panels[1], TAUS, values_of(results, ARMS, f"{name}_distance"), label)
+panels[0].set(title="colour and shape right", ylabel="samples, %", ylim=(0, 105))
+panels[1].set(title="distance to held-out images", ylabel="Fréchet distance")
+for panel in panels[:2]:
+    panel.set_xlabel("tau of the decoder's training")
+    panel.legend()
+
+keys = ["distance", "early_distance", "late_distance"]
+for x, key in enumerate(keys):
+    changes = change(key)
+    panels[2].plot(np.full(len(changes), x), changes, "k.", markersize=9)
+    panels[2].hlines(changes.mean(), x - 0.3, x + 0.3, color=COLOURS[x], linewidth=3)
+panels[2].set_xticks(range(3), ["reconstruction", "early DiT", "shipped DiT"], fontsize=11)
+panels[2].axhline(0, color="black", linewidth=1)
+draw_paper_line(panels[2], 16, "paper: rFID +16%")
+draw_paper_line(panels[2], -11, "paper: gFID -11%")
+panels[2].set(title="distance, tau 0.8 against 0", ylabel="change, %", xlim=(-0.6, 2.6))
+lesson.show(figure, "generation", f"{N_DRAWN} samples of each DiT without guidance; mean and range "
+            "of 3 seeds; paper: table 5, 0.49 to 0.57 and 4.81 to 4.28")
