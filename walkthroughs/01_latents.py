@@ -91,7 +91,7 @@ lesson = Lesson("01_latents")
 def train_vae(seed):
     """A VAE of 16 tokens with 16 channels, its encoder and decoder trained together, as an RAE."""
     path = train(train_decoder, lesson.folder / f"vae_{seed}", seed, encoder="vae:16:16", tau=0,
-                 steps=lesson.size(200, quick=2), batch=lesson.size(64, quick=8), eval_every=0,
+                 steps=lesson.size(250, quick=2), batch=lesson.size(32, quick=8), eval_every=0,
                  stats_n=lesson.size(1024, quick=8))
     return load_rae(path).to(lesson.device)
 
@@ -226,12 +226,12 @@ for row, (name, row_pictures) in zip(panels, rows.items(), strict=True):
     row[0].set_ylabel(name)
 rae_psnr, vae_psnr = psnr_of(rae), psnr_of(vae)
 lesson.show(figure, "reconstructions", f"images from their latents: RAE {rae_psnr:.1f} dB, VAE "
-            f"after 200 steps {vae_psnr:.1f} dB, mean of 200 held-out images")
+            f"after 250 steps {vae_psnr:.1f} dB, mean of 200 held-out images")
 
 # %% [markdown]
 # ### Numbers, with three seeds
 #
-# The probe: a linear classifier of the mean token, trained on 4,000 images, tested on 2,000 others.
+# The probe: a linear classifier of the mean token, trained on 2,000 images, tested on 1,000 others.
 # With each seed the VAE is trained anew. Last panel: how many of the strongest directions hold how
 # much of the variance of the tokens.
 
@@ -260,8 +260,8 @@ def run_probe(arm, seed, folder):
         autoencoder = train_vae(seed)
         encoder = autoencoder.encoder
         measured["psnr"] = psnr_of(autoencoder)
-    result = evaluate_probe(encoder, ["shapes"], n=lesson.size(4000, quick=40),
-                            hold_out=lesson.size(2000, quick=20), seed=seed)
+    result = evaluate_probe(encoder, ["shapes"], n=lesson.size(2000, quick=40),
+                            hold_out=lesson.size(1000, quick=20), seed=seed)
     measured["probe"] = 100 * result["accuracy"]
     for key, value in agreement(encode_all(encoder)).items():
         measured[f"same_{key}"] = value
@@ -294,5 +294,5 @@ panels[2].set(title="directions of tokens", xscale="log", xlabel="strongest dire
 panels[2].legend(fontsize=11)
 for panel in panels[:2]:
     panel.tick_params(axis="x", labelsize=11)
-lesson.show(figure, "probe", f"probe: 3 seeds as dots, 2,000 held-out images; neighbours: mean "
+lesson.show(figure, "probe", f"probe: 3 seeds as dots, 1,000 held-out images; neighbours: mean "
             f"of 3 seeds, {N_QUERIES} queries; directions: {N_IMAGES} images, 1 seed")

@@ -205,7 +205,7 @@ lesson.show(figure, "losses", "the training with all terms, 1 seed; dotted: wher
 
 # %%
 N_IMAGES = lesson.size(200, quick=4)
-N_READ = lesson.size(100, quick=2)
+N_READ = lesson.size(60, quick=2)
 judges = {"tiny": EncoderFeatures(load_encoder("tiny").to(lesson.device)),
           "random": EncoderFeatures(load_encoder("random").to(lesson.device))}
 
