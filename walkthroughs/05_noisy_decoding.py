@@ -290,3 +290,59 @@ draw_paper_line(panels[2], -11, "paper: gFID -11%")
 panels[2].set(title="distance, tau 0.8 against 0", ylabel="change, %", xlim=(-0.6, 2.6))
 lesson.show(figure, "generation", f"{N_DRAWN} samples of each DiT without guidance; mean and range "
             "of 3 seeds; paper: table 5, 0.49 to 0.57 and 4.81 to 4.28")
+
+# %% [markdown]
+# ## Figure
+#
+# TBD
+#
+# ## Number
+#
+# TBD
+
+# %%
+def mean_of(arm, key):
+    """Mean over seeds of a number of the sweep."""
+    return values_of(results, [arm], key).mean()
+
+
+lesson.number("clean latents, tau 0: PSNR, dB", psnr(0, 0), 28, 32, quick=(20, 35))
+lesson.number("clean latents: gain by tau 0.8, dB", psnr(0.8, 0) - psnr(0, 0), -3, 0,
+              quick=(-5, 5))
+lesson.number("sigma 0.8: gain by tau 0.8, dB", psnr(0.8, 0.8) - psnr(0, 0.8), 0.3, 5,
+              quick=(-5, 5))
+lesson.number("distance of reconstructions: change by tau 0.8, %", change("distance").mean(), 0,
+              200, quick=(-100, 1000))
+lesson.number("distance of early samples: change by tau 0.8, %", change("early_distance").mean(),
+              -30, 30, quick=(-100, 100))
+lesson.number("distance of late samples: change by tau 0.8, %", change("late_distance").mean(),
+              -30, 30, quick=(-100, 100))
+lesson.end()
+
+# %% [markdown]
+# ## Exercise
+#
+# 1. What is the mean `sigma` for `tau = 0.8`, with the half-normal law of the paper and with the
+#    uniform law of the released code (`--noise_law uniform`)? Which of them trains more on strong
+#    noise?
+# 2. Why is `sigma` drawn for each image, instead of always adding noise of `sigma = tau`?
+# 3. Estimate how wrong the early DiT's latents are: for which `sigma` is the `round_trip` of real
+#    latents with noise as large as that of `early_latents`?
+#
+# <details><summary>Answers</summary>
+#
+# 1. `tau sqrt(2 / pi) = 0.64` against `tau / 2 = 0.4`. The half-normal law has no largest `sigma`:
+#    a third of the images get more than `tau`, where the uniform law gives none.
+# 2. With one `sigma` the decoder would learn to expect exactly that noise, and to smooth clean
+#    latents as if they had it. Small `sigma` are the most frequent under `|N(0, tau^2)|`, so clean
+#    latents stay well trained.
+# 3. TBD
+#
+# </details>
+#
+# ## The paper says / ours differs
+#
+# - Paper 1 (arXiv 2510.11690, table 5): with `tau = 0.8` the reconstruction of DINOv2-B gets worse,
+#   rFID 0.49 to 0.57, and generation gets better, gFID 4.81 to 4.28 (DiT-XL, 80 epochs). TBD
+# - Paper 2 (arXiv 2601.16208): with `tau = 0.2` the gain is gone after 120,000 steps of the DiT's
+#   training, and the final models go without noise. TBD

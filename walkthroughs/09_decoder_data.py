@@ -298,3 +298,66 @@ for panel, key, title, unit in (
 lesson.show(figure, "terms", "decoders of both worlds with more and more terms: 3 seeds as dots, "
             f"mean as line, {N_IMAGES} held-out images of text; distance: Fréchet, features of the "
             "shipped encoder and of an untrained ViT")
+
+# %% [markdown]
+# ## Figure
+#
+# TBD
+#
+# ## Number
+#
+# TBD
+
+# %%
+def mean_of(arm, key):
+    """Mean over seeds of a number of the sweep."""
+    return values_of(results, [arm], key).mean()
+
+
+gain_of_text = mean_of("both, L1", "text_psnr") - mean_of("shapes, L1", "text_psnr")
+gain_of_shapes = mean_of("both, L1", "shapes_psnr") - mean_of("shapes, L1", "shapes_psnr")
+edges_of_gan = mean_of(BY_LOSS[2], "text_edges") - mean_of(BY_LOSS[0], "text_edges")
+last_disc = curve(BY_LOSS[2], "disc")[1][-1]
+lesson.number("PSNR of text: gain by text in training, dB", gain_of_text, 0.5, 5, quick=(-2, 5))
+lesson.number("PSNR of shapes: the same, dB", gain_of_shapes, -2, 0.3, quick=(-2, 2))
+lesson.number("distance of text: change by it, %", changes[1].mean(), -90, -10, quick=(-95, 100))
+lesson.number("letters read with it, %", mean_of("both, L1", "text_readable"), 2, 40,
+              quick=(0, 100))
+lesson.number("edges of text: gain by feature and GAN, %", edges_of_gan, -5, 30,
+              quick=(-30, 30))
+lesson.number("last loss of the discriminator", last_disc, 0.7, 1.2, quick=(0, 5))
+lesson.end()
+
+# %% [markdown]
+# ## Exercise
+#
+# 1. `hinge_loss` is 1 if all logits are 0. What is it for a perfect discriminator, and what is the
+#    generator's gradient then?
+# 2. `adaptive_weight` makes the GAN's gradient as long as that of the reconstruction. What goes
+#    wrong if the discriminator knows nothing, so that its gradient is noise?
+# 3. Change `BOTH` to `shapes=shapes:0.9 text=text:0.1`. How much of the gain in text is left, and
+#    what do the shapes get back?
+# 4. Why are there two judges in the last figure? Which of them would you report in a paper?
+#
+# <details><summary>Answers</summary>
+#
+# 1. 0: all real images have logits above 1, all fakes below -1. The generator's loss is minus the
+#    mean logit, not a logarithm of a probability. So its gradient does not vanish.
+# 2. Noise is scaled up to the length of a useful gradient. It costs reconstruction and teaches
+#    nothing; that is why the papers let the discriminator train for an epoch or two before the GAN
+#    joins.
+# 3. TBD
+# 4. Whoever trains on a measure is flattered by it. Report the one that no loss has seen. (The
+#    papers report Inception's FID for the same reason: their losses use VGG and DINO.)
+#
+# </details>
+#
+# ## The paper says / ours differs
+#
+# - Paper 2 (arXiv 2601.16208, table 1): rFID on images of text falls from 2.406 to 1.621, by a
+#   third, when rendered text joins web and synthetic images. On ImageNet it stays at 0.437 and
+#   0.435. TBD
+# - Both papers train with L1, LPIPS and a GAN from an early epoch on; Scale-RAE adds a Gram loss.
+#   They show no decoder without them. TBD
+# - Ours differs: LPIPS needs weights that are a download, so the shipped encoder takes its place,
+#   both as feature distance and as the eyes of the discriminator. TBD
