@@ -306,15 +306,21 @@ lesson.show(figure, "probe", f"probe: 3 seeds as dots, 1,000 held-out images; ne
 # 2. *Neighbours*: nearest in pixels are images with the same background and an object of the same
 #    colour at the same place, whatever its shape. Nearest to an RAE's latents are objects of the
 #    same shape at about the same place, on any background.
-# 3. *Reconstructions*: both autoencoders draw what is there. That the encoder of the RAE was never
-#    asked to reconstruct does not prevent it. Compare outlines and backgrounds.
-# 4. *Probe*: from the RAE's mean token a linear classifier reads the class nearly always; from the
-#    others it reads little more than the colour. Variance: TBD_DIRECTIONS
+# 3. *Reconstructions*: that the encoder of the RAE was never asked to reconstruct does not prevent
+#    it; corners are a little rounded. The VAE is blurred after its 250 steps, and its tokens do not
+#    agree at their borders. (It has a twelfth of the numbers, and the decoder of the RAE was
+#    trained for hours.)
+# 4. *Probe*: from the RAE's mean token a linear classifier reads every class; from the others it
+#    reads little. Neighbours say the same of whole latents: the RAE knows the shape, the others the
+#    colour. Directions: of the RAE's 192, no single one stands out, 22 hold 90% of the variance,
+#    and 32 hold 99%. Most are hardly used. Pixels have one strong direction, brightness, with 60%,
+#    and a long tail: 15 for 90%, 169 for 99%.
 #
 # ## Number
 #
-# What you should see: the probe of the RAE close to 100%, that of the VAE TBD_VAE, pixels
-# TBD_PIXELS, untrained ViT TBD_RANDOM. TBD_REST
+# What you should see: the probe of the RAE at 100%, those of the VAE, the pixels and the untrained
+# ViT at 9%, 13% and 16%, each within about 2 points. PSNR: RAE 33.5 dB, VAE about 26 dB. Of the
+# nearest neighbours of the RAE 85% have the same shape, of those of pixels 83% the same colour.
 
 # %%
 def mean_of(arm, key):
@@ -322,13 +328,13 @@ def mean_of(arm, key):
     return values_of(results, [arm], key).mean()
 
 
-lesson.number("probe of RAE, % right", mean_of("RAE", "probe"), 95, 100, quick=(0, 100))
-lesson.number("probe of VAE, % right", mean_of("VAE", "probe"), 0, 100, quick=(0, 100))
-lesson.number("probe of pixels, % right", mean_of("pixels", "probe"), 0, 100, quick=(0, 100))
-lesson.number("probe of random ViT, % right", mean_of("random ViT", "probe"), 0, 100,
+lesson.number("probe of RAE, % right", mean_of("RAE", "probe"), 98, 100, quick=(0, 100))
+lesson.number("probe of VAE, % right", mean_of("VAE", "probe"), 4, 18, quick=(0, 100))
+lesson.number("probe of pixels, % right", mean_of("pixels", "probe"), 10, 17, quick=(0, 100))
+lesson.number("probe of random ViT, % right", mean_of("random ViT", "probe"), 12, 21,
               quick=(0, 100))
-lesson.number("PSNR of RAE, dB", rae_psnr, 32, 35)
-lesson.number("PSNR of VAE, dB", vae_psnr, 20, 35, quick=(5, 40))
+lesson.number("PSNR of RAE, dB", rae_psnr, 33, 34)
+lesson.number("PSNR of VAE, dB", vae_psnr, 24, 28.5, quick=(5, 40))
 lesson.number("nearest of RAE: same shape, %", agreement(latents["RAE"])["shape"], 75, 95,
               quick=(50, 100))
 lesson.number("nearest of pixels: same colour, %", agreement(latents["pixels"])["colour"], 75, 95,
@@ -360,9 +366,13 @@ lesson.end()
 # ## The paper says / ours differs
 #
 # - Paper 1 (arXiv 2510.11690, table 1): linear probing on ImageNet gives 84.5% with DINOv2-B, 79.1%
-#   with SigLIP2-B, 68.0% with MAE-B, and 8.0% with the latents of SD-VAE. TBD_PAPER
+#   with SigLIP2-B, 68.0% with MAE-B, and 8.0% with the latents of SD-VAE. The order holds here, and
+#   so does the gap: 100% with the shipped encoder, 9% with our VAE. Guessing has 2.8% here, and
+#   0.1% on ImageNet.
 # - The same table: reconstructions of an RAE are at least as good, by rFID 0.49 with DINOv2-B, 0.53
-#   with SigLIP2-B and 0.16 with MAE-B, where SD-VAE has 0.62. TBD_RECON
+#   with SigLIP2-B and 0.16 with MAE-B, where SD-VAE has 0.62. That cannot be tested here: our VAE
+#   is trained for a minute, and the RAE's decoder for hours. What can be seen is that a frozen
+#   encoder is no obstacle.
 # - Ours differs: 36 classes of clean drawings instead of 1,000 of photographs, 16 tokens instead of
 #   256, and an encoder that was made for this world. So high numbers are no surprise; what can be
 #   compared is the order.
