@@ -65,14 +65,14 @@ lesson = Lesson("05_noisy_decoding")
 # 1. Clean latents of held-out images are decoded. Which decoder gives them back better, that of
 #    `tau = 0` or that of `tau = 0.8`? By how many dB?
 # 2. Noise is added to these latents. From which `sigma` on does the order change?
-# 3. The latents come from a DiT. Which helps more of the two decoders if the DiT has hardly been
+# 3. The latents come from a DiT. Which decoder draws better images if the DiT has hardly been
 #    trained? Which if it has been trained to the end?
 
 # %% [markdown]
 # ## Read
 #
-# - `add_noise` in train_decoder.py, `[D1]`: one `sigma` for each image, not for each step. Why not
-#   always the same?
+# - `add_noise` in train_decoder.py, `[D1]`: each image has a `sigma` of its own. Why not the same
+#   for all?
 # - `RAE` in model.py, `[L3]`: the noise of the decoder's training is added before the latents are
 #   normalised by their statistics. A DiT draws normalised ones.
 # - `draw` in sample.py, `[S4]`: what a DiT's latents are.

@@ -383,4 +383,7 @@ lesson.end()
 #   We know of no table there that takes them apart. Here the feature distance does what a
 #   perceptual loss is for: more edges, and nearer by both judges.
 # - Ours differs: LPIPS needs weights that are a download, so the shipped encoder takes its place,
-#   both as feature distance and as the eyes of the discriminator. TBD_DISC
+#   both as feature distance and as the eyes of the discriminator. So the GAN's part cannot be
+#   compared. Its discriminator is slow, not blind: against a decoder that stands still
+#   (`--lr 1e-7`, one run) its loss falls from 1.01 to 0.97 in 200 steps of 32 images. The papers
+#   give it epochs of a million images.
