@@ -273,16 +273,16 @@ results = lesson.sweep("latents", ARMS, run_probe)
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(15, 5))
 draw_dots(panels[0], ARMS, values_of(results, ARMS, "probe"))
-draw_paper_line(panels[0], 84.5, "paper, ImageNet: DINOv2-B 84.5%")
-draw_paper_line(panels[0], 8.0, "paper, ImageNet: SD-VAE 8.0%")
-panels[0].set(title="linear probe", ylabel="right class, %", ylim=(0, 105))
+draw_paper_line(panels[0], 84.5, "paper: DINOv2-B 84.5%")
+draw_paper_line(panels[0], 8.0, "paper: SD-VAE 8.0%")
+panels[0].set(title="linear probe", ylabel="right class, %", ylim=(0, 105), xlim=(-0.6, 4.9))
 
 x = torch.arange(len(ARMS))
 for shift, key, hatch in ((-0.25, "class", ""), (0, "colour", "//"), (0.25, "shape", "..")):
     means = values_of(results, ARMS, f"same_{key}").mean(1)
     panels[1].bar(x + shift, means, width=0.24, hatch=hatch, edgecolor="white", label=f"same {key}")
-panels[1].set_xticks(x, ARMS)
-panels[1].set(title="nearest neighbour", ylabel="neighbours, %", ylim=(0, 105))
+panels[1].set(title="nearest neighbour", ylabel="neighbours, %", ylim=(0, 130),
+              yticks=range(0, 101, 20))
 panels[1].legend(fontsize=11)
 
 for name, z in latents.items():
@@ -293,9 +293,10 @@ panels[2].set(title="directions of tokens", xscale="log", xlabel="strongest dire
               ylabel="variance in them, %")
 panels[2].legend(fontsize=11)
 for panel in panels[:2]:
-    panel.tick_params(axis="x", labelsize=11)
-lesson.show(figure, "probe", f"probe: 3 seeds as dots, 1,000 held-out images; neighbours: mean "
-            f"of 3 seeds, {N_QUERIES} queries; directions: {N_IMAGES} images, 1 seed")
+    panel.set_xticks(x, ["RAE", "VAE", "pixels", "random\nViT"])
+lesson.show(figure, "probe", "probe: 3 seeds as dots, 1,000 held-out images (paper: ImageNet); "
+            f"neighbours: mean of 3 seeds, {N_QUERIES} queries; directions: {N_IMAGES} images, "
+            "1 seed")
 
 # %% [markdown]
 # ## Figure
