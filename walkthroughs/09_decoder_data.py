@@ -31,7 +31,6 @@ if any(importlib.util.find_spec(name) is None for name in packages):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", requirements], check=True)
 sys.path[:0] = [str(root), str(root / "walkthroughs")]
 
-
 # %%
 import json
 from functools import cache
