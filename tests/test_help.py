@@ -49,7 +49,7 @@ def test_every_program_is_found():
     programs = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
                 if "__main__" in path.read_text("utf-8")]
     assert sorted(path.relative_to(ROOT).as_posix() for path in programs) == SCRIPTS
-    assert len(SCRIPTS) == 18
+    assert len(SCRIPTS) == 16
 
 
 @every_script

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import curves
 from PIL import Image, ImageDraw, ImageFont
 
 import eval_decoder
@@ -131,8 +130,9 @@ def draw_curve(sheet, left, points, title):
 def logged_losses(run):
     """The (step, loss) points in a run's log.jsonl."""
     points = []
-    for record in curves.read_records(run / "log.jsonl"):
-        if isinstance(record.get("loss"), float):      # null: not finite
+    for line in (run / "log.jsonl").read_text("utf-8").splitlines():
+        record = runtime.read_record(line)
+        if record is not None and isinstance(record.get("loss"), float):        # null: not finite
             points.append((record["step"], record["loss"]))
     return points
 
