@@ -1,0 +1,237 @@
+# %% [markdown]
+# # Lesson 11: test-time scaling
+#
+# 30 minutes of class, 2 minutes on 2 CPU cores. Needs: lesson 10. A model that draws can draw again.
+# It looks at its own candidates, in latent space, and keeps the one that it likes best. How far
+# does that go, and what stops it?
+
+# %% Set-up: find nanoRAE around this file, or clone it
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "nanoRAE"]
+if "__file__" in globals():
+    places.insert(0, Path(__file__).resolve().parents[1])
+root = next((place for place in places if (place / "walkthroughs" / "lesson.py").exists()), None)
+if root is None:
+    address = os.environ.get("NANORAE")
+    if address is None:
+        raise SystemExit("nanoRAE is not here; put this notebook into its folder, or set NANORAE "
+                         "to an address that git can clone")
+    subprocess.run(["git", "clone", "--quiet", address, "nanoRAE"], check=True)
+    root = Path("nanoRAE").resolve()
+packages = ("torchvision", "einops", "timm", "lpips", "scipy", "tqdm", "tokenizers", "safetensors",
+            "huggingface_hub", "matplotlib")
+if any(importlib.util.find_spec(name) is None for name in packages):
+    requirements = str(root / "requirements.txt")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+sys.path[:0] = [str(root), str(root / "walkthroughs")]
+
+# %%
+import argparse
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from lesson import COLOURS, Lesson, draw_band, draw_paper_line, values_of
+
+import sample
+from release import SHIPPED_T2I
+from shapes import fulfils, read_scene, shapes_eval_prompts
+from t2i import VERIFIERS, load_t2i
+
+lesson = Lesson("11_test_time_scaling")
+
+# %% [markdown]
+# ## Question
+#
+# Training once more costs hours; drawing once more costs a second. If a model draws N candidates of
+# each prompt and chooses one by itself, how does the number of right images grow with N? And where
+# does it stop?
+#
+# ## Predict
+#
+# Write down, before you run anything:
+#
+# 1. The model draws a prompt right in 85% of its attempts, each independent of the others. How often
+#    is *at least one* of 4 candidates right?
+# 2. A judge tells a right image from a wrong one in 90% of all pairs. Is the best of 16 candidates
+#    more often right than the best of 4?
+# 3. A prompt comes out wrong. Is that bad luck of this one noise, or is the prompt too hard, so that
+#    all candidates are wrong?
+
+# %% [markdown]
+# ## Read
+#
+# - `best_of` in sample.py: all candidates are drawn, scored as latents, and only the best is decoded.
+# - `answer_score`, `prompt_confidence` and `answer_logits` in t2i.py, three judges, or *verifiers*.
+#   The language model reads the latents in the user's turn, as it would read an image. The first
+#   asks "Does this image align with the prompt?" and takes the probability of "yes". The second
+#   makes it say the prompt as a description of the image, and takes its certainty. The third is the
+#   first as the paper has it, with raw logits.
+# - `shapes_eval_prompts` and `fulfils` in shapes/language.py: 300 prompts of six kinds, and the test
+#   of whether an image shows what was asked for. `read_scene` reads the decoded image by classical
+#   image analysis. It knows the truth, so it is the judge that no other can beat: the *oracle*.
+
+# %% [markdown]
+# ## Run
+#
+# The shipped text-to-image model draws candidates of the first prompts of ShapesEval. Each verifier
+# scores each of them, and `read_scene` says which are right.
+
+# %%
+t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
+flags = sample.parse_args(["--prompt", "-", "--batch", "64"])
+
+
+def draw_and_judge(tests, candidates, guidance, seed):
+    """Candidates of each test: latents, and whether they are right, and their scores by verifier.
+
+    Returns latents n m c h w, right n m, and a dict of scores n m.
+    """
+    args = argparse.Namespace(**dict(vars(flags), guidance=guidance, seed=seed))
+    latents = []
+    right = []
+    scores = {name: [] for name in VERIFIERS}
+    for i, test in enumerate(tests):
+        prompts = [test.prompt for _ in range(candidates)]
+        indices = range(i * candidates, (i + 1) * candidates)
+        latents.append(sample.draw_prompts(t2i, prompts, args, indices))             # m c h w
+        images = sample.to_images(rae, latents[-1]).numpy()                         # m H W 3
+        right.append([fulfils(read_scene(image), test.names, test.relation) for image in images])
+        for name, verifier in VERIFIERS.items():
+            scores[name].append(verifier(t2i, latents[-1], prompts))
+    scores = {name: np.array(values) for name, values in scores.items()}
+    return torch.stack(latents), np.array(right), scores
+
+
+CANDIDATES = lesson.size(8, quick=2)
+tests = shapes_eval_prompts()[:lesson.size(24, quick=2)]       # the six categories in turn
+latents, right, scores = draw_and_judge(tests, CANDIDATES, guidance=1.5, seed=0)
+print(f"{100 * right.mean():.1f}% of {right.size} candidates are right")
+
+# %% [markdown]
+# ### What the judge sees
+#
+# The candidates of the prompts with the most mistakes, from the one that the judge likes best to
+# the one that it likes least. Over each stands its probability of "yes".
+
+# %%
+hardest = right.mean(1).argsort()[:3]
+figure, panels = plt.subplots(3, CANDIDATES, figsize=(1.5 * CANDIDATES, 6.2), squeeze=False)
+for row, i in zip(panels, hardest[[0, 1, -1]], strict=True):
+    order = np.argsort(-scores["answer"][i])
+    images = sample.to_images(rae, latents[i][order.tolist()])
+    for panel, image, j in zip(row, images, order, strict=True):
+        panel.imshow(image)
+        panel.set(xticks=[], yticks=[])
+        verdict = "right" if right[i, j] else "wrong"
+        colour = COLOURS[2] if right[i, j] else COLOURS[1]
+        panel.set_title(f"{scores['answer'][i, j]:.2f}\n{verdict}", fontsize=12, color=colour)
+    row[0].set_ylabel(tests[i].prompt.replace(" above", "\nabove").replace(" below", "\nbelow")
+                      .replace(" left", "\nleft").replace(" right", "\nright"), fontsize=11)
+lesson.show(figure, "candidates", f"{CANDIDATES} candidates of each of three prompts, ordered by the "
+            "judge (its probability of yes); right and wrong by read_scene")
+
+# %% [markdown]
+# ### How many are right, for growing N
+#
+# The best of N is the candidate with the highest score among N. There are many ways to take N of
+# the candidates that were drawn, and the expected number over all of them is exact and costs nothing:
+# ordered from best to worst, candidate r is the best of N exactly if the other N - 1 are among the
+# m - r - 1 behind it.
+
+# %%
+def best_of_n(right, scores, n):
+    """How often the best of n candidates is right, over all subsets of n, %.
+
+    right: prompts x candidates, of 0 and 1. scores: the same shape; higher is better.
+    """
+    m = right.shape[1]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ordered = np.take_along_axis(right, order, axis=1)                  # best first
+    probability = [math.comb(m - r - 1, n - 1) / math.comb(m, n) for r in range(m)]
+    return 100 * float((ordered * probability).sum(1).mean())
+
+
+def counts_up_to(candidates):
+    """1, 2, 4 ... candidates."""
+    return [2 ** k for k in range(candidates.bit_length())]
+
+
+def curves(right, scores, counts):
+    """For each verifier, for the oracle, and for chance: right images by N, %."""
+    judges = dict(scores, oracle=right.astype(float))
+    result = {}
+    for name, values in judges.items():
+        result[name] = [best_of_n(right, values, n) for n in counts]
+    return result
+
+
+NAMES = {"answer": '"answer": probability of yes', "confidence": '"confidence": of the prompt',
+         "answer_logits": '"answer_logits": raw logits', "oracle": "the oracle, read_scene"}
+counts = counts_up_to(CANDIDATES)
+in_class = curves(right, scores, counts)
+figure, axes = plt.subplots(figsize=(9, 5))
+for name, curve in in_class.items():
+    axes.plot(counts, curve, "o-", label=NAMES[name])
+axes.set(xscale="log", xlabel="candidates N", ylabel="right images, %", xticks=counts,
+         xticklabels=counts)
+axes.minorticks_off()
+axes.legend(fontsize=11)
+lesson.show(figure, "in_class", f"{len(tests)} prompts of ShapesEval, guidance 1.5, one seed; the best of "
+            "N by each judge")
+
+# %% [markdown]
+# ### The judge against the truth
+#
+# A judge is as good as its order: how often does it prefer the right one of a right and a wrong
+# candidate *of the same prompt*? Half of all pairs would be chance. And how do its scores of right
+# and of wrong candidates differ?
+
+# %%
+def ranking_accuracy(right, scores):
+    """Pairs of a right and a wrong candidate of a prompt in which the right one scores higher, %.
+
+    A tie counts half.
+    """
+    won = 0
+    pairs = 0
+    for own_right, own_scores in zip(right, scores, strict=True):
+        good = own_scores[own_right][:, None]                           # right ones, 1
+        bad = own_scores[~own_right][None, :]                           # 1, wrong ones
+        won += (good > bad).sum() + 0.5 * (good == bad).sum()
+        pairs += good.size * bad.size
+    return 100 * float(won / max(pairs, 1))
+
+
+BINS = np.linspace(0, 1, 11)
+
+
+def share_by_score(scores):
+    """Share of these scores in each tenth of the range from 0 to 1, %."""
+    return (100 * np.histogram(scores, BINS)[0] / max(1, scores.size)).tolist()
+
+
+def study(arm, seed, folder):
+    """One run of the sweep: all that the figures show of one guidance and seed."""
+    guidance = float(arm.removeprefix("guidance "))
+    candidates = lesson.size(16, quick=2)
+    tests = shapes_eval_prompts()[:lesson.size(48, quick=2)]
+    _, right, scores = draw_and_judge(tests, candidates, guidance, seed)
+    result = dict(counts=counts_up_to(candidates), prompts=len(tests),
+                  curves=curves(right, scores, counts_up_to(candidates)),
+                  right_of_candidates=right.sum(1).tolist(),
+                  yes_of_right=share_by_score(scores["answer"][right]),
+                  yes_of_wrong=share_by_score(scores["answer"][~right]))
+    for name, values in scores.items():
+        result[f"ranking_{name}"] = ranking_accuracy(right, values)
+    return result
+
+
+ARMS = ["guidance 1.5", "guidance 1"]
+results = lesson.sweep("best_of", ARMS, study)
