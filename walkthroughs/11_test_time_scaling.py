@@ -85,7 +85,7 @@ lesson = Lesson("11_test_time_scaling")
 
 # %%
 t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
-flags = sample.parse_args(["--prompt", "-", "--batch", "64"])
+flags = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
 
 
 def draw_and_judge(tests, candidates, guidance, seed):
