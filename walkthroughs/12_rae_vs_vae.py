@@ -31,26 +31,23 @@ if any(importlib.util.find_spec(name) is None for name in packages):
 sys.path[:0] = [str(root), str(root / "walkthroughs")]
 
 # %%
-import math
+import json
 from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from lesson import COLOURS, Lesson, command_line, draw_band, train
+
+import sample
 import train_decoder
 import train_dit
-import train_t2i
-from lesson import COLOURS, Lesson, command_line, draw_band, draw_paper_line, read_json, train
-
-import eval_decoder
-import release
-import runtime
-import sample
-from data import ImageData, load_images, open_data
-from metrics import EncoderFeatures
+from data import load_images, open_data
+from eval_decoder import evaluate_reconstruction
+from eval_fid import evaluate_generation
+from metrics import EncoderFeatures, linear_probe
 from model import flow_matching_loss
-from shapes import layout
-from t2i import load_t2i
+from release import load_dit, load_encoder, load_rae
 
 lesson = Lesson("12_rae_vs_vae")
 
@@ -104,11 +101,12 @@ def autoencoder(space):
                  eval_every=0, stats_n=lesson.size(2000, quick=64), **SPACES[space])
 
 
+# Features of every Frechet distance: those of the tiny encoder.
+features = EncoderFeatures(load_encoder("tiny").to(lesson.device))
 held_out = open_data("shapes", 64, split="val", objects=1)
-images = load_images(held_out, range(8))                                # 8 64 64 3
 autoencoders = {}
 for space in SPACES:
-    autoencoders[space] = release.load_rae(autoencoder(space)).to(lesson.device)
+    autoencoders[space] = load_rae(autoencoder(space)).to(lesson.device)
 
 # %% [markdown]
 # ### What the latents know
@@ -117,32 +115,121 @@ for space in SPACES:
 # well a linear classifier reads the class out of the latents (a *probe*).
 
 # %%
-PROBE_IMAGES = lesson.size(1500, quick=80)
-TESTED = lesson.size(500, quick=40)
+@torch.no_grad()
+def latents_and_labels(rae, data, n):
+    """All latents of the first n images as one row each, n c*h*w, and their classes, n."""
+    images = load_images(data, range(n)).movedim(3, 1).float() / 255    # n 3 64 64
+    rows = []
+    for batch in images.split(250):
+        rows.append(rae.encode(batch.to(lesson.device)).flatten(1).cpu())
+    labels = [data[k]["label"] for k in range(n)]
+    return torch.cat(rows), torch.tensor(labels)
 
 
-def class_from_latents(rae):
-    """Held-out images whose class a linear classifier reads out of all latents, %."""
-    latents = {}
-    labels = {}
-    for split, n in (("train", PROBE_IMAGES), ("val", TESTED)):
-        data = open_data("shapes", 64, split=split, objects=1)
-        items = [data[k] for k in range(n)]
-        pixels = torch.stack([item["image"] for item in items]).float() / 255       # n 3 64 64
-        latents[split] = torch.cat([rae.encode(part.to(lesson.device)).cpu().flatten(1)
-                                    for part in pixels.split(250)])     # n c*h*w
-        labels[split] = torch.tensor([item["label"] for item in items])
-    accuracy = linear_probe(latents["train"], labels["train"], latents["val"], labels["val"],
-                            num_classes=36)
-    return 100 * accuracy
-
-
-knows = {}
-rebuilds = {}
+knows, rebuilds = {}, {}
 for space, rae in autoencoders.items():
-    knows[space] = class_from_latents(rae)
-    features = EncoderFeatures(autoencoders["RAE"].encoder)
-    n = lesson.size(200, quick=20)
-    rebuilds[space] = eval_decoder.evaluate_reconstruction(rae, held_out, n, features=features)
+    x, y = latents_and_labels(rae, open_data("shapes", 64, objects=1), lesson.size(2000, quick=40))
+    x_test, y_test = latents_and_labels(rae, held_out, lesson.size(500, quick=20))
+    steps = lesson.size(300, quick=3)
+    knows[space] = 100 * linear_probe(x, y, x_test, y_test, classes=36, steps=steps)
+    n = lesson.size(200, quick=8)
+    rebuilds[space] = evaluate_reconstruction(rae, held_out, n, features=features)
     print(f"{space}: the class is read from the latents in {knows[space]:.1f}%, "
           f"PSNR {rebuilds[space]['psnr']:.1f} dB")
+
+# %% [markdown]
+# ### A race
+#
+# The same DiT with the wide head of lesson 3, the same batches, the same noise, the same number of
+# steps. Every few steps, 72 samples are drawn, two of each class, and `read_scene` looks at them.
+
+# %%
+RACE_STEPS = lesson.size(250, quick=5)
+EVALUATED = lesson.size(72, quick=4)
+# What is the default for the tiny encoder, and is given to the VAE as well.
+SAME_FOR_ALL = dict(shift_base=340, prediction="x0", ema=0.98)
+
+
+def race(space, seed, folder, steps=RACE_STEPS, evaluations=5):
+    """Train a DiT over a space; its numbers at each evaluation, as lists by name."""
+    train(train_dit, folder, seed, rae=autoencoder(space), steps=steps,
+          cache=lesson.size(2000, quick=64), eval_every=steps // evaluations, eval_n=EVALUATED,
+          eval_features="tiny", sampling_steps=24, **SAME_FOR_ALL)
+    numbers = dict(steps=[], colour=[], colour_and_shape=[], distance=[])
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "right_colour" in record:
+            numbers["steps"].append(record["step"])
+            numbers["colour"].append(100 * record["right_colour"])
+            numbers["colour_and_shape"].append(100 * record["right_colour_and_shape"])
+            numbers["distance"].append(record["frechet_distance"])
+    return numbers
+
+
+# %% [markdown]
+# ### Finetuning on few images
+#
+# The models of the race are trained on, at a constant rate, on 256 images that they have not seen,
+# again and again. An epoch is 256 images, or 4 steps. After 4, 16 and 64 epochs we measure the
+# squared error of the predicted `x0`, as a share of the variance of the latents: on the images that
+# it is finetuned on, and on held-out ones. And we draw again.
+
+# %%
+FINETUNED_ON = lesson.size(256, quick=64)
+EPOCHS = [4, 16, 64]
+
+
+@torch.no_grad()
+def relative_error(model, rae, data, n=lesson.size(128, quick=8)):
+    """Squared error of the predicted x0 over the variance of x0, for the first n images, %.
+
+    Mean over 8 times and the same noise for every model.
+    """
+    images = load_images(data, range(n)).movedim(3, 1).float() / 255    # n 3 64 64
+    labels = torch.tensor([data[k]["label"] for k in range(n)], device=lesson.device)
+    x0 = rae.encode(images.to(lesson.device))                           # n c h w
+    eps = sample.noise(x0.shape[1:], 0, range(n)).to(lesson.device)     # n c h w
+    errors = []
+    for k in range(1, 9):
+        t = torch.full((n,), k / 9, device=lesson.device)               # n
+        loss = flow_matching_loss(model, x0, labels, t, eps)            # n, squared error of v
+        errors.append((t.square() * loss).mean())                       # of x0
+    return 100 * float(torch.stack(errors).mean() / x0.square().mean())
+
+
+def measure(path, few):
+    """Errors of a checkpoint on the few images and on held-out ones, and its samples."""
+    model, rae, _ = load_dit(path, lesson.device, with_encoder=True)
+    args = sample.parse_args(["--sampling_steps", "24"])
+    drawn = evaluate_generation(model, rae, held_out, args, EVALUATED, features=features)
+    return dict(error_of_few=relative_error(model, rae, few),
+                error_held_out=relative_error(model, rae, held_out),
+                colour=100 * drawn["right_colour"], distance=drawn["frechet_distance"])
+
+
+def finetune(start, seed, folder):
+    """Train on from the checkpoint `start`; lists of numbers before and after each of EPOCHS."""
+    few = open_data("shapes", 64, 100 + seed, objects=1)                # the race saw seeds 0 to 2
+    points = [measure(start, few)]
+    steps_of_epoch = max(1, FINETUNED_ON // 64)                         # 64: the batch
+    last_step = EPOCHS[-1] * steps_of_epoch
+    for epochs in EPOCHS:
+        steps = epochs * lesson.size(steps_of_epoch, quick=1)
+        if epochs == EPOCHS[0]:
+            path = train(train_dit, folder, seed, dict(data=few), init=start, cache=FINETUNED_ON,
+                         steps=steps, lr=1e-3, warmup=4, decay_start=last_step,
+                         decay_end=last_step, **SAME_FOR_ALL)
+        else:                                                           # go on, up to more steps
+            flags = dict(resume=True, out=folder, steps=steps)
+            train_dit.main(train_dit.parse_args(command_line(flags)), data=few)
+        points.append(measure(path, few))
+    return {name: [point[name] for point in points] for name in points[0]}
+
+
+def race_and_finetune(space, seed, folder):
+    """One run of the sweep."""
+    return dict(race=race(space, seed, folder / "race"),
+                finetuned=finetune(folder / "race" / "last.pt", seed, folder / "finetuned"))
+
+
+results = lesson.sweep("race", list(SPACES), race_and_finetune)

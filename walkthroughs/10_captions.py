@@ -1,0 +1,297 @@
+# %% [markdown]
+# # Lesson 10: from classes to captions
+#
+# 40 minutes of class, 2 minutes on 2 CPU cores. Needs: lessons 2, 6 and 7. A class is a row of a
+# table. A caption is a sentence that nobody has said before. A language model reads it, writes a
+# plan, and hands the DiT one condition for each latent token.
+
+# %% Set-up: find nanoRAE around this file, or clone it
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "nanoRAE"]
+if "__file__" in globals():
+    places.insert(0, Path(__file__).resolve().parents[1])
+root = next((place for place in places if (place / "walkthroughs" / "lesson.py").exists()), None)
+if root is None:
+    address = os.environ.get("NANORAE")
+    if address is None:
+        raise SystemExit("nanoRAE is not here; put this notebook into its folder, or set NANORAE "
+                         "to an address that git can clone")
+    subprocess.run(["git", "clone", "--quiet", address, "nanoRAE"], check=True)
+    root = Path("nanoRAE").resolve()
+packages = ("torchvision", "einops", "timm", "lpips", "scipy", "tqdm", "tokenizers", "safetensors",
+            "huggingface_hub", "matplotlib")
+if any(importlib.util.find_spec(name) is None for name in packages):
+    requirements = str(root / "requirements.txt")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+sys.path[:0] = [str(root), str(root / "walkthroughs")]
+
+# %%
+import argparse
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from lesson import COLOURS, Lesson, draw_dots, values_of
+
+import sample
+from eval_t2i import evaluate_prompts
+from llm import IMAGE
+from release import SHIPPED_T2I
+from shapes import CLASSES, Scene, layout, read_scene
+from t2i import load_t2i
+
+lesson = Lesson("10_captions")
+
+# %% [markdown]
+# ## Question
+#
+# How do words get into a picture? A class model knows 36 conditions by heart. What conditions the
+# image when the prompt is "two red circles and a blue star", and which part of it decides what is
+# drawn where?
+#
+# ## Predict
+#
+# Write down, before you run anything:
+#
+# 1. There are 16 queries and 16 latent tokens. If the condition of query 5 alone is taken away, what
+#    changes: the image at place 5, the whole image, or nothing?
+# 2. The left half of the conditions is of one prompt, the right half of another. What is drawn?
+# 3. The prompt says "a red circle", and the plan, which the model writes itself before it draws,
+#    says "blue star". Whom does the image obey?
+# 4. Which is hardest: one object, two objects, counting, colours, positions, or which colour goes
+#    with which object?
+
+# %% [markdown]
+# ## Read
+#
+# - `T2I.conditions` in t2i.py, `[T1]`: prompt, plan, and then 16 learned *queries* in place of the
+#   image. The final state of query i, through one linear layer (`connect`), is the condition of
+#   latent token i. All attention of the language model is causal.
+# - `Block` in model.py, `[L4]`: the condition sets shift, scale and gate, as that of a class does.
+#   Now it differs from token to token; the class of lesson 6 was the same for all.
+# - `draw_prompts` and `draw` in sample.py, `[S4]`: the DiT is guided (`[S3]`) as with classes. The
+#   null condition is a learned vector, the same for all tokens.
+# - `train_t2i.py`, `[T2]`: the loss has three parts. The cross-entropy teaches the language model to
+#   plan and to answer, the regression teaches the queries to know the latents, and flow matching
+#   teaches the DiT. Flow matching's gradient reaches the language model as well.
+
+# %% [markdown]
+# ## Run
+#
+# ### The plan
+#
+# Before it draws, the language model says what goes where: size, colour, shape and a square of a
+# board, columns a to j from the left, rows 0 to 9 from the top. A prompt leaves much open, so the
+# words of the plan are drawn at random, as the noise is.
+
+# %%
+t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device, with_encoder=True)
+flags = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
+null = t2i.dit.null_condition(torch.zeros(1, device=lesson.device))     # e
+
+
+def flags_with(**changes):
+    """Flags of sampling with some changed."""
+    return argparse.Namespace(**dict(vars(flags), **changes))
+
+
+def show_images(panels, images, titles):
+    """Draw images n H W 3 into as many panels."""
+    for panel, image, title in zip(np.ravel(panels), images, titles, strict=True):
+        panel.imshow(image)
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(title, fontsize=11)
+
+
+prompts = ["a red circle", "two red circles and a blue star", "a green ring above a purple cross",
+           "three yellow stars", "a blue triangle left of a red square"]
+uniform = torch.rand(len(prompts), t2i.plan)
+plans = t2i.plans(prompts, uniform)
+conditions = t2i.conditions(prompts, uniform)                           # 5 n e
+latents = sample.draw(t2i.dit, conditions, flags, range(len(prompts)))  # 5 c h w
+figure, panels = plt.subplots(1, 5, figsize=(15, 4.4))
+titles = [prompt.replace(" and ", "\nand ").replace(" above", "\nabove").replace(" left", "\nleft")
+          for prompt in prompts]
+show_images(panels, sample.to_images(rae, latents), titles)
+for panel, plan in zip(panels, plans, strict=True):
+    panel.set_xlabel(plan.replace(", ", ",\n"), fontsize=11)
+lesson.show(figure, "plans", "prompt (above), image, and the plan that the model wrote before it drew "
+            "(below)")
+
+# %% [markdown]
+# ### A plan that was written by somebody else
+#
+# The plan is only text in the assistant's turn, so any plan can be put there. Here the prompt asks
+# for one object, and the plan speaks of an object of another colour and shape.
+
+# %%
+@torch.no_grad()
+def conditions_after(prompts, plans):
+    """Conditions of the DiT for prompts, each followed by a plan that is given: b n e.
+
+    The second half of `T2I.conditions`, whose first half writes the plans.
+    """
+    conversations = []
+    for prompt, plan in zip(prompts, plans, strict=True):
+        conversations.append([("user", prompt), ("assistant", f"{plan}<image>")])
+    embeddings, ids, _, tasks = t2i.embed_conversations(conversations)
+    states = t2i.llm(embeddings)[ids == IMAGE]                          # b*n d
+    return t2i.connect(rearrange(states, "(b n) d -> b n d", n=t2i.n), tasks)       # b n e
+
+
+def names_in(image):
+    """Names of the objects that read_scene finds, from left to right; none if it is unsure."""
+    objects = read_scene(image) or []
+    return [obj.name for obj in sorted(objects, key=lambda obj: obj.centre)]
+
+
+PAIRS = lesson.size(36, quick=2)
+asked = [CLASSES[k] for k in range(PAIRS)]
+planned = [CLASSES[(k + 7) % 36] for k in range(PAIRS)]     # 7: the next colour and the next shape
+own_plans = [layout(Scene.random(0, 10 ** 6 + k, 1, CLASSES.index(name)).objects)
+             for k, name in enumerate(asked)]
+other_plans = [layout(Scene.random(0, 10 ** 6 + k, 1, CLASSES.index(name)).objects)
+               for k, name in enumerate(planned)]
+prompts = [f"a {name}" for name in asked]
+obeys = {}
+for kind, plans in (("own plan", own_plans), ("other plan", other_plans)):
+    latents = sample.draw(t2i.dit, conditions_after(prompts, plans), flags, range(PAIRS))
+    images = sample.to_images(rae, latents)
+    drawn = [names_in(image) for image in images.numpy()]
+    as_asked = np.mean([names == [name] for names, name in zip(drawn, asked, strict=True)])
+    as_planned = np.mean([names == [name] for names, name in zip(drawn, planned, strict=True)])
+    obeys[kind] = (100 * as_asked, 100 * as_planned)
+    print(f"{kind}: {100 * as_asked:.0f}% as the prompt says, {100 * as_planned:.0f}% as the other "
+          f"plan says")
+
+SHOWN = min(5, PAIRS)
+figure, panels = plt.subplots(1, SHOWN, figsize=(15, 4), squeeze=False)
+titles = [f'"{prompt}"\nplan: {plan}' for prompt, plan in zip(prompts, other_plans, strict=True)]
+show_images(panels, images[:SHOWN], titles[:SHOWN])
+lesson.show(figure, "other_plans", f"the prompt asks for one class, the plan for another; {SHOWN} of "
+            f"{PAIRS} pairs")
+
+# %% [markdown]
+# ### One query, one token?
+#
+# Each image is drawn 17 times from the same noise: with all conditions, and with the condition of
+# each single query replaced by the null condition. What changes where is the squared difference of
+# the latents at each of the 16 places, as a share of their variance, which is 1.
+
+# %%
+ABLATED = lesson.size(8, quick=1)
+prompts = [f"a {CLASSES[4 * k]} left of a {CLASSES[(4 * k + 21) % 36]}" for k in range(ABLATED)]
+plans = []
+for k in range(ABLATED):
+    left, right = CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]
+    plans.append(f"large {left} c4, large {right} h5")
+y = conditions_after(prompts, plans)                                    # b n e
+versions = y[:, None].repeat(1, t2i.n + 1, 1, 1)                        # b n+1 n e
+for query in range(t2i.n):
+    versions[:, 1 + query, query] = null
+versions = rearrange(versions, "b k n e -> (b k) n e")
+indices = [k for k in range(ABLATED) for _ in range(t2i.n + 1)]         # one noise for each prompt
+parts = []
+for some in torch.arange(len(indices)).split(72):
+    parts.append(sample.draw(t2i.dit, versions[some], flags, [indices[i] for i in some]))
+drawn = rearrange(torch.cat(parts), "(b k) c h w -> b k (h w) c", b=ABLATED)
+change = (drawn[:, 1:] - drawn[:, :1]).square().mean((0, 3)).cpu()      # queries, tokens
+own_token = change.diagonal().sum() / change.sum()
+figure, (panel, own) = plt.subplots(1, 2, figsize=(12.5, 5.2), width_ratios=[1, 1.25])
+picture = panel.imshow(change, cmap="viridis")
+panel.set(xlabel="latent token", ylabel="query whose condition is taken away",
+          xticks=range(0, 16, 4), yticks=range(0, 16, 4))
+panel.grid(False)
+figure.colorbar(picture, ax=panel, label="squared change (variance of the latents: 1)")
+places = np.arange(t2i.n)
+own.bar(places - 0.2, change.diagonal(), 0.4, label="its own token")
+others = (change.sum(1) - change.diagonal()) / (t2i.n - 1)
+own.bar(places + 0.2, others, 0.4, label="mean of the 15 others")
+own.set(xlabel="query whose condition is taken away", ylabel="squared change", xticks=places[::3])
+own.legend(fontsize=11)
+lesson.show(figure, "queries_and_tokens", f"mean of {ABLATED} prompts; guidance 1.5, 24 steps; 4 tokens in "
+            "a row of the image, 0 to 3 the upper one")
+
+# %%
+images = sample.to_images(rae, parts[0][:t2i.n + 1])
+figure, panels = plt.subplot_mosaic(
+    [["all", "all", "all", "all", *range(4 * r, 4 * r + 4)] for r in [0, 1, 2, 3]],
+    figsize=(12, 6.2))
+show_images(panels.pop("all"), images[:1], [f"all conditions\n{plans[0]}"])
+show_images(list(panels.values()), images[1:], ["" for _ in panels])
+lesson.show(figure, "taken_away", f'"{prompts[0]}". Left: all conditions. Right: at each of the 16 places, '
+            "the image that is drawn without the condition of the query of that place")
+
+# %% [markdown]
+# ### Half of one prompt, half of another
+#
+# The conditions of the left half of the tokens are of one prompt, those of the right half of
+# another. Both ask for one object on the left and one on the right.
+
+# %%
+COLUMN = torch.arange(t2i.n, device=lesson.device) % t2i.dit.grid       # of each token
+is_left = (COLUMN < t2i.dit.grid // 2)[None, :, None]                   # 1 n 1
+MIXED = lesson.size(24, quick=2)
+left_scenes, right_scenes = [], []
+for k in range(MIXED):
+    left_scenes.append((CLASSES[k], CLASSES[(k + 8) % 36]))
+    right_scenes.append((CLASSES[(k + 15) % 36], CLASSES[(k + 23) % 36]))
+
+
+def conditions_of_pairs(scenes):
+    """Conditions for two objects side by side: b n e."""
+    prompts = [f"a {left} left of a {right}" for left, right in scenes]
+    plans = [f"large {left} c4, large {right} h4" for left, right in scenes]
+    return conditions_after(prompts, plans)
+
+
+of_first = conditions_of_pairs(left_scenes)                             # b n e
+of_second = conditions_of_pairs(right_scenes)                           # b n e
+mixed = torch.where(is_left, of_first, of_second)                       # b n e
+images = {}
+for name, y in (("first", of_first), ("second", of_second), ("mixed", mixed)):
+    images[name] = sample.to_images(rae, sample.draw(t2i.dit, y, flags, range(MIXED)))
+halves_right = 0
+for k, image in enumerate(images["mixed"].numpy()):
+    halves_right += names_in(image) == [left_scenes[k][0], right_scenes[k][1]]
+halves_right *= 100 / MIXED
+
+SHOWN = min(5, MIXED)
+figure, panels = plt.subplots(3, SHOWN, figsize=(2.4 * SHOWN, 7.6), squeeze=False)
+for row, name in zip(panels, ("first", "second", "mixed"), strict=True):
+    show_images(row, images[name][:SHOWN], ["" for _ in range(SHOWN)])
+panels[0, 0].set_ylabel("first prompt")
+panels[1, 0].set_ylabel("second prompt")
+panels[2, 0].set_ylabel("left half of the first,\nright half of the second")
+lesson.show(figure, "halves", f"{SHOWN} of {MIXED} pairs of prompts; one noise in each column")
+
+# %% [markdown]
+# ### ShapesEval, by category
+#
+# ShapesEval asks for pairs and counts that training has never shown. In class 10 images of each
+# category; below, 20 of each and three seeds of the noise.
+
+# %%
+CATEGORIES = ["single object", "two objects", "counting", "colours", "position",
+              "colour attribution"]
+
+
+def shapes_eval(arm, seed, folder, n=lesson.size(120, quick=6)):
+    """Right images of each category, of all, and right answers, %."""
+    args = flags_with(seed=seed, sampling_steps=48)
+    results = evaluate_prompts(t2i, rae, args, n)
+    names = [*CATEGORIES, "overall", "answers_on_images", "answers_on_own_latents"]
+    return {name: 100 * results[name] for name in names}
+
+
+in_class = shapes_eval("", 0, "", n=lesson.size(60, quick=6))
+for name in CATEGORIES:
+    print(f"{name}: {in_class[name]:.0f}% of {lesson.size(10, quick=1)}")
+
+results = lesson.sweep("shapes_eval", ["shipped"], shapes_eval)
