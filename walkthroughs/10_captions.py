@@ -37,13 +37,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
-from lesson import COLOURS, Lesson, draw_dots, values_of
+from lesson import Lesson, draw_dots, values_of
 
+import runtime
 import sample
-from eval_t2i import evaluate_prompts
 from llm import IMAGE
 from release import SHIPPED_T2I
-from shapes import CLASSES, Scene, layout, read_scene
+from shapes import CLASSES, Scene, fulfils, layout, read_scene, shapes_eval_prompts
 from t2i import load_t2i
 
 lesson = Lesson("10_captions")
@@ -91,8 +91,9 @@ lesson = Lesson("10_captions")
 # words of the plan are drawn at random, as the noise is.
 
 # %%
-t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device, with_encoder=True)
-flags = sample.parse_args(["--prompt", "-", "--sampling_steps", "24"])
+t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
+STEPS = lesson.size(24, quick=3)
+flags = sample.parse_args(["--prompt", "-", "--sampling_steps", str(STEPS)])
 null = t2i.dit.null_condition(torch.zeros(1, device=lesson.device))     # e
 
 
@@ -121,8 +122,8 @@ titles = [prompt.replace(" and ", "\nand ").replace(" above", "\nabove").replace
 show_images(panels, sample.to_images(rae, latents), titles)
 for panel, plan in zip(panels, plans, strict=True):
     panel.set_xlabel(plan.replace(", ", ",\n"), fontsize=11)
-lesson.show(figure, "plans", "prompt (above), image, and the plan that the model wrote before it drew "
-            "(below)")
+lesson.show(figure, "plans", "prompt (above), image, and the plan that the model wrote before it "
+            "drew (below)")
 
 # %% [markdown]
 # ### A plan that was written by somebody else
@@ -174,59 +175,75 @@ SHOWN = min(5, PAIRS)
 figure, panels = plt.subplots(1, SHOWN, figsize=(15, 4), squeeze=False)
 titles = [f'"{prompt}"\nplan: {plan}' for prompt, plan in zip(prompts, other_plans, strict=True)]
 show_images(panels, images[:SHOWN], titles[:SHOWN])
-lesson.show(figure, "other_plans", f"the prompt asks for one class, the plan for another; {SHOWN} of "
-            f"{PAIRS} pairs")
+lesson.show(figure, "other_plans", "the prompt asks for one class, the plan for another; "
+            f"{SHOWN} of {PAIRS} pairs")
 
 # %% [markdown]
 # ### One query, one token?
 #
-# Each image is drawn 17 times from the same noise: with all conditions, and with the condition of
-# each single query replaced by the null condition. What changes where is the squared difference of
-# the latents at each of the 16 places, as a share of their variance, which is 1.
+# Each image is drawn 33 times from the same noise: with all conditions; with the condition of each
+# single query *taken away*, that is replaced by the null condition; and with the condition of each
+# single query *alone*, all others being null. What changes where is the squared difference of the
+# latents at each of the 16 places. Their variance is 1, so two unrelated latents differ by about 2.
 
 # %%
-ABLATED = lesson.size(8, quick=1)
-prompts = [f"a {CLASSES[4 * k]} left of a {CLASSES[(4 * k + 21) % 36]}" for k in range(ABLATED)]
-plans = []
-for k in range(ABLATED):
-    left, right = CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]
-    plans.append(f"large {left} c4, large {right} h5")
-y = conditions_after(prompts, plans)                                    # b n e
-versions = y[:, None].repeat(1, t2i.n + 1, 1, 1)                        # b n+1 n e
-for query in range(t2i.n):
-    versions[:, 1 + query, query] = null
+ABLATED = lesson.size(6, quick=1)
+pairs = [(CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]) for k in range(ABLATED)]
+
+
+def conditions_of_pairs(pairs):
+    """Conditions for two objects side by side, whose places the plan says: b n e."""
+    prompts = [f"a {left} left of a {right}" for left, right in pairs]
+    plans = [f"large {left} c4, large {right} h4" for left, right in pairs]
+    return conditions_after(prompts, plans)
+
+
+y = conditions_of_pairs(pairs)                                          # b n e
+takes_away = torch.eye(t2i.n, dtype=torch.bool, device=lesson.device)   # n n, version and query
+is_null = torch.cat([takes_away.new_zeros(1, t2i.n), takes_away, ~takes_away])      # 33 n
+versions = torch.where(is_null[None, :, :, None], null, y[:, None])     # b 33 n e
 versions = rearrange(versions, "b k n e -> (b k) n e")
-indices = [k for k in range(ABLATED) for _ in range(t2i.n + 1)]         # one noise for each prompt
-parts = []
-for some in torch.arange(len(indices)).split(72):
-    parts.append(sample.draw(t2i.dit, versions[some], flags, [indices[i] for i in some]))
-drawn = rearrange(torch.cat(parts), "(b k) c h w -> b k (h w) c", b=ABLATED)
-change = (drawn[:, 1:] - drawn[:, :1]).square().mean((0, 3)).cpu()      # queries, tokens
-own_token = change.diagonal().sum() / change.sum()
-figure, (panel, own) = plt.subplots(1, 2, figsize=(12.5, 5.2), width_ratios=[1, 1.25])
-picture = panel.imshow(change, cmap="viridis")
-panel.set(xlabel="latent token", ylabel="query whose condition is taken away",
-          xticks=range(0, 16, 4), yticks=range(0, 16, 4))
-panel.grid(False)
-figure.colorbar(picture, ax=panel, label="squared change (variance of the latents: 1)")
-places = np.arange(t2i.n)
-own.bar(places - 0.2, change.diagonal(), 0.4, label="its own token")
-others = (change.sum(1) - change.diagonal()) / (t2i.n - 1)
-own.bar(places + 0.2, others, 0.4, label="mean of the 15 others")
-own.set(xlabel="query whose condition is taken away", ylabel="squared change", xticks=places[::3])
-own.legend(fontsize=11)
-lesson.show(figure, "queries_and_tokens", f"mean of {ABLATED} prompts; guidance 1.5, 24 steps; 4 tokens in "
-            "a row of the image, 0 to 3 the upper one")
+indices = [i for i in range(ABLATED) for _ in is_null]                  # one noise for each prompt
+drawn = []
+for numbers in torch.arange(len(indices)).split(66):
+    own = [indices[number] for number in numbers]
+    drawn.append(sample.draw(t2i.dit, versions[numbers], flags, own))
+drawn = rearrange(torch.cat(drawn), "(b k) c h w -> b k c h w", b=ABLATED)
+change = (drawn - drawn[:, :1]).square().mean((0, 2)).flatten(1).cpu()  # 33 n, version and token
+away = change[1:1 + t2i.n]                                              # n n, query and token
+alone = change[1 + t2i.n:]                                              # n n
+same_token = away.diagonal().mean()
+other_token = (away.sum() - away.diagonal().sum()) / (t2i.n * (t2i.n - 1))
+
+figure, panels = plt.subplots(1, 2, figsize=(12, 5.4))
+for panel, matrix, title in zip(panels, (away, alone), ("taken away", "alone"), strict=True):
+    picture = panel.imshow(matrix, cmap="viridis")
+    panel.set(xlabel="latent token", ylabel="query", title=f"the condition of one query {title}",
+              xticks=range(0, 16, 4), yticks=range(0, 16, 4))
+    panel.grid(False)
+    figure.colorbar(picture, ax=panel, label="squared change of the token")
+lesson.show(figure, "queries_and_tokens", "against the image with all conditions, mean of "
+            f"{ABLATED} prompts; guidance 1.5, 24 steps. Token and query 0 to 3: the upper row of "
+            "the image")
 
 # %%
-images = sample.to_images(rae, parts[0][:t2i.n + 1])
-figure, panels = plt.subplot_mosaic(
-    [["all", "all", "all", "all", *range(4 * r, 4 * r + 4)] for r in [0, 1, 2, 3]],
-    figsize=(12, 6.2))
-show_images(panels.pop("all"), images[:1], [f"all conditions\n{plans[0]}"])
-show_images(list(panels.values()), images[1:], ["" for _ in panels])
-lesson.show(figure, "taken_away", f'"{prompts[0]}". Left: all conditions. Right: at each of the 16 places, '
-            "the image that is drawn without the condition of the query of that place")
+images = sample.to_images(rae, drawn[0])                                # 33 H W 3
+rows = []
+for r in range(4):
+    first = 4 * r
+    rows.append(["all", *[f"away {first + i}" for i in range(4)], ".",
+                 *[f"alone {first + i}" for i in range(4)]])
+widths = [4, 1, 1, 1, 1, 0.3, 1, 1, 1, 1]
+figure, panels = plt.subplot_mosaic(rows, figsize=(15, 5.4), width_ratios=widths)
+show_images(panels["all"], images[:1], ["all conditions"])
+for k in range(t2i.n):
+    show_images(panels[f"away {k}"], images[1 + k:2 + k], [""])
+    show_images(panels[f"alone {k}"], images[1 + t2i.n + k:2 + t2i.n + k], [""])
+panels["away 1"].set_title("one taken away", loc="left", fontsize=13)
+panels["alone 1"].set_title("one alone", loc="left", fontsize=13)
+left, right = pairs[0]
+lesson.show(figure, "taken_away", f'"a {left} left of a {right}". At each of the 16 places: the '
+            "image without the condition of the query of that place, and with this condition alone")
 
 # %% [markdown]
 # ### Half of one prompt, half of another
@@ -235,21 +252,13 @@ lesson.show(figure, "taken_away", f'"{prompts[0]}". Left: all conditions. Right:
 # another. Both ask for one object on the left and one on the right.
 
 # %%
-COLUMN = torch.arange(t2i.n, device=lesson.device) % t2i.dit.grid       # of each token
-is_left = (COLUMN < t2i.dit.grid // 2)[None, :, None]                   # 1 n 1
+column = torch.arange(t2i.n, device=lesson.device) % t2i.dit.grid       # n, of each token
+is_left = (column < t2i.dit.grid // 2)[None, :, None]                   # 1 n 1
 MIXED = lesson.size(24, quick=2)
 left_scenes, right_scenes = [], []
 for k in range(MIXED):
     left_scenes.append((CLASSES[k], CLASSES[(k + 8) % 36]))
     right_scenes.append((CLASSES[(k + 15) % 36], CLASSES[(k + 23) % 36]))
-
-
-def conditions_of_pairs(scenes):
-    """Conditions for two objects side by side: b n e."""
-    prompts = [f"a {left} left of a {right}" for left, right in scenes]
-    plans = [f"large {left} c4, large {right} h4" for left, right in scenes]
-    return conditions_after(prompts, plans)
-
 
 of_first = conditions_of_pairs(left_scenes)                             # b n e
 of_second = conditions_of_pairs(right_scenes)                           # b n e
@@ -274,24 +283,41 @@ lesson.show(figure, "halves", f"{SHOWN} of {MIXED} pairs of prompts; one noise i
 # %% [markdown]
 # ### ShapesEval, by category
 #
-# ShapesEval asks for pairs and counts that training has never shown. In class 10 images of each
-# category; below, 20 of each and three seeds of the noise.
+# ShapesEval asks for pairs and counts that training has never shown. In class there are 6 images of
+# each category, below (by `--full`) 20 of each for three seeds of the noise.
 
 # %%
 CATEGORIES = ["single object", "two objects", "counting", "colours", "position",
               "colour attribution"]
 
 
-def shapes_eval(arm, seed, folder, n=lesson.size(120, quick=6)):
-    """Right images of each category, of all, and right answers, %."""
-    args = flags_with(seed=seed, sampling_steps=48)
-    results = evaluate_prompts(t2i, rae, args, n)
-    names = [*CATEGORIES, "overall", "answers_on_images", "answers_on_own_latents"]
-    return {name: 100 * results[name] for name in names}
+def shapes_eval(n, seed):
+    """Right images of each category, and their mean, %."""
+    tests = shapes_eval_prompts()[:n]                                   # categories in turn
+    right = {category: [] for category in CATEGORIES}
+    for numbers in runtime.split_numbers(n, batch=60):
+        prompts = [tests[i].prompt for i in numbers]
+        images = sample.generate_prompts(t2i, rae, prompts, flags_with(seed=seed), numbers)
+        for i, image in zip(numbers, images.numpy(), strict=True):
+            test = tests[i]
+            right[test.category].append(fulfils(read_scene(image), test.names, test.relation))
+    results = {category: 100 * float(np.mean(values)) for category, values in right.items()}
+    results["overall"] = float(np.mean(list(results.values())))
+    return results
 
 
-in_class = shapes_eval("", 0, "", n=lesson.size(60, quick=6))
-for name in CATEGORIES:
-    print(f"{name}: {in_class[name]:.0f}% of {lesson.size(10, quick=1)}")
+def one_seed(arm, seed, folder):
+    return shapes_eval(lesson.size(120, quick=6), seed)
 
-results = lesson.sweep("shapes_eval", ["shipped"], shapes_eval)
+
+in_class = shapes_eval(lesson.size(36, quick=6), seed=0)
+print("in class, right images, %:", in_class)
+results = lesson.sweep("shapes_eval", ["shipped"], one_seed)
+by_category = np.array([[run[category] for run in results["shipped"]] for category in CATEGORIES])
+overall = values_of(results, ["shipped"], "overall")
+
+figure, axes = plt.subplots(figsize=(10, 5))
+draw_dots(axes, [category.replace(" ", "\n") for category in CATEGORIES], by_category)
+axes.set(ylabel="right images, %", ylim=(0, 103))
+lesson.show(figure, "shapes_eval", "20 prompts of each category, three seeds of the noise (dots) "
+            "and their mean (bars); guidance 1.5, 24 steps")

@@ -34,10 +34,12 @@ sys.path[:0] = [str(root), str(root / "walkthroughs")]
 import argparse
 import math
 
+from statistics import NormalDist
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from lesson import COLOURS, Lesson, draw_band, draw_paper_line, values_of
+from lesson import COLOURS, Lesson, draw_band, values_of
 
 import sample
 from release import SHIPPED_T2I
@@ -81,7 +83,8 @@ lesson = Lesson("11_test_time_scaling")
 # ## Run
 #
 # The shipped text-to-image model draws candidates of the first prompts of ShapesEval. Each verifier
-# scores each of them, and `read_scene` says which are right.
+# scores each of them, and `read_scene` says which are right. In class there is no guidance: that
+# takes half the time, and leaves more mistakes to choose among.
 
 # %%
 t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
@@ -111,7 +114,7 @@ def draw_and_judge(tests, candidates, guidance, seed):
 
 CANDIDATES = lesson.size(8, quick=2)
 tests = shapes_eval_prompts()[:lesson.size(24, quick=2)]       # the six categories in turn
-latents, right, scores = draw_and_judge(tests, CANDIDATES, guidance=1.5, seed=0)
+latents, right, scores = draw_and_judge(tests, CANDIDATES, guidance=1, seed=0)
 print(f"{100 * right.mean():.1f}% of {right.size} candidates are right")
 
 # %% [markdown]
@@ -183,7 +186,7 @@ axes.set(xscale="log", xlabel="candidates N", ylabel="right images, %", xticks=c
          xticklabels=counts)
 axes.minorticks_off()
 axes.legend(fontsize=11)
-lesson.show(figure, "in_class", f"{len(tests)} prompts of ShapesEval, guidance 1.5, one seed; the best of "
+lesson.show(figure, "in_class", f"{len(tests)} prompts of ShapesEval, no guidance, one seed; the best of "
             "N by each judge")
 
 # %% [markdown]
@@ -235,3 +238,97 @@ def study(arm, seed, folder):
 
 ARMS = ["guidance 1.5", "guidance 1"]
 results = lesson.sweep("best_of", ARMS, study)
+
+# %% [markdown]
+# ### Three seeds, sixteen candidates
+#
+# From `--full`: 48 prompts, 16 candidates of each, three seeds of the noise, with guidance and
+# without. Beside it, the numbers that Scale-RAE gives for a language model of 1.5B and a DiT of
+# 5.5B. There, 4 of 4 N candidates are kept, so N is the number drawn for each image that is kept.
+
+# %%
+# GenEval. Source: Scale-RAE, arXiv 2601.16208, table 5
+PAPER_N = [1, 2, 4, 8]
+PAPER = {"answer_logits": [53.2, 59.6, 62.5, 64.3], "confidence": [53.2, 56.7, 57.5, 60.0]}
+COLOUR_OF = dict(zip(NAMES, COLOURS, strict=False))
+
+
+def curve_of(arm, judge):
+    """Right images by N, %: points x seeds."""
+    return np.array([run["curves"][judge] for run in results[arm]]).T
+
+
+counts = results[ARMS[0]][0]["counts"]
+figure, panels = plt.subplots(1, 3, figsize=(15, 5.2), width_ratios=[1, 1, 0.8])
+for panel, arm, title in zip(panels, ARMS, ("with guidance 1.5", "without guidance"), strict=False):
+    for judge, name in NAMES.items():
+        draw_band(panel, counts, curve_of(arm, judge), name, color=COLOUR_OF[judge])
+    panel.set(title=title, ylim=(55, 101), ylabel="right images, %")
+for judge, values in PAPER.items():
+    panels[2].plot(PAPER_N, values, "o--", color=COLOUR_OF[judge], label=judge)
+panels[2].set(title="the paper", ylabel="GenEval, %")
+for panel, ticks in zip(panels, (counts, counts, PAPER_N), strict=True):
+    panel.set(xscale="log", xlabel="candidates N for each image kept", xticks=ticks,
+              xticklabels=ticks)
+    panel.minorticks_off()
+panels[1].legend(fontsize=11, loc="lower right")
+panels[2].legend(fontsize=11)
+PROMPTS = results[ARMS[0]][0]["prompts"]
+lesson.show(figure, "three_seeds", f"{PROMPTS} prompts x {counts[-1]} candidates x 3 seeds: mean and range of "
+            "the seeds; right: Scale-RAE, table 5")
+
+# %% [markdown]
+# ### Why it stops
+#
+# Two things can stop the curve. There may be nothing to choose: all candidates of a prompt are
+# right, or all are wrong. Or the judge chooses badly. To tell how much a judge of this ranking
+# accuracy *should* gain, we make one up. Its scores are normal, with the mean of the right ones so
+# far above that of the wrong ones that it wins as many pairs as the real judge, and each candidate's
+# error is its own.
+
+# %%
+def made_up_judge(right_of_candidates, accuracy, counts, repeats=200):
+    """Right images by N, %, of a judge with independent errors that wins `accuracy` % of all pairs.
+
+    right_of_candidates: how many of the last count's candidates are right, for each prompt.
+    """
+    rng = np.random.default_rng(0)
+    m = counts[-1]
+    right = np.arange(m) < np.array(right_of_candidates)[:, None]       # n m
+    right = np.tile(right, (repeats, 1))                                # n*repeats m
+    # The difference of two normal scores has deviation sqrt(2): P(right > wrong) = Phi(d / sqrt 2).
+    distance = math.sqrt(2) * NormalDist().inv_cdf(accuracy / 100)
+    scores = distance * right + rng.standard_normal(right.shape)
+    return [best_of_n(right, scores, n) for n in counts]
+
+
+def mean_over_seeds(arm, key):
+    return np.mean([run[key] for run in results[arm]], axis=0)
+
+
+arm = "guidance 1"
+figure, panels = plt.subplots(1, 3, figsize=(15, 5))
+centres = (BINS[1:] + BINS[:-1]) / 2
+panels[0].bar(centres - 0.022, mean_over_seeds(arm, "yes_of_right"), 0.043, label="right candidates",
+              color=COLOURS[2])
+panels[0].bar(centres + 0.022, mean_over_seeds(arm, "yes_of_wrong"), 0.043, label="wrong candidates",
+              color=COLOURS[1])
+panels[0].set(xlabel="the judge's probability of yes", ylabel="candidates of this kind, %")
+panels[0].legend(fontsize=11)
+
+right_of_candidates = np.concatenate([run["right_of_candidates"] for run in results[arm]])
+panels[1].hist(right_of_candidates, np.arange(counts[-1] + 2) - 0.5, color=COLOURS[0])
+panels[1].set(xlabel=f"right ones among {counts[-1]} candidates", ylabel="prompts (of 3 seeds)")
+
+made_up = []
+for run in results[arm]:
+    made_up.append(made_up_judge(run["right_of_candidates"], run["ranking_answer"], counts))
+draw_band(panels[2], counts, curve_of(arm, "oracle"), "the oracle", color=COLOUR_OF["oracle"])
+draw_band(panels[2], counts, np.array(made_up).T, "made-up judge, as accurate", color=COLOURS[6])
+draw_band(panels[2], counts, curve_of(arm, "answer"), 'the real judge, "answer"', color=COLOURS[0])
+panels[2].set(xscale="log", xlabel="candidates N", ylabel="right images, %", xticks=counts,
+              xticklabels=counts)
+panels[2].minorticks_off()
+panels[2].legend(fontsize=11)
+lesson.show(figure, "why_it_stops", f"without guidance; {PROMPTS} prompts x {counts[-1]} candidates x 3 "
+            "seeds; left: mean of the seeds, right: mean and range")

@@ -180,7 +180,7 @@ EPOCHS = [4, 16, 64]
 
 
 @torch.no_grad()
-def relative_error(model, rae, data, n=lesson.size(128, quick=8)):
+def relative_error(model, rae, data, n):
     """Squared error of the predicted x0 over the variance of x0, for the first n images, %.
 
     Mean over 8 times and the same noise for every model.
@@ -202,8 +202,9 @@ def measure(path, few):
     model, rae, _ = load_dit(path, lesson.device, with_encoder=True)
     args = sample.parse_args(["--sampling_steps", "24"])
     drawn = evaluate_generation(model, rae, held_out, args, EVALUATED, features=features)
-    return dict(error_of_few=relative_error(model, rae, few),
-                error_held_out=relative_error(model, rae, held_out),
+    n = lesson.size(128, quick=8)
+    return dict(error_of_few=relative_error(model, rae, few, n),
+                error_held_out=relative_error(model, rae, held_out, n),
                 colour=100 * drawn["right_colour"], distance=drawn["frechet_distance"])
 
 
