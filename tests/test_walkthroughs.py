@@ -50,8 +50,7 @@ def test_curves_need_a_run_with_numbers(tmp_path, content, message):
 # ---------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("name, flags", [
     ("walkthroughs/zoom.py", ["{}"]),
-    ("walkthroughs/best_of.py", ["--ckpt", "{}", "--n", 1]),
-    ("walkthroughs/verifier.py", ["--ckpt", "{}"]),
+    ("assets/teach_verifier.py", ["--ckpt", "{}"]),
     ("assets/export.py", ["{}", "OUT/x.safetensors"]),
     ("assets/make_tiny_encoder.py", ["--init", "{}", "--images", 500, "--steps", 1,
                                      "--out", "OUT/x.safetensors"]),
@@ -84,34 +83,3 @@ def test_export_writes_what_can_be_sampled_from(tmp_path):
     assert torch.equal(exported["ema"]["pos_embed"], shipped["ema"]["pos_embed"])
     with pytest.raises(ValueError, match="OUTPUT .*x.pt can't be written .* use one of .safetens"):
         run_script(export, SHIPPED, tmp_path / "x.pt")
-
-
-# ---------------------------------------------------------------------------- studies
-def test_results_that_are_torn_are_named(tmp_path):
-    study = load("walkthroughs/study.py")
-    (tmp_path / "result.json").write_text('{"PSNR": 3')
-    with pytest.raises(ValueError, match="result.json is no JSON .* delete it"):
-        study.read_json(tmp_path / "result.json")
-
-
-def test_a_training_that_was_stopped_is_not_taken_for_finished(tmp_path):
-    study = load("walkthroughs/study.py")
-
-    class Script:
-        @staticmethod
-        def main(args):                                # ends early, as after a signal
-            runtime.save_checkpoint(f"{args.out}/last.pt", step=3)
-
-    args = runtime.argparse.Namespace(out=tmp_path, steps=4)
-    with pytest.raises(KeyboardInterrupt, match="finished runs are kept"):
-        study.train_to_the_end(Script, args)
-
-
-@pytest.mark.parametrize("name, message", [
-    ("findings", "nope: choose from shift head captions"),
-    ("autoencoders", "nope: choose from noise text losses"),
-])
-def test_unknown_studies_are_refused(name, message, capsys):
-    with pytest.raises(SystemExit):
-        load(f"walkthroughs/{name}.py").parse_args(["nope"])
-    assert message in capsys.readouterr().err
