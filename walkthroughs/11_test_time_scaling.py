@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Lesson 11: test-time scaling
 #
-# 30 minutes of class, 2 minutes on 2 CPU cores. Needs: lesson 10. A model that draws can draw again.
-# It looks at its own candidates, in latent space, and keeps the one that it likes best. How far
-# does that go, and what stops it?
+# 30 minutes of class, 2 minutes on 2 CPU cores. Needs: lesson 10. A model that draws can draw
+# again. It looks at its own candidates, in latent space, and keeps the one that it likes best. How
+# far does that go, and what stops it?
 
 # %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
@@ -33,13 +33,13 @@ sys.path[:0] = [str(root), str(root / "walkthroughs")]
 # %%
 import argparse
 import math
-
 from statistics import NormalDist
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from lesson import COLOURS, Lesson, draw_band, values_of
+from lesson import COLOURS, Lesson, draw_band
 
 import sample
 from release import SHIPPED_T2I
@@ -59,25 +59,27 @@ lesson = Lesson("11_test_time_scaling")
 #
 # Write down, before you run anything:
 #
-# 1. The model draws a prompt right in 85% of its attempts, each independent of the others. How often
-#    is *at least one* of 4 candidates right?
+# 1. The model draws a prompt right in 85% of its attempts, each independent of the others. How
+#    often is *at least one* of 4 candidates right?
 # 2. A judge tells a right image from a wrong one in 90% of all pairs. Is the best of 16 candidates
 #    more often right than the best of 4?
-# 3. A prompt comes out wrong. Is that bad luck of this one noise, or is the prompt too hard, so that
-#    all candidates are wrong?
+# 3. A prompt comes out wrong. Is that bad luck of this one noise, or is the prompt too hard, so
+#    that all candidates are wrong?
 
 # %% [markdown]
 # ## Read
 #
-# - `best_of` in sample.py: all candidates are drawn, scored as latents, and only the best is decoded.
+# - `best_of` in sample.py: all candidates are drawn, scored as latents, and only the best is
+#   decoded.
 # - `answer_score`, `prompt_confidence` and `answer_logits` in t2i.py, three judges, or *verifiers*.
 #   The language model reads the latents in the user's turn, as it would read an image. The first
 #   asks "Does this image align with the prompt?" and takes the probability of "yes". The second
 #   makes it say the prompt as a description of the image, and takes its certainty. The third is the
 #   first as the paper has it, with raw logits.
-# - `shapes_eval_prompts` and `fulfils` in shapes/language.py: 300 prompts of six kinds, and the test
-#   of whether an image shows what was asked for. `read_scene` reads the decoded image by classical
-#   image analysis. It knows the truth, so it is the judge that no other can beat: the *oracle*.
+# - `shapes_eval_prompts` and `fulfils` in shapes/language.py: 300 prompts of six kinds, and the
+#   test of whether an image shows what was asked for. `read_scene` reads the decoded image by
+#   classical image analysis. It knows the truth, so it is the judge that no other can beat: the
+#   *oracle*.
 
 # %% [markdown]
 # ## Run
@@ -135,18 +137,17 @@ for row, i in zip(panels, hardest[[0, 1, -1]], strict=True):
         verdict = "right" if right[i, j] else "wrong"
         colour = COLOURS[2] if right[i, j] else COLOURS[1]
         panel.set_title(f"{scores['answer'][i, j]:.2f}\n{verdict}", fontsize=12, color=colour)
-    row[0].set_ylabel(tests[i].prompt.replace(" above", "\nabove").replace(" below", "\nbelow")
-                      .replace(" left", "\nleft").replace(" right", "\nright"), fontsize=11)
-lesson.show(figure, "candidates", f"{CANDIDATES} candidates of each of three prompts, ordered by the "
-            "judge (its probability of yes); right and wrong by read_scene")
+    row[0].set_ylabel("\n".join(wrap(tests[i].prompt, 16)), fontsize=11)
+lesson.show(figure, "candidates", f"{CANDIDATES} candidates of each of three prompts, ordered by "
+            "the judge (its probability of yes); right and wrong by read_scene")
 
 # %% [markdown]
 # ### How many are right, for growing N
 #
 # The best of N is the candidate with the highest score among N. There are many ways to take N of
-# the candidates that were drawn, and the expected number over all of them is exact and costs nothing:
-# ordered from best to worst, candidate r is the best of N exactly if the other N - 1 are among the
-# m - r - 1 behind it.
+# the candidates that were drawn, and the expected number over all of them is exact and costs
+# nothing: ordered from best to worst, candidate r is the best of N exactly if the other N - 1 are
+# among the m - r - 1 behind it.
 
 # %%
 def best_of_n(right, scores, n):
@@ -186,8 +187,8 @@ axes.set(xscale="log", xlabel="candidates N", ylabel="right images, %", xticks=c
          xticklabels=counts)
 axes.minorticks_off()
 axes.legend(fontsize=11)
-lesson.show(figure, "in_class", f"{len(tests)} prompts of ShapesEval, no guidance, one seed; the best of "
-            "N by each judge")
+lesson.show(figure, "in_class", f"{len(tests)} prompts of ShapesEval, no guidance, one seed; the "
+            "best of N by each judge")
 
 # %% [markdown]
 # ### The judge against the truth
@@ -274,8 +275,8 @@ for panel, ticks in zip(panels, (counts, counts, PAPER_N), strict=True):
 panels[1].legend(fontsize=11, loc="lower right")
 panels[2].legend(fontsize=11)
 PROMPTS = results[ARMS[0]][0]["prompts"]
-lesson.show(figure, "three_seeds", f"{PROMPTS} prompts x {counts[-1]} candidates x 3 seeds: mean and range of "
-            "the seeds; right: Scale-RAE, table 5")
+lesson.show(figure, "three_seeds", f"{PROMPTS} prompts x {counts[-1]} candidates x 3 seeds: mean "
+            "and range of the seeds; right: Scale-RAE, table 5")
 
 # %% [markdown]
 # ### Why it stops
@@ -283,8 +284,8 @@ lesson.show(figure, "three_seeds", f"{PROMPTS} prompts x {counts[-1]} candidates
 # Two things can stop the curve. There may be nothing to choose: all candidates of a prompt are
 # right, or all are wrong. Or the judge chooses badly. To tell how much a judge of this ranking
 # accuracy *should* gain, we make one up. Its scores are normal, with the mean of the right ones so
-# far above that of the wrong ones that it wins as many pairs as the real judge, and each candidate's
-# error is its own.
+# far above that of the wrong ones that it wins as many pairs as the real judge, and each
+# candidate's error is its own.
 
 # %%
 def made_up_judge(right_of_candidates, accuracy, counts, repeats=200):
@@ -309,16 +310,17 @@ def mean_over_seeds(arm, key):
 arm = "guidance 1"
 figure, panels = plt.subplots(1, 3, figsize=(15, 5))
 centres = (BINS[1:] + BINS[:-1]) / 2
-panels[0].bar(centres - 0.022, mean_over_seeds(arm, "yes_of_right"), 0.043, label="right candidates",
-              color=COLOURS[2])
-panels[0].bar(centres + 0.022, mean_over_seeds(arm, "yes_of_wrong"), 0.043, label="wrong candidates",
-              color=COLOURS[1])
+yes_of_right = mean_over_seeds(arm, "yes_of_right")                     # bins
+yes_of_wrong = mean_over_seeds(arm, "yes_of_wrong")                     # bins
+panels[0].bar(centres - 0.022, yes_of_right, 0.043, label="right candidates", color=COLOURS[2])
+panels[0].bar(centres + 0.022, yes_of_wrong, 0.043, label="wrong candidates", color=COLOURS[1])
 panels[0].set(xlabel="the judge's probability of yes", ylabel="candidates of this kind, %")
 panels[0].legend(fontsize=11)
 
 right_of_candidates = np.concatenate([run["right_of_candidates"] for run in results[arm]])
 panels[1].hist(right_of_candidates, np.arange(counts[-1] + 2) - 0.5, color=COLOURS[0])
-panels[1].set(xlabel=f"right ones among {counts[-1]} candidates", ylabel="prompts (of 3 seeds)")
+panels[1].set(xlabel=f"right ones among {counts[-1]} candidates", ylabel="prompts (of 3 seeds)",
+              xticks=range(0, counts[-1] + 1, 4))
 
 made_up = []
 for run in results[arm]:
@@ -330,5 +332,24 @@ panels[2].set(xscale="log", xlabel="candidates N", ylabel="right images, %", xti
               xticklabels=counts)
 panels[2].minorticks_off()
 panels[2].legend(fontsize=11)
-lesson.show(figure, "why_it_stops", f"without guidance; {PROMPTS} prompts x {counts[-1]} candidates x 3 "
-            "seeds; left: mean of the seeds, right: mean and range")
+lesson.show(figure, "why_it_stops", f"without guidance; {PROMPTS} prompts x {counts[-1]} "
+            "candidates x 3 seeds; left: mean of the seeds, right: mean and range")
+
+# %% [markdown]
+# ## Figure
+#
+# FIGURE11
+#
+# ## Number
+#
+# NUMBER11
+
+# %%
+def percent(arm, judge, n):
+    """Right images of the best of n, mean over seeds, %."""
+    return curve_of(arm, judge)[counts.index(n)].mean()
+
+
+lesson.number("in class: best of 4 by the oracle, %", best_of_n(right, right, min(4, CANDIDATES)),
+              85, 100, quick=(0, 100))
+lesson.end()
