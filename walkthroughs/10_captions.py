@@ -188,7 +188,7 @@ lesson.show(figure, "other_plans", "the prompt asks for one class, the plan for 
 
 # %%
 ABLATED = lesson.size(6, quick=1)
-pairs = [(CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]) for k in range(ABLATED)]
+ablated_pairs = [(CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]) for k in range(ABLATED)]
 
 
 def conditions_of_pairs(pairs):
@@ -198,7 +198,7 @@ def conditions_of_pairs(pairs):
     return conditions_after(prompts, plans)
 
 
-y = conditions_of_pairs(pairs)                                          # b n e
+y = conditions_of_pairs(ablated_pairs)                                          # b n e
 takes_away = torch.eye(t2i.n, dtype=torch.bool, device=lesson.device)   # n n, version and query
 is_null = torch.cat([takes_away.new_zeros(1, t2i.n), takes_away, ~takes_away])      # 33 n
 versions = torch.where(is_null[None, :, :, None], null, y[:, None])     # b 33 n e
@@ -241,7 +241,7 @@ for k in range(t2i.n):
     show_images(panels[f"alone {k}"], images[1 + t2i.n + k:2 + t2i.n + k], [""])
 panels["away 1"].set_title("one taken away", loc="left", fontsize=13)
 panels["alone 1"].set_title("one alone", loc="left", fontsize=13)
-left, right = pairs[0]
+left, right = ablated_pairs[0]
 lesson.show(figure, "taken_away", f'"a {left} left of a {right}". At each of the 16 places: the '
             "image without the condition of the query of that place, and with this condition alone")
 
@@ -255,21 +255,23 @@ lesson.show(figure, "taken_away", f'"a {left} left of a {right}". At each of the
 column = torch.arange(t2i.n, device=lesson.device) % t2i.dit.grid       # n, of each token
 is_left = (column < t2i.dit.grid // 2)[None, :, None]                   # 1 n 1
 MIXED = lesson.size(24, quick=2)
-left_scenes, right_scenes = [], []
+first, second = [], []                                                  # names left and right
 for k in range(MIXED):
-    left_scenes.append((CLASSES[k], CLASSES[(k + 8) % 36]))
-    right_scenes.append((CLASSES[(k + 15) % 36], CLASSES[(k + 23) % 36]))
+    first.append((CLASSES[k], CLASSES[(k + 8) % 36]))
+    second.append((CLASSES[(k + 15) % 36], CLASSES[(k + 23) % 36]))
+mixed = [(one[0], other[1]) for one, other in zip(first, second, strict=True)]
 
-of_first = conditions_of_pairs(left_scenes)                             # b n e
-of_second = conditions_of_pairs(right_scenes)                           # b n e
-mixed = torch.where(is_left, of_first, of_second)                       # b n e
-images = {}
-for name, y in (("first", of_first), ("second", of_second), ("mixed", mixed)):
+of_first = conditions_of_pairs(first)                                   # b n e
+of_second = conditions_of_pairs(second)                                 # b n e
+of_mixed = torch.where(is_left, of_first, of_second)                    # b n e
+images, both_right = {}, {}
+for name, y, pairs in (("first", of_first, first), ("second", of_second, second),
+                       ("mixed", of_mixed, mixed)):
     images[name] = sample.to_images(rae, sample.draw(t2i.dit, y, flags, range(MIXED)))
-halves_right = 0
-for k, image in enumerate(images["mixed"].numpy()):
-    halves_right += names_in(image) == [left_scenes[k][0], right_scenes[k][1]]
-halves_right *= 100 / MIXED
+    right = [names_in(image) == list(pair)
+             for image, pair in zip(images[name].numpy(), pairs, strict=True)]
+    both_right[name] = 100 * np.mean(right)
+    print(f"{name}: both objects are right in {both_right[name]:.0f}% of {MIXED}")
 
 SHOWN = min(5, MIXED)
 figure, panels = plt.subplots(3, SHOWN, figsize=(2.4 * SHOWN, 7.6), squeeze=False)
@@ -329,19 +331,28 @@ lesson.show(figure, "shapes_eval", "20 prompts of each category, three seeds of 
 #    blue star" stand three places; nothing in the prompt says them.
 # 2. *Other plans*: the image shows what the plan says. By the time the queries come, the prompt has
 #    done its work.
-# 3. *Queries and tokens*: taken away, no condition is missed. The largest change is below 0.1, where
-#    unrelated latents differ by 2. The objects stand at c4 and h4, where queries 4, 5 and 7 are, and
-#    these matter most. But each changes a whole half of the image, in all four rows: the encoder's
-#    tokens know of the object beside them. Alone, a query brings only its own half near.
+# 3. *Queries and tokens*: taken away, no condition is missed. The largest change is below 0.1,
+#    where unrelated latents differ by 2. The objects stand at c4 and h4, where queries 4, 5 and 7
+#    are, and these matter most. But each changes a whole half of the image, in all four rows: the
+#    encoder's tokens know of the object beside them. Alone, a query brings only its own half near.
 # 4. *Taken away*: sixteen times the same image. Alone, the queries 4, 5 and 8 at the circle still
 #    draw a circle, while the other half is made up.
 # 5. *Halves*: the left object of the first prompt stands beside the right object of the second one.
 #    So conditions do belong to places: half of the message is enough for half of the image.
-# 6. *ShapesEval*: what needs several objects in the right number or place is hardest.
+# 6. *ShapesEval*: what needs several objects in the right number or place is hardest. Three seeds
+#    of 20 images differ much in "position".
 #
 # ## Number
 #
-# NUMBERS10
+# With a plan for it, all of 36 prompts come out right; against a plan for another class, none does,
+# and all 36 images show what the plan says. One condition taken away changes its own token by 0.016
+# and another one by 0.006, the mean of 6 prompts; one alone leaves a change of 1.5. Of the mixed
+# halves, both objects are right in 79% of 24, of the unmixed first prompts in 92%: so it costs a
+# little to draw beside a stranger. One image more or less is 4%.
+#
+# ShapesEval, 120 images, three seeds: 89.7% (86.7 to 91.7). By category, mean of the seeds: single
+# object 97%, two objects 93%, counting 82%, colours 98%, position 75% (60 to 95), colour
+# attribution 93%. With 20 images of a category, a seed is good to about 8 points.
 
 # %%
 lesson.number("as the prompt says, with a plan for it, %", obeys["own plan"][0], 85, 100,
@@ -350,10 +361,12 @@ lesson.number("as the prompt says, against its plan, %", obeys["other plan"][0],
               quick=(0, 100))
 lesson.number("as the plan says, against its prompt, %", obeys["other plan"][1], 85, 100,
               quick=(0, 100))
-lesson.number("change of a query's own token, taken away", same_token, 0, 0.3, quick=(0, 2))
-lesson.number("change of another token, taken away", other_token, 0, 0.1, quick=(0, 2))
-lesson.number("change of a token, one query alone", alone.mean(), 0.3, 3, quick=(0, 4))
-lesson.number("mixed halves: both objects right, %", halves_right, 40, 100, quick=(0, 100))
+lesson.number("change of a query's own token, taken away", same_token, 0.005, 0.05, quick=(0, 2))
+lesson.number("change of another token, taken away", other_token, 0.001, 0.03, quick=(0, 2))
+lesson.number("change of a token, one query alone", alone.mean(), 1, 2, quick=(0, 4))
+lesson.number("first prompts: both objects right, %", both_right["first"], 60, 100,
+              quick=(0, 100))
+lesson.number("mixed halves: both objects right, %", both_right["mixed"], 50, 100, quick=(0, 100))
 lesson.number("ShapesEval, three seeds, %", overall.mean(), 80, 100)
 lesson.end()
 
