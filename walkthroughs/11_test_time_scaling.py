@@ -295,8 +295,7 @@ axes.set(xscale="log", xlabel="steps of the solver for each image kept", ylabel=
          xticks=[4, 8, 16, 32, 64, 128, 256], xticklabels=[4, 8, 16, 32, 64, 128, 256])
 axes.minorticks_off()
 axes.legend()
-lesson.show(figure, "equal_work", f"the points are N = {counts}; {PROMPTS} prompts, mean and range of 3 "
-            "seeds")
+lesson.show(figure, "equal_work", f"N = {counts}; {PROMPTS} prompts, mean and range of 3 seeds")
 
 # %% [markdown]
 # ### Why it stops
@@ -370,6 +369,40 @@ def percent(arm, judge, n):
     return curve_of(arm, judge)[counts.index(n)].mean()
 
 
-lesson.number("in class: best of 4 by the oracle, %", best_of_n(right, right, min(4, CANDIDATES)),
-              85, 100, quick=(0, 100))
+lesson.number("in class: right candidates, %", 100 * right.mean(), 70, 90, quick=(0, 100))
+lesson.number("in class: pairs that the judge orders rightly, %",
+              ranking_accuracy(right, scores["answer"]), 60, 95, quick=(0, 100))
+lesson.number("in class: best of 8 by the judge, %", in_class["answer"][-1], 80, 100, quick=(0, 100))
+lesson.number("in class: best of 8 by the oracle, %", in_class["oracle"][-1], 90, 100,
+              quick=(0, 100))
 lesson.end()
+
+# %% [markdown]
+# ## Exercise
+#
+# 1. If the model is right with probability p in each attempt, and attempts are independent, the
+#    oracle's best of N is right with probability `1 - (1 - p) ** N`. Compare with the measured
+#    oracle at 4 steps. Which assumption is wrong?
+# 2. Choose by two judges at once: rank the candidates by each and add the ranks. Is the sum better
+#    than the better one of the two?
+# 3. The paper keeps 4 of 4 N, we keep 1 of N. Which of the two gains more from the same judge?
+# 4. What would you collect to make the judge better, and why does it help most to collect it from
+#    the model itself?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Independence holds *within* a prompt, but p differs from prompt to prompt: see the histogram.
+#    Averaged over prompts, the oracle stays below the formula with the average p.
+# 2. `sum_of_ranks = sum(v.argsort(1).argsort(1) for v in (scores["answer"], scores["confidence"]))`,
+#    then `best_of_n(right, sum_of_ranks, 8)`. ANSWER11
+# 3. To keep one: the best of N lies higher in the order than the best quarter on average. So our
+#    curves should rise faster than the paper's by this alone.
+# 4. Its own mistakes, with the truth from `read_scene`. Wrong scenes that are rendered have wrong
+#    objects with clean outlines; wrong images that are drawn have dents. The judge of the shipped
+#    model was taught in this way (`assets/teach_verifier.py`).
+#
+# </details>
+#
+# ## The paper says / ours differs
+#
+# PAPER11
