@@ -162,7 +162,7 @@ for space, rae in autoencoders.items():
 # steps. Every few steps, 72 samples are drawn, two of each class, and `read_scene` looks at them.
 
 # %%
-RACE_STEPS = lesson.size(250, quick=5)
+RACE_STEPS = lesson.size(200, quick=4)
 EVALUATED = lesson.size(72, quick=4)
 SAMPLING_STEPS = lesson.size(24, quick=2)
 SHOWN_CLASSES = list(range(0, 36, 5))              # every fifth of the 36 classes
@@ -170,7 +170,7 @@ SHOWN_CLASSES = list(range(0, 36, 5))              # every fifth of the 36 class
 SAME_FOR_ALL = dict(shift_base=340, prediction="x0", ema=0.98)
 
 
-def race(space, seed, folder, steps=RACE_STEPS, evaluations=5):
+def race(space, seed, folder, steps=RACE_STEPS, evaluations=4):
     """Train a DiT over a space; its numbers at each evaluation, as lists by name."""
     train(train_dit, folder, seed, rae=autoencoder(space), steps=steps,
           cache=lesson.size(2000, quick=64), eval_every=steps // evaluations, eval_n=EVALUATED,
