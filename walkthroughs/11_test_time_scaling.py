@@ -408,4 +408,10 @@ lesson.end()
 #
 # ## The paper says / ours differs
 #
-# PAPER11
+# - Scale-RAE (arXiv 2601.16208, section 5, table 5) keeps 4 of 4 N candidates. With 1.5B and 5.5B:
+#   GenEval 53.2 without choice; by Answer Logits 59.6, 62.5 and 64.3 for 4 of 8, 16 and 32; by
+#   Prompt Confidence 56.7, 57.5 and 60.0. RESULT11
+# - Its judge was never taught on its own mistakes, ours was; and GenEval leaves much more to gain
+#   than our few failures.
+# - Its "logit of yes" is the raw logit of the token that was chosen, before any softmax
+#   (`answer_logits`); `answer` is a probability. Here, the two hardly differ.
