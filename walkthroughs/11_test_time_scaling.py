@@ -367,10 +367,10 @@ lesson.show(figure, "why_it_stops", f"4 steps; {PROMPTS} prompts x {counts[-1]} 
 #    it pays to take more steps first and more candidates then.
 # 4. *Why it stops*, left: half of the right candidates get a "yes" above 0.9, but so does every
 #    eighth wrong one. Middle: no prompt has wrong candidates alone, so the prompts are not to
-#    blame. Right: up to N = 2 the real judge gains what a made-up one of its accuracy gains;
-#    beyond, it falls behind. Its errors are not chance. A fault that it does not see, such as a
-#    dent, gets a high score each time, and the more candidates there are, the surer one of them is
-#    at the top.
+#    blame. Right: with two candidates, the real judge gains what a made-up one of its accuracy
+#    gains, as it must. With more, it falls behind, so its errors are not chance. The likely cause:
+#    a fault that it does not see, such as a dent, gets a high score each time, and the more
+#    candidates there are, the surer one of them is at the top.
 #
 # ## Number
 #
@@ -379,11 +379,11 @@ lesson.show(figure, "why_it_stops", f"4 steps; {PROMPTS} prompts x {counts[-1]} 
 #
 # | steps, judge | N = 1 | 4 | 16 | order |
 # |---|---|---|---|---|
-# | 4, "answer" | 81.2 (80.5 to 82.3) | 88.2 (85.1 to 89.8) | 87.5 (81.2 to 91.7) | 70% (65 to 72) |
-# | 4, "confidence" | | 82.7 (80.5 to 85.0) | 81.9 (77.1 to 87.5) | 55% (54 to 56) |
+# | 4, answer | 81.2 (80.5 to 82.3) | 88.2 (85.1 to 89.8) | 87.5 (81.2 to 91.7) | 70% (65 to 72) |
+# | 4, confidence | | 82.7 (80.5 to 85.0) | 81.9 (77.1 to 87.5) | 55% (54 to 56) |
 # | 4, oracle | | 98.3 (97.4 to 98.9) | 100 | |
-# | 24, "answer" | 89.0 (88.4 to 89.6) | 94.5 (93.9 to 95.0) | 96.5 (95.8 to 97.9) | 72% (72 to 73) |
-# | 24, "confidence" | | 90.8 (90.7 to 91.1) | 87.5 (85.4 to 89.6) | 57% (56 to 59) |
+# | 24, answer | 89.0 (88.4 to 89.6) | 94.5 (93.9 to 95.0) | 96.5 (95.8 to 97.9) | 72% (72 to 73) |
+# | 24, confidence | | 90.8 (90.7 to 91.1) | 87.5 (85.4 to 89.6) | 57% (56 to 59) |
 # | 24, oracle | | 99.8 (99.6 to 99.9) | 100 | |
 #
 # At N = 16 each seed decides 48 times, so one seed is good to about 4 points. "answer_logits" is
