@@ -11,7 +11,6 @@ from torch.distributed.run import get_args_parser
 import runtime
 from conftest import ROOT
 
-NOT_SCRIPTS = ("study.py",)                            # what lessons share
 FOLDERS = (".", "walkthroughs", "assets")
 SCRIPTS = []
 for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")):
@@ -49,7 +48,7 @@ def test_every_program_is_found():
     programs = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
                 if "__main__" in path.read_text("utf-8")]
     assert sorted(path.relative_to(ROOT).as_posix() for path in programs) == SCRIPTS
-    assert len(SCRIPTS) == 16
+    assert len(SCRIPTS) == 13
 
 
 @every_script
