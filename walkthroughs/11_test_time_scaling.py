@@ -71,6 +71,8 @@ lesson = Lesson("11_test_time_scaling")
 #
 # - `best_of` in sample.py: all candidates are drawn, scored as latents, and only the best is
 #   decoded.
+# - `draw` in sample.py, `[S4]`, and `T2I.conditions` in t2i.py, `[T1]`: candidates differ in their
+#   noise and in their plans. All else is the same.
 # - `answer_score`, `prompt_confidence` and `answer_logits` in t2i.py, three judges, or *verifiers*.
 #   The language model reads the latents in the user's turn, as it would read an image. The first
 #   asks "Does this image align with the prompt?" and takes the probability of "yes". The second
