@@ -88,10 +88,10 @@ lesson = Lesson("07_guidance_and_solvers")
 # we guide. AutoGuidance needs a worse model on the same latents, which is trained here, briefly.
 
 # %%
-N = lesson.size(108, quick=72)                 # pictures of a measurement, balanced over 36 classes
+N = 72                                         # pictures of a measurement, balanced over 36 classes
 STEPS = lesson.size(24, quick=2)               # of the solver
 BRIEF = dict(width=64, depth=2, head_width=192, rae=SHIPPED_RAE,
-             steps=lesson.size(240, quick=2), cache=lesson.size(4000, quick=64), ema=0.98)
+             steps=lesson.size(180, quick=2), cache=lesson.size(2000, quick=64), ema=0.98)
 
 
 def trained(name, seed, **flags):
@@ -285,11 +285,12 @@ GUIDANCE = {
     "none": dict(guidance=1),
     "CFG 1.5": dict(guidance=1.5),
     "CFG 3": dict(guidance=3),
-    "CFG 6": dict(guidance=6),
+    "CFG 4": dict(guidance=4),
     "CFG 3, interval": dict(guidance=3, interval=(LOW, HIGH)),
     "CFG 3, shifted interval": dict(guidance=3, interval=(SHIFTED_LOW, SHIFTED_HIGH)),
+    "AutoGuidance 1.2": dict(guidance=1.2),
     "AutoGuidance 1.5": dict(guidance=1.5),
-    "AutoGuidance 3": dict(guidance=3),
+    "AutoGuidance 2, shifted interval": dict(guidance=2, interval=(SHIFTED_LOW, SHIFTED_HIGH)),
 }
 
 
@@ -317,7 +318,7 @@ def run_guidance(arm, seed, folder):
     return judge(pictures_of(shipped, euler_args(arm, seed), base))
 
 
-shown = ["none", "CFG 1.5", "CFG 6", "AutoGuidance 3"]
+shown = ["none", "CFG 3", "AutoGuidance 1.5", "AutoGuidance 2, shifted interval"]
 figure, panels = plt.subplots(1, 4, figsize=(14, 3.6))
 for panel, arm in zip(panels, shown, strict=True):
     base = weak if arm.startswith("AutoGuidance") else None
@@ -432,7 +433,7 @@ right = values_of(guidance_results, list(GUIDANCE), "right")
 spreads = values_of(guidance_results, list(GUIDANCE), "spread")
 distances = values_of(guidance_results, list(GUIDANCE), "distance")
 cost = [evaluations(arm) for arm in GUIDANCE]
-markers = "osD^vP*X"
+markers = "osD^vP*Xh"
 figure, panels = plt.subplots(1, 3, figsize=(15, 5.2))
 for k, arm in enumerate(GUIDANCE):
     style = dict(marker=markers[k], markersize=11, linestyle="", color=COLOURS[k % 7])
