@@ -83,15 +83,19 @@ lesson = Lesson("07_guidance_and_solvers")
 # %% [markdown]
 # ## Run
 #
-# With its own solver the shipped model draws nearly every picture right, so guidance would have
-# nothing to do. With the paper's solver, Euler, one picture in ten is wrong: that is the model that
-# we guide. AutoGuidance needs a worse model on the same latents, which is trained here, briefly.
+# Three models. The *shipped* one draws nearly every picture right, so guidance has little to do.
+# Therefore it is also *set back*, by 20 more steps of training at a far too high rate: this model
+# knows its classes only half, like one that is not done yet. AutoGuidance needs a *small* one on
+# the same latents, which is trained here from the beginning, briefly. All are drawn from by Euler's
+# method, the solver of the paper.
 
 # %%
 N = 72                                         # pictures of a measurement, balanced over 36 classes
 STEPS = lesson.size(24, quick=2)               # of the solver
 BRIEF = dict(width=64, depth=2, head_width=192, rae=SHIPPED_RAE,
              steps=lesson.size(180, quick=2), cache=lesson.size(2000, quick=64), ema=0.98)
+SET_BACK = dict(init=SHIPPED_DIT, width=192, head_width=256, steps=lesson.size(20, quick=2),
+                lr=6e-3, warmup=0, batch=32, cache=lesson.size(512, quick=64), ema=0.1)
 
 
 def trained(name, seed, **flags):
@@ -104,7 +108,8 @@ def trained(name, seed, **flags):
 
 
 shipped, rae, _ = load_dit(SHIPPED_DIT, lesson.device, with_encoder=True)
-weak = trained("brief", 0, **BRIEF)
+set_back = trained("set_back", 0, **SET_BACK)
+small = trained("brief", 0, **BRIEF)
 
 # %% [markdown]
 # ### What is measured
@@ -310,59 +315,87 @@ def evaluations(arm):
     return count
 
 
-def run_guidance(arm, seed, folder):
-    """The numbers of one kind of guidance; all arms of a seed start from the same noise."""
+def guided(network, arm, seed):
+    """The numbers of a model under one kind of guidance; arms of a seed share the noise."""
     base = None
     if arm.startswith("AutoGuidance"):
         base = trained("brief", seed, **BRIEF)
-    return judge(pictures_of(shipped, euler_args(arm, seed), base))
+    return judge(pictures_of(network, euler_args(arm, seed), base))
+
+
+def run_shipped(arm, seed, folder):
+    return guided(shipped, arm, seed)
+
+
+def run_set_back(arm, seed, folder):
+    return guided(trained("set_back", seed, **SET_BACK), arm, seed)
 
 
 shown = ["none", "CFG 3", "AutoGuidance 1.5", "AutoGuidance 2, shifted interval"]
 figure, panels = plt.subplots(1, 4, figsize=(14, 3.6))
 for panel, arm in zip(panels, shown, strict=True):
-    base = weak if arm.startswith("AutoGuidance") else None
+    base = small if arm.startswith("AutoGuidance") else None
     numbers = [k * 36 + label for k in range(3) for label in (3, 10, 17, 24, 35)]
-    drawn = generate(shipped, rae, [i % 36 for i in numbers], euler_args(arm), numbers, base)
+    drawn = generate(set_back, rae, [i % 36 for i in numbers], euler_args(arm), numbers, base)
     panel.imshow(sample.draw_grid(drawn, [CLASSES[i % 36] for i in numbers[:5]]))
-    panel.set_title(arm)
+    panel.set_title(arm.replace(", ", ",\n"), fontsize=11)
     panel.axis("off")
-lesson.show(figure, "pictures", f"five classes, three pictures of each, from the same noise; "
-            f"{STEPS} steps of Euler")
+lesson.show(figure, "pictures", f"five classes, three pictures of each, from the same noise, "
+            f"drawn by the model that was set back with {STEPS} steps of Euler")
 
 # %% [markdown]
-# All arms, with three seeds (`--full` runs them, about 8 minutes of one core; otherwise the results
-# are read from walkthroughs/results/).
+# All arms, with three seeds. `--full` runs this and the two later comparisons again, in about 15
+# minutes of one core; otherwise their results are read from walkthroughs/results/.
 
 # %%
-guidance_results = lesson.sweep("guidance", list(GUIDANCE), run_guidance)
+shipped_results = lesson.sweep("guidance", list(GUIDANCE), run_shipped)
+set_back_results = lesson.sweep("guidance_set_back", list(GUIDANCE), run_set_back)
 
 # %% [markdown]
 # ### The order of a solver
 #
-# A solver of the ODE has an *order* `p` if its error falls like `1 / steps^p`. The error is the
-# distance of its end point to that of a very fine solution from the same noise. The stochastic
-# solver has no such end point, as each noise of its own leads elsewhere.
+# A solver of the ODE has an *order* `p` if its error falls like `1 / steps^p`: 1 for Euler, 2 for
+# Heun. The error is the distance of its end point to that of a very fine solution from the same
+# noise. We look at it twice: from `t = 1` to 0.3 in equal steps, and over the whole way, on the
+# time grid that sampling uses. The stochastic solver has no such end point, since its own noise
+# leads elsewhere each time.
 
 # %%
 ORDER_STEPS = lesson.size([8, 16, 32, 64], quick=[2, 4])
-FINE_STEPS = lesson.size(256, quick=8)
-few = start_noise[:4]
-fine = heun(velocity, few, time_grid(FINE_STEPS, SHIFT))
-errors = {}
-for name, solver in (("euler", euler), ("heun", heun)):
-    ends = [solver(velocity, few, time_grid(steps, SHIFT)) for steps in ORDER_STEPS]
-    errors[name] = [float((end - fine).square().mean().sqrt()) for end in ends]
+FINE_STEPS = lesson.size(192, quick=8)
+ORDER_SOLVERS = {"Euler": euler, "Heun": heun}
 
-slopes = {}
+
+def first_part(steps):
+    """Equal steps from noise to t = 0.3."""
+    return torch.linspace(1, 0.3, steps + 1, dtype=torch.float64)
+
+
+def whole_way(steps):
+    """The steps of sampling, from noise to data."""
+    return time_grid(steps, SHIFT)
+
+
+def errors_of(solver, grid):
+    """Root mean squared error of the end points for each number of steps: an array."""
+    few = start_noise[:4]
+    fine = heun(velocity, few, grid(FINE_STEPS))
+    ends = [solver(velocity, few, grid(steps)) for steps in ORDER_STEPS]
+    return np.array([float((end - fine).square().mean().sqrt()) for end in ends])
+
+
+orders = {}
 figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
-for name, label in (("euler", "Euler"), ("heun", "Heun")):
-    slopes[name] = float(np.polyfit(np.log(ORDER_STEPS), np.log(errors[name]), 1)[0])
-    panels[0].loglog(ORDER_STEPS, errors[name], "o-", label=f"{label}: slope {slopes[name]:.2f}")
+for grid, label, line in ((first_part, "t to 0.3", "o-"), (whole_way, "t to 0", "s--")):
+    for k, (name, solver) in enumerate(ORDER_SOLVERS.items()):
+        errors = errors_of(solver, grid)
+        orders[name, label] = -float(np.polyfit(np.log(ORDER_STEPS), np.log(errors), 1)[0])
+        panels[0].loglog(ORDER_STEPS, errors, line, color=COLOURS[k],
+                         label=f"{name}, {label}: order {orders[name, label]:.1f}")
 panels[0].set(xlabel="steps", ylabel="error of the end point (latents have std 1)")
 panels[0].set_xticks(ORDER_STEPS, ORDER_STEPS)
 panels[0].minorticks_off()
-panels[0].legend()
+panels[0].legend(fontsize=11)
 
 # %% [markdown]
 # A small error of the end point is not yet a good picture. So the pictures of the shipped model are
@@ -429,28 +462,35 @@ recipe_results = lesson.sweep("recipe", list(RECIPES), run_recipe)
 # The results of the two long comparisons.
 
 # %%
-right = values_of(guidance_results, list(GUIDANCE), "right")
-spreads = values_of(guidance_results, list(GUIDANCE), "spread")
-distances = values_of(guidance_results, list(GUIDANCE), "distance")
-cost = [evaluations(arm) for arm in GUIDANCE]
-markers = "osD^vP*Xh"
-figure, panels = plt.subplots(1, 3, figsize=(15, 5.2))
-for k, arm in enumerate(GUIDANCE):
-    style = dict(marker=markers[k], markersize=11, linestyle="", color=COLOURS[k % 7])
-    panels[0].plot(spreads[k].mean(), right[k].mean(), **style)
-    panels[0].plot(spreads[k], right[k], ".", color=COLOURS[k % 7])
-    panels[1].plot(spreads[k].mean(), distances[k].mean(), label=arm, **style)
-    panels[1].plot(spreads[k], distances[k], ".", color=COLOURS[k % 7])
-    panels[2].plot(cost[k], right[k].mean(), **style)
-panels[0].set(xlabel="spread within a class (real: 1)", ylabel="right colour and shape, %")
-panels[1].set(xlabel="spread within a class (real: 1)", ylabel="Fréchet distance")
-panels[2].set(xlabel="evaluations for a picture", ylabel="right colour and shape, %")
-for panel in panels[:2]:
-    panel.axvline(1, color="black", linestyle="--", linewidth=1)
-figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-lesson.show(figure, "guidance", f"kinds of guidance of the shipped model; {N} pictures by "
-            f"{STEPS} steps of Euler for each of 3 seeds (small dots), and their mean; "
-            "AutoGuidance's second evaluation is that of a smaller model")
+MARKERS = "osD^vP*Xh"
+
+
+def draw_arms(panel, results, x_key, y_key):
+    """Each arm of a comparison at two of its numbers: a large mark for the mean, dots for seeds."""
+    x, y = (values_of(results, list(GUIDANCE), key) for key in (x_key, y_key))
+    for k, arm in enumerate(GUIDANCE):
+        colour = COLOURS[k % 7]
+        panel.plot(x[k].mean(), y[k].mean(), MARKERS[k], color=colour, markersize=11, label=arm)
+        panel.plot(x[k], y[k], ".", color=colour)
+
+
+figure, panels = plt.subplots(1, 3, figsize=(15, 5.4))
+draw_arms(panels[0], set_back_results, "spread", "right")
+draw_arms(panels[1], set_back_results, "spread", "distance")
+draw_arms(panels[2], shipped_results, "spread", "right")
+panels[0].set(title="set back", ylabel="right colour and shape, %")
+panels[1].set(title="set back", ylabel="Fréchet distance")
+panels[2].set(title="shipped", ylabel="right colour and shape, %")
+for panel in panels:
+    panel.set_xlabel("spread within a class (real: 1)")
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
+              fontsize=11)
+lesson.show(figure, "guidance", f"kinds of guidance; {N} pictures by {STEPS} steps of Euler for "
+            "each of 3 seeds (small dots), and their mean")
+
+mean_right = values_of(set_back_results, list(GUIDANCE), "right").mean(1)
+for arm, value in zip(GUIDANCE, mean_right, strict=True):
+    print(f"{arm:>34}: {evaluations(arm)} evaluations for a picture, {value:.0f}% right")
 
 figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
 draw_dots(panels[0], list(RECIPES), values_of(recipe_results, list(RECIPES), "colour"))
@@ -461,11 +501,56 @@ lesson.show(figure, "recipe", f"the paper's choices, each alone; {BRIEF['steps']
             f"training, {N} pictures without guidance for each of 3 seeds (dots), bars: their mean")
 
 # %% [markdown]
+# What to see in the figures:
+#
+# 1. *Pictures*: guidance moves the same pictures a little. AutoGuidance at all times and with too
+#    large a scale spoils colours first.
+# 2. *Solvers*, left: away from the data, halving the step divides Euler's error by 2 and Heun's by
+#    4. Over the whole way both lose their order. A network that says `x0` gives the velocity
+#       `(x - x0) / t`, which near the data is anything but smooth, and an order is a promise for
+#       smooth velocities only. Right: so Heun's second evaluation pays little, and what does pay is
+#       fresh noise: the stochastic solver corrects what went wrong before.
+# 3. *Guidance*: GUIDANCE_TEXT
+# 4. *Recipe*: RECIPE_TEXT
+#
 # ## Number
+#
+# What to expect, on other machines too: GUIDANCE_NUMBERS
 
 # %%
-lesson.number("order of Euler", -slopes["euler"], 0.7, 1.3, quick=(-5, 5))
-lesson.number("order of Heun", -slopes["heun"], 1.6, 2.6, quick=(-5, 5))
+lesson.number("order of Euler, t to 0.3", orders["Euler", "t to 0.3"], 0.8, 1.5, quick=(-5, 9))
+lesson.number("order of Heun, t to 0.3", orders["Heun", "t to 0.3"], 1.7, 2.8, quick=(-5, 9))
+lesson.number("order of Heun, t to 0", orders["Heun", "t to 0"], 0.1, 1.2, quick=(-5, 9))
 lesson.number("difference of Euler in our time and in EDM's", difference_of_edm, 0, 0.02)
 lesson.number("difference if time runs the other way", difference_of_reversed, 0, 1e-4)
 lesson.end()
+
+# %% [markdown]
+# ## Exercise
+#
+# Fill in `walkthroughs/exercises/heun.py` and `cfg.py`, then run
+# `python walkthroughs/exercises/check.py heun cfg`. And, with this lesson:
+#
+# 1. Draw with `guidance=6` in place of 3. What happens, and why with Euler sooner than with fewer
+#    noise levels under guidance?
+# 2. Guide at scale 2 with the small model at all times (`interval=(0, 1)`) and for `t` from 0.7 to
+#    1. Why may a worse model be a good guide near the noise and a bad one near the data?
+# 3. `cfg` runs both conditions in one batch. What does guidance in an interval save then?
+# 4. Which `t` is the `sigma` of 80 at which EDM starts (its data have a deviation of 0.5)?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The latents leave the range of the data, and `(x - x0) / t` carries them further: with 24 steps
+#    of Euler the numbers overflowed in our run. An interval leaves the last steps unguided, in
+#    which `1 / t` is large.
+# 2. `v - v_base` is meant to point to where the good model is better. Near the noise both make the
+#    same kind of error, the small one more of it. Near the data the small one is lost, and the
+#    difference is its own error: `s - 1` times of it is added.
+# 3. The second evaluation of each step outside the interval: `evaluations("CFG 3, interval")`.
+# 4. `time_of(80, 0.5)` is 0.994: close to the noise, and not quite there.
+#
+# </details>
+#
+# ## The paper says / ours differs
+#
+# PAPER_TEXT
