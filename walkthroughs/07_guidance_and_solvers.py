@@ -195,7 +195,8 @@ def pictures_of(network, args, base=None):
     return torch.cat(batches)
 
 
-print("real pictures:", judge(real_pictures(N, seed=2)))
+real = judge(real_pictures(N, seed=2))
+print("real pictures:", metrics.one_line(real))
 
 # %% [markdown]
 # ### The same interval in other papers' time
@@ -493,12 +494,14 @@ for arm, value in zip(GUIDANCE, mean_right, strict=True):
     print(f"{arm:>34}: {evaluations(arm)} evaluations for a picture, {value:.0f}% right")
 
 figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
-draw_dots(panels[0], list(RECIPES), values_of(recipe_results, list(RECIPES), "colour"))
-draw_dots(panels[1], list(RECIPES), values_of(recipe_results, list(RECIPES), "distance"))
-panels[0].set_ylabel("right colour, %")
-panels[1].set_ylabel("Fréchet distance")
+for panel, key in zip(panels, ("distance", "recall"), strict=True):
+    draw_dots(panel, list(RECIPES), values_of(recipe_results, list(RECIPES), key))
+    panel.axhline(real[key], color="black", linestyle="--", linewidth=1)
+panels[0].set_ylabel("Fréchet distance")
+panels[1].set_ylabel("recall")
 lesson.show(figure, "recipe", f"the paper's choices, each alone; {BRIEF['steps']} steps of "
-            f"training, {N} pictures without guidance for each of 3 seeds (dots), bars: their mean")
+            f"training, {N} pictures without guidance for each of 3 seeds (dots), bars: their "
+            "mean; dashed: as many real pictures")
 
 # %% [markdown]
 # What to see in the figures:
