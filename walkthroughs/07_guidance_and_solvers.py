@@ -463,35 +463,33 @@ recipe_results = lesson.sweep("recipe", list(RECIPES), run_recipe)
 # The results of the two long comparisons.
 
 # %%
-MARKERS = "osD^vP*Xh"
+places = np.arange(len(GUIDANCE))[::-1]
 
 
-def draw_arms(panel, results, x_key, y_key):
-    """Each arm of a comparison at two of its numbers: a large mark for the mean, dots for seeds."""
-    x, y = (values_of(results, list(GUIDANCE), key) for key in (x_key, y_key))
-    for k, arm in enumerate(GUIDANCE):
-        colour = COLOURS[k % 7]
-        panel.plot(x[k].mean(), y[k].mean(), MARKERS[k], color=colour, markersize=11, label=arm)
-        panel.plot(x[k], y[k], ".", color=colour)
+def draw_arms(panel, results, key, colour):
+    """One number of all arms: a bar for the mean over seeds, and a dot for each seed."""
+    values = values_of(results, list(GUIDANCE), key)                       # arms x seeds
+    panel.barh(places, values.mean(1), color=colour, alpha=0.6)
+    for of_seed in values.T:
+        panel.plot(of_seed, places, "k.")
+    panel.axvline(values[0].mean(), color="black", linestyle="--", linewidth=1)
+    margin = 0.3 * np.ptp(values)
+    panel.set_xlim(values.min() - margin, values.max() + margin)
 
 
-figure, panels = plt.subplots(1, 3, figsize=(15, 5.4))
-draw_arms(panels[0], set_back_results, "spread", "right")
-draw_arms(panels[1], set_back_results, "spread", "distance")
-draw_arms(panels[2], shipped_results, "spread", "right")
-panels[0].set(title="set back", ylabel="right colour and shape, %")
-panels[1].set(title="set back", ylabel="Fréchet distance")
-panels[2].set(title="shipped", ylabel="right colour and shape, %")
-for panel in panels:
-    panel.set_xlabel("spread within a class (real: 1)")
-figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4,
-              fontsize=11)
-lesson.show(figure, "guidance", f"kinds of guidance; {N} pictures by {STEPS} steps of Euler for "
-            "each of 3 seeds (small dots), and their mean")
-
-mean_right = values_of(set_back_results, list(GUIDANCE), "right").mean(1)
-for arm, value in zip(GUIDANCE, mean_right, strict=True):
-    print(f"{arm:>34}: {evaluations(arm)} evaluations for a picture, {value:.0f}% right")
+figure, panels = plt.subplots(1, 4, figsize=(15, 5.4), sharey=True)
+draw_arms(panels[0], set_back_results, "right", COLOURS[0])
+draw_arms(panels[1], set_back_results, "spread", COLOURS[2])
+draw_arms(panels[2], set_back_results, "distance", COLOURS[4])
+draw_arms(panels[3], shipped_results, "right", COLOURS[0])
+panels[0].set(title="set back", xlabel="right colour\nand shape, %")
+panels[1].set(title="set back", xlabel="spread within a\nclass (real: 1)")
+panels[2].set(title="set back", xlabel="Fréchet\ndistance")
+panels[3].set(title="shipped", xlabel="right colour\nand shape, %")
+panels[0].set_yticks(places, [f"{arm} ({evaluations(arm)})" for arm in GUIDANCE])
+lesson.show(figure, "guidance", f"kinds of guidance, and evaluations for a picture (in brackets); "
+            f"{N} pictures by {STEPS} steps of Euler for each of 3 seeds (dots), bars: their mean; "
+            "dashed: without guidance; axes do not begin at 0")
 
 figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
 for panel, key in zip(panels, ("distance", "recall"), strict=True):
