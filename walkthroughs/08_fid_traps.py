@@ -460,8 +460,8 @@ AUTOENCODERS = {
     "VAE, 16 channels": dict(encoder="vae:16:16", tau=0),
     "VAE, 64 channels": dict(encoder="vae:64:16", tau=0),
 }
-MEASURED = lesson.size(720, quick=40)
-DRAWN = lesson.size(216, quick=36)
+MEASURED = lesson.size(480, quick=40)
+DRAWN = lesson.size(180, quick=36)
 
 
 def autoencoder(name):
@@ -470,7 +470,7 @@ def autoencoder(name):
         return SHIPPED_RAE
     folder = lesson.folder / "autoencoders" / name
     if not (folder / "done").exists():
-        train(train_decoder, folder, steps=lesson.size(100, quick=2), eval_every=0,
+        train(train_decoder, folder, steps=lesson.size(80, quick=2), eval_every=0,
               stats_n=lesson.size(1000, quick=64), **AUTOENCODERS[name])
         (folder / "done").touch()
     return folder / "last.pt"
@@ -499,7 +499,7 @@ def run_autoencoder(arm, seed, folder):
     real = moments(encode(images, tiny))
     reconstruction = evaluate_reconstruction(rae, val, MEASURED, features=tiny)
     checkpoint = train(train_dit, folder, seed, rae=path, width=64, depth=2, head_width=192,
-                       steps=lesson.size(150, quick=2), cache=lesson.size(2000, quick=64),
+                       steps=lesson.size(120, quick=2), cache=lesson.size(1500, quick=64),
                        ema=0.98, shift_base=340, prediction="x0")
     model, _ = load_dit_alone(checkpoint, lesson.device)
     args = sample.parse_args(command_line(dict(guidance=1, seed=seed)))
