@@ -405,7 +405,7 @@ panels[0].legend(fontsize=11)
 # judged as well, at equal numbers of evaluations: Heun has half as many steps.
 
 # %%
-EVALUATIONS = lesson.size((6, 12, 24, 48), quick=(2, 4))
+EVALUATIONS = (6, 12, 24, 48)
 HALF = [k // 2 for k in EVALUATIONS]
 SOLVER_STEPS = {"euler": EVALUATIONS, "heun": HALF, "euler_maruyama": EVALUATIONS}
 SOLVER_ARMS = [f"{name} {steps}" for name in SOLVER_STEPS for steps in SOLVER_STEPS[name]]
@@ -490,9 +490,8 @@ panels[2].set(title="set back", xlabel="Fréchet\ndistance")
 panels[3].set(title="shipped", xlabel="right colour\nand shape, %")
 panels[0].set_yticks(places, [f"{arm} ({evaluations(arm)})" for arm in GUIDANCE])
 lesson.show(figure, "guidance", f"kinds of guidance, and evaluations for a picture (in brackets); "
-            f"{N} pictures by {STEPS} steps of Euler for each of 3 seeds, or 2 of those set back (dots); "
-            "bars: their mean; "
-            "dashed: without guidance; axes do not begin at 0")
+            f"{N} pictures by {STEPS} steps of Euler for each of 3 seeds (set back: 2), and "
+            "their mean; dashed: without guidance; axes do not begin at 0")
 
 figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
 for panel, key in zip(panels, ("distance", "recall"), strict=True):

@@ -537,9 +537,9 @@ lesson.show(figure, "ifid", f"{len(arms)} autoencoders, a DiT of few steps on ea
 #    since the reference is finite too.
 # 2. *Changes*: the trained encoder was taught what is in a picture, so it does not notice JPEG,
 #    noise or blur at all: its distance cannot tell a sharp decoder from a soft one. Random features
-#    notice a harmless tint more than two blended scenes. No space ranks as the judge
-#    does. One pixel and the kind of resizing matter little here, where edges are soft and shapes
-#    lie anywhere.
+#    notice a harmless tint more than two blended scenes. No space ranks as the judge does. One
+#    pixel and the kind of resizing matter little here, where edges are soft and shapes lie
+#    anywhere.
 # 3. *Fooling*: the upper and the lower pictures are the same to the encoder.
 # 4. *iFID*: are the points ordered in the same way on both axes?
 #
