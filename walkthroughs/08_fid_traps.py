@@ -448,7 +448,7 @@ lesson.show(figure, "fooling", f"the pictures below have the features of those a
 # The reconstruction FID (*rFID*) compares decoded latents of real pictures with the pictures. Good
 # reconstruction need not mean good generation: lesson 12. arXiv 2603.05630 proposes *iFID*: halfway
 # between each latent and its nearest neighbour lies a latent of no picture; decode those. Six
-# autoencoders, each with the same small DiT, trained for two seeds (`--full`, about 12 minutes of
+# autoencoders, each with the same small DiT, trained for two seeds (`--full`, about 8 minutes of
 # one core).
 
 # %%
