@@ -517,8 +517,11 @@ lesson.show(figure, "recipe", f"the paper's choices, each alone; {BRIEF['steps']
 #    spread falls from 0.91 to 0.82 and the distance rises from 19 to 26, and no more pictures are
 #    right. In an interval the spread stays at 0.90 and the distance at 20, with 81 to 85% in the
 #    right colour in place of 72%: guidance helps in the middle, and harms at the ends. The shipped
-#    model gains nothing from CFG. From AutoGuidance it gains: 98 to 99% are right in place of 94%,
-#    and the spread stays. But a guide that is too weak, at too large a scale, ruins the pictures.
+#    model gains nothing from CFG. With AutoGuidance at 1.2 or in the shifted interval, 98 to 99%
+#    are right in place of 94%, but beware: these two settings were chosen after a look at seed 0,
+#    which has most of the gain. On seeds 1 and 2 it is 98 and 99% in place of 97%, a picture or two
+#    of
+#    144. What is plain is the opposite: too weak a guide at too large a scale ruins pictures.
 # 4. *Recipe*: none of these models can draw a readable picture yet, so only the distance and the
 #    recall tell them apart. Predicting `v` costs most, as long as our strong shift is kept: 59 in
 #    place of 38. With the paper's base of 4096 as well, most of that is regained. The base alone,
@@ -543,7 +546,7 @@ names = list(GUIDANCE)
 recipe_distance = values_of(recipe_results, list(RECIPES), "distance").mean(1)
 lesson.number("spread lost by CFG 3", left[0] - left[names.index("CFG 3")], 0.02, 0.2,
               quick=(-1, 1))
-lesson.number("gain by AutoGuidance in an interval, points", gain[-1] - gain[0], 1, 10,
+lesson.number("gain by AutoGuidance in an interval, points", gain[-1] - gain[0], 0, 10,
               quick=(-100, 100))
 lesson.number("distance that predicting v costs", recipe_distance[1] - recipe_distance[0], 8, 40,
               quick=(-300, 300))
@@ -581,10 +584,11 @@ lesson.end()
 # - Paper 1 (arXiv 2510.11690, Table 8): AutoGuidance improves the FID of DiT-DH-XL from 1.51 to
 #   1.13, with precision 0.79 and 0.78, and recall 0.63 and 0.67; the scale is 1.42, the weak model
 #   DiT-DH-S after 14 of its epochs. CFG at all times does not improve its FID, and CFG in an
-#   interval needs tuning. Here the direction holds for the shipped model with AutoGuidance at 1.2
-#   (98% right, 97 to 99) or in an interval (99%, 99 to 100) against 94% (89 to 97) without; the
-#   Fréchet distance does not improve (13.4 and 13.8 against 12.9, where 72 real pictures have
-#   12.3). At 1.5, near the paper's scale, it harms (82%): our guide is weaker.
+#   interval needs tuning. Here a gain is not shown: 98% and 99% of the shipped model's pictures are
+#   right with AutoGuidance at 1.2 and in an interval, 94% without; but on the two seeds on which
+#   these settings were not chosen, it is 98% and 99% against 97%. The Fréchet distance does not
+#   improve (13.4 and 13.8 against 12.9; 72 real pictures have 12.3). At 1.5, near the paper's
+#   scale, guidance harms (82%). The shipped model leaves little to gain, and our guide is weaker.
 # - arXiv 2404.07724 improves EDM2-XXL from 1.81 to 1.40 by an interval. Here the interval keeps
 #   what CFG loses (distance 20 in place of 26, without guidance 19), and the share in the right
 #   colour rises (81 to 85% in place of 72%); 2 seeds of the model that was set back. The distance
