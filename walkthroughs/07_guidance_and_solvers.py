@@ -520,8 +520,7 @@ lesson.show(figure, "recipe", f"the paper's choices, each alone; {BRIEF['steps']
 #    model gains nothing from CFG. With AutoGuidance at 1.2 or in the shifted interval, 98 to 99%
 #    are right in place of 94%, but beware: these two settings were chosen after a look at seed 0,
 #    which has most of the gain. On seeds 1 and 2 it is 98 and 99% in place of 97%, a picture or two
-#    of
-#    144. What is plain is the opposite: too weak a guide at too large a scale ruins pictures.
+#    of 144. What is plain is the opposite: too weak a guide at too large a scale ruins pictures.
 # 4. *Recipe*: none of these models can draw a readable picture yet, so only the distance and the
 #    recall tell them apart. Predicting `v` costs most, as long as our strong shift is kept: 59 in
 #    place of 38. With the paper's base of 4096 as well, most of that is regained. The base alone,
@@ -532,7 +531,8 @@ lesson.show(figure, "recipe", f"the paper's choices, each alone; {BRIEF['steps']
 # What to expect, on other machines too. From t = 1 to 0.3, the orders are 1.1 (Euler) and 2.1
 # (Heun), over the whole way 0.5 and 0.3. The same picture in two conventions of time differs by
 # rounding, 1e-5. Of the kept results: the loss of spread by CFG 3 (0.09), the gain by AutoGuidance
-# in an interval (5 points of right pictures), and the distance that predicting `v` costs (21).
+# in an interval (5 points of right pictures, most of them of one seed), and the distance that
+# predicting `v` costs (21).
 
 # %%
 lesson.number("order of Euler, t to 0.3", orders["Euler", "t to 0.3"], 0.8, 1.5, quick=(-5, 9))
