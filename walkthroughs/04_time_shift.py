@@ -1,10 +1,9 @@
 # %% [markdown]
 # # Lesson 4: the more dimensions, the more noise
 #
-# 30 minutes of class, MINUTES minutes on 2 CPU cores. Needs: lesson 2. The same amount of noise
-# hides little of a high-dimensional image and much of a low-dimensional one. So the times of
-# training and sampling are shifted towards noise. We look why, by how much, and what happens
-# without.
+# 30 minutes of class, 2 minutes on 2 CPU cores. Needs: lesson 2. The same amount of noise hides
+# little of a high-dimensional image and much of a low-dimensional one. So the times of training and
+# sampling are shifted towards noise. We look why, by how much, and what happens without.
 
 # %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
@@ -275,7 +274,9 @@ for position, base in enumerate(BASES):
     if base in live:
         left.plot(position + 0.2, 100 * live[base]["right_colour"], "D", color=COLOURS[1])
         right.plot(position + 0.2, live[base]["frechet_distance"], "D", color=COLOURS[1])
-left.set(xlabel="base of the shift", ylabel="samples of the right colour, %", ylim=(0, 100))
+left.axhline(100 / 6, color="grey", linestyle=":")
+left.annotate("chance", (3.1, 18), fontsize=12)
+left.set(xlabel="base of the shift", ylabel="samples of the right colour, %", ylim=(0, 60))
 right.set(xlabel="base of the shift", ylabel="Fréchet distance, tiny encoder")
 lesson.show(figure, "base", "plain DiT of width 96 and depth 3, after 600 steps of 32 images; 72 "
             "samples, guidance 1.5; 3 seeds (dots), their mean (bars), this run (red)")
@@ -293,24 +294,27 @@ lesson.show(figure, "base", "plain DiT of width 96 and depth 3, after 600 steps 
 #    pixels repeat the old ones does it hold.
 # 3. *Times*: without shift, one time in ten is above 0.78. There the latents are still well known
 #    (figure 2): a model without shift trains little of where images are decided.
-# 4. *Base*: BASEFIG
+# 4. *Base*: the default base has the most right colours: 40% (38 to 43 over 3 seeds), where no
+#    shift has 25% (22 to 29) and chance one in six. More shift is worse again: 26% (19 to 35) with
+#    base 85, 11% (6 to 15) with base 26, the one that we measured. The distance hardly tells the
+#    default (57) from no shift (57), but it tells base 26 (74). Shapes are not right yet in any.
 #
 # ## Number
 #
-# Half of the tiny encoder's latents can be guessed at `t = 0.92`, for 3,072 numbers that repeat
-# each other as those of 32 x 32 pixels do. The shift between 32 and 64 pixels per side is 1.9.
+# Half of the tiny encoder's latents can be guessed at `t = 0.92`: 3,072 numbers that repeat each
+# other as those of 32 x 32 pixels do. From 32 to 64 pixels per side, the shift is 1.9. The default
+# base has 15 points more right colours than no shift.
 
 # %%
 middle = len(BEFORE) // 2                              # the time 0.5
 latent_shift = measured["latents of the tiny encoder"]["shift"]
 pixel_step = measured["64 x 64 pixels"]["shift"] / measured["32 x 32 pixels"]["shift"]
-best_distance = distances[1:].mean(1).min()            # of the bases that shift
+gain = colours[arms.index("340")].mean() - colours[arms.index("3072")].mean()
 lesson.number("3,072 numbers, found at shifted 0.5", found["3072"][middle], 0.6, 0.9,
               quick=(0.4, 1))
 lesson.number("shift of the tiny latents", latent_shift, 9, 13, quick=(5, 30))
 lesson.number("shift from 32 to 64 pixels", pixel_step, 1.7, 2, quick=(1.5, 2.1))
-lesson.number("best base over no shift, distance", best_distance / distances[0].mean(), 0, 1,
-              quick=(0, 1.5))
+lesson.number("default over no shift, points of colour", gain, 3, 40, quick=(-100, 100))
 lesson.end()
 
 # %% [markdown]
@@ -345,8 +349,12 @@ lesson.end()
 # ## The paper says / ours differs
 #
 # - RAE (arXiv 2510.11690, Table 4): DiT-XL over DINOv2-B, 80 epochs: gFID 23.08 without shift, 4.81
-#   with `a = 6.9`. Scale-RAE (arXiv 2601.16208): GenEval 23.6 without, 49.6 with `a = 8.5`. Here:
-#   BASEPAPER
+#   with `a = 6.9`. Scale-RAE (arXiv 2601.16208): GenEval 23.6 without, 49.6 with `a = 8.5`. **Holds
+#   here** in right colours, 40% with `a = 3` and 25% without, with no overlap of 3 seeds; **not
+#   seen here** in the Fréchet distance, 57 in both. Ours are the first 600 steps of a small model,
+#   and 72 samples a seed. A likely cause, not tested: such early samples are far from the data in
+#   sharpness, which is decided at low noise, so the distance says little of the colours, which are
+#   decided at high noise.
 # - The rule `sqrt(m / n)` is of SD3 (arXiv 2403.03206), derived for one image at several
 #   resolutions. **Holds here** in that case, the better the higher the resolution (1.6, 1.8, 1.9
 #   for each doubling of the side, where the rule says 2).
