@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Lesson 6: the wide head
 #
-# 30 minutes of class, MINUTES minutes on 2 CPU cores. Needs: lesson 3. A model must be as wide as
-# its latents have channels, and width is expensive in every block. DiT^DH makes only its last block
+# 30 minutes of class, 1 minute on 2 CPU cores. Needs: lesson 3. A model must be as wide as its
+# latents have channels, and width is expensive in every block. DiT^DH makes only its last block
 # wide. We build models of equal cost with and without such a head, and look where the head pays.
 
 import importlib.util
@@ -35,7 +35,6 @@ import torch
 from lesson import COLOURS, Lesson, command_line, draw_dots, train, values_of
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval_fid
 import release
 import train_dit
 from data import load_images, open_data
@@ -107,12 +106,12 @@ for name, sizes in MODELS.items():
 # %% [markdown]
 # ### One comparison, live
 #
-# Two of the models, for the velocity: without and with a head. We look at what they draw, and at
-# the error of their guess of `x0` from latents of images that they have not seen, at `t = 0.7`.
+# Two of the models, for the velocity: without and with a head. We look at the error of their guess
+# of `x0`, from latents of images that they have not seen, at `t = 0.7`. (After so few steps, the
+# images that they draw are not readable yet.)
 
 # %%
 STEPS = lesson.size(150, quick=2)
-JUDGED = lesson.size(72, quick=4)
 HELD_OUT = lesson.size(216, quick=6)                   # six or more images of each class
 
 
@@ -138,17 +137,14 @@ def run_model(arm, seed, folder):
     checkpoint = train(train_dit, folder, seed, prediction=prediction, steps=STEPS, ema=0.98,
                        batch=lesson.size(32, quick=4), cache=lesson.size(1000, quick=32),
                        **MODELS[name])
-    flags = dict(ckpt=checkpoint, n=JUDGED, sampling_steps=lesson.size(24, quick=2))
-    judged = eval_fid.main(eval_fid.parse_args(command_line(flags)))
-    return dict(error=error_of_x0(checkpoint), distance=judged["frechet_distance"],
-                right_colour=judged["right_colour"])
+    return dict(error=error_of_x0(checkpoint))
 
 
 live = {}
 for arm in ("v, 96 x 9", "v, 96 x 2 + head 192"):
-    live[arm] = run_model(arm, 0, lesson.folder / f"live_{arm[3:]}")
+    live[arm] = run_model(arm, 0, lesson.folder / f"live_{arm}")
 for arm, numbers in live.items():
-    print(f"{arm}: error of x0 {numbers['error']:.3f}, distance {numbers['distance']:.1f}")
+    print(f"{arm}: error of x0 {numbers['error']:.3f}")
 
 # %% [markdown]
 # ### All models
@@ -161,45 +157,49 @@ COMPARED = {"v": list(MODELS), "x0": ["96 x 9", "192 x 2", "96 x 2 + head 192"]}
 arms = [f"{prediction}, {name}" for prediction, names in COMPARED.items() for name in names]
 results = lesson.sweep("models", arms, run_model)
 
-figure, panels = plt.subplots(2, 2, figsize=(15, 9), sharey="row", width_ratios=(5, 3))
-for column, (prediction, compared) in enumerate(COMPARED.items()):
+figure, panels = plt.subplots(1, 2, figsize=(15, 5.5), sharey=True, width_ratios=(5, 3))
+for panel, (prediction, compared) in zip(panels, COMPARED.items(), strict=True):
     arms = [f"{prediction}, {name}" for name in compared]
     names = [name.replace(" + ", "\n+ ") for name in compared]
-    draw_dots(panels[0, column], names, values_of(results, arms, "error"))
-    draw_dots(panels[1, column], names, values_of(results, arms, "distance"))
+    draw_dots(panel, names, values_of(results, arms, "error"))
     for position, arm in enumerate(arms):
         if arm in live:
-            panels[0, column].plot(position + 0.2, live[arm]["error"], "D", color=COLOURS[1])
-            panels[1, column].plot(position + 0.2, live[arm]["distance"], "D", color=COLOURS[1])
-    panels[0, column].set_title(f"the network predicts {prediction}")
-    panels[1, column].set_xlabel("backbone: width x depth")
-panels[0, 0].set(ylabel="error of x0 at t = 0.7,\nshare of its variance")
-panels[1, 0].set(ylabel="Fréchet distance, tiny encoder")
-lesson.show(figure, "models", "16 to 18 M multiplications each, after 150 steps of 32 images; 72 "
-            "samples, guidance 1.5; 3 seeds (dots), their mean (bars), this run (red)")
+            panel.plot(position + 0.2, live[arm]["error"], "D", color=COLOURS[1])
+    panel.set(title=f"the network predicts {prediction}", xlabel="backbone: width x depth")
+panels[0].set(ylabel="error of x0 at t = 0.7,\nshare of its variance")
+lesson.show(figure, "models", "16 to 18 M multiplications each, after 150 steps of 32 images; 216 "
+            "images; 3 seeds (dots), their mean (bars), this run (red)")
 
 # %% [markdown]
 # ## Figure
 #
-# 1. *Upper row*, the error of the guess of `x0`: FIGV
-# 2. *Lower row*, the distance of the samples: FIGD
+# 1. *Left*, for `v`: what counts is the widest road to the output. It is 96 wide in the first and
+#    the fourth model (errors 0.46 and 0.45), 128 in the second (0.37), 192 in the third and the
+#    fifth (0.22 and 0.21). Seven blocks more do not make up for a narrow road, and a head of 96 is
+#    no wider than what it replaces.
+# 2. The head does not beat a backbone that is wide throughout, at this size: their seeds overlap.
+#    Wide throughout, all blocks cost `width^2`; with a head, only one does. That pays where there
+#    are many blocks: here only two.
+# 3. *Right*, for `x0`: all three are far better than any model for `v`, and differ little (0.12,
+#    0.12, 0.11). No theorem holds the narrow one back.
 #
 # ## Number
 #
-# For the velocity, the head lowers the error of a narrow backbone by a factor of FACTOR, at equal
-# cost. For `x0`, by FACTOR0.
+# For the velocity, at equal cost, the model with the head has an error 2.2 times smaller than the
+# narrow one. For `x0`, 1.1 times smaller.
 
 # %%
-def mean_of(arm, key="error"):
-    """Mean over seeds of a number of an arm."""
-    return values_of(results, [arm], key).mean()
+def mean_error(arm):
+    """Mean over seeds of the error of an arm."""
+    return values_of(results, [arm], "error").mean()
 
 
-gain_v = mean_of("v, 96 x 9") / mean_of("v, 96 x 2 + head 192")
-gain_x0 = mean_of("x0, 96 x 9") / mean_of("x0, 96 x 2 + head 192")
-lesson.number("gain of the head, v", gain_v, 1.1, 10, quick=(0.5, 10))
-lesson.number("gain of the head, x0", gain_x0, 0.5, 2, quick=(0.5, 2))
-lesson.number("error of v, 96 x 9, this run", live["v, 96 x 9"]["error"], 0, 1, quick=(0, 2))
+gain_v = mean_error("v, 96 x 9") / mean_error("v, 96 x 2 + head 192")
+gain_x0 = mean_error("x0, 96 x 9") / mean_error("x0, 96 x 2 + head 192")
+lesson.number("gain of the head, v", gain_v, 1.6, 3, quick=(0.5, 10))
+lesson.number("gain of the head, x0", gain_x0, 0.9, 1.4, quick=(0.5, 2))
+lesson.number("error of v, 96 x 9, this run", live["v, 96 x 9"]["error"], 0.38, 0.55,
+              quick=(0, 2))
 lesson.end()
 
 # %% [markdown]
@@ -221,7 +221,7 @@ lesson.end()
 #    for each token.
 # 2. That of the backbone's width: all that the head knows of the noise would have passed through
 #    `width` numbers for each token.
-# 3. `cost(dict(width=64, depth=1, head_width=256))` is already 20 M: at our cost, such a head
+# 3. `cost(dict(width=64, depth=1, head_width=256))` is already 24 M: at our cost, such a head
 #    leaves nothing for the backbone.
 # 4. No: every usual width is above 4. In the paper's Table 10, a head over SD-VAE makes the FID
 #    worse (11.70, without 7.13).
@@ -230,11 +230,19 @@ lesson.end()
 #
 # ## The paper says / ours differs
 #
-# - RAE (arXiv 2510.11690): after 80 epochs, DiT^DH-B has a gFID of 3.38, DiT-XL 4.28, at about 40%
-#   of its training compute; DiT^DH-XL has 2.16. All of them predict `v`, and DiT-B and DiT-XL are
-#   at least as wide as the 768 channels. PAPERV
-# - Table 17: heads of width 768, 1536, 2048, 2688 on DiT-B: 2.49, 2.24, 2.16, 2.22. On DiT-S the
-#   same order. Not testable here at equal cost, as our head of 192 takes most of it. HEAD96
-# - Scale-RAE (arXiv 2601.16208): the head adds 11.2 GenEval to the DiT of 0.5B, and little from
-#   2.4B on, whose backbone is 2048 wide for 1152 channels. WIDE
-# - With x0-prediction, X0
+# - RAE (arXiv 2510.11690): after 80 epochs, DiT^DH-B has a gFID of 3.38 and DiT-XL of 4.28, at
+#   about 40% of its training compute; DiT^DH-XL has 2.16. All of them predict `v`. **Holds here**
+#   for a backbone narrower than the channels: at equal cost an error of 0.21 (0.20 to 0.21, 3
+#   seeds) with the head, 0.46 (0.46 to 0.46) without. **Not seen here** for a backbone as wide as
+#   the channels: 0.22 (0.21 to 0.22). A likely cause: DiT-XL has 28 blocks whose width a head can
+#   spare, our model two. We judge by the error of `x0` at one time after 150 steps, not by a FID.
+# - Table 17: heads of width 768, 1536, 2048, 2688 on DiT-B: 2.49, 2.24, 2.16, 2.22. So the best
+#   head is far wider than the 768 channels, for reasons beyond Theorem 1. **Not testable here** at
+#   equal cost, as our head of 192 takes most of it. A head narrower than the channels, 96, **does
+#   not help here**: 0.45 (0.45 to 0.46).
+# - Scale-RAE (arXiv 2601.16208): the head adds 11.2 GenEval to the DiT of 0.5B, which is 1280 wide
+#   for 1152 channels, and little from 2.4B on, 2048 wide. **Agrees in direction**: the head pays
+#   for the narrow backbone, and not for the wide one. But theirs are above the channels in both
+#   cases, so Theorem 1 does not explain what they see.
+# - With x0-prediction, which neither paper trains, the head gains a factor of 1.1 where it gains
+#   2.2 with `v`. That is what Theorem 1 suggests: its bound is one of the noise in the target.
