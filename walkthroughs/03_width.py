@@ -6,6 +6,7 @@
 # paper says how far the loss can fall; we compute that bound and look whether any model crosses it.
 # Then we ask what a later paper asks: is it the width, or is it the geometry?
 
+# %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
 import os
 import subprocess

@@ -5,6 +5,7 @@
 # latents have channels, and width is expensive in every block. DiT^DH makes only its last block
 # wide. We build models of equal cost with and without such a head, and look where the head pays.
 
+# %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
 import os
 import subprocess
