@@ -541,7 +541,11 @@ lesson.show(figure, "ifid", f"{len(arms)} autoencoders, a DiT of few steps on ea
 #    pixel and the kind of resizing matter little here, where edges are soft and shapes lie
 #    anywhere.
 # 3. *Fooling*: the upper and the lower pictures are the same to the encoder.
-# 4. *iFID*: are the points ordered in the same way on both axes?
+# 4. *iFID*: it ranks the six autoencoders as their generated pictures do, and rFID swaps one pair,
+#    pixels and the random encoder. Both predict generation here, since the six range from excellent
+#    to terrible. The paper's point, that rFID fails among *good* autoencoders, is seen in one
+#    place: RAE trained with noise reconstructs 25 times worse by rFID than RAE without, and
+#    generates as well.
 #
 # ## Number
 #
@@ -551,6 +555,7 @@ lesson.show(figure, "ifid", f"{len(arms)} autoencoders, a DiT of few steps on ea
 # - The limit of spoiled pictures is 0.1 to 0.6 above that of perfect ones (mean of 3 sets).
 # - Balanced labels lower the distance of 360 pictures by 2 to 11%.
 # - A set learned by heart is as far from fresh pictures as fresh pictures are: 0.8 to 1.25 times.
+# - Of six autoencoders, rFID and iFID rank with generation: 0.94 and 1.00.
 
 # %%
 perfect, worse = curves["perfect"].mean(1), curves["one in ten spoiled"].mean(1)
@@ -572,10 +577,12 @@ lesson.number("learned by heart over fresh, to held-out pictures",
               quick=(0.6, 1.5))
 lesson.number("precision of a few copied pictures", copies["precision"], 0.9, 1)
 lesson.number("recall of a few copied pictures", copies["recall"], 0, 0.1)
-lesson.number("fooling pictures over real ones", fooled / honest, 0.95, 1.3, quick=(0.5, 5))
+lesson.number("fooling pictures over real ones", fooled / honest, 0.95, 1.6, quick=(0.5, 5))
 lesson.number("the same in random features", fooled_in_other / honest_in_other, 3, 20,
               quick=(1, 20))
 lesson.number("fooling pictures that are readable, %", readable(fooling), 0, 5)
+lesson.number("rank correlation of rFID with generation", correlation["rfid"], 0.7, 1)
+lesson.number("rank correlation of iFID with generation", correlation["ifid"], 0.7, 1)
 lesson.end()
 
 # %% [markdown]
@@ -614,4 +621,6 @@ lesson.end()
 #   epochs, DiT-XL) the order is DINOv2-B 4.28, SigLIP2-B 4.93, MAE-B 8.38 (Table 15): the best
 #   reconstruction generates worst.
 # - arXiv 2603.05630 reports a correlation of 0.85 (Pearson and Spearman) of iFID with the FID of
-#   generated pictures, over VAEs on ImageNet, where rFID has none or a negative one.
+#   generated pictures, over VAEs on ImageNet, where rFID has none or a negative one. Here the rank
+#   correlation of iFID is 1.00 and that of rFID is 0.94, over six autoencoders that are far apart:
+#   **not testable** with so few, and so unlike.
