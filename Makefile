@@ -16,13 +16,14 @@ test: $(VENV)/.installed-dev
 walkthroughs: $(VENV)/.installed
 	set -e; for lesson in $(LESSONS); do $(VENV)/bin/python walkthroughs/$$lesson.py; done
 
-# Figures go to walkthroughs/figures/, which the course page shows.
+# Figures go to walkthroughs/figures/, which the course page shows. Paths of this machine are cut from what was printed.
 notebooks: $(VENV)/.installed-dev
 	mkdir -p walkthroughs/notebooks
 	set -e; for lesson in $(LESSONS); do \
 		notebook=walkthroughs/notebooks/$$lesson.ipynb; \
 		$(VENV)/bin/jupytext --quiet --to ipynb --output $$notebook walkthroughs/$$lesson.py; \
 		$(VENV)/bin/jupyter execute --inplace --NotebookClient.record_timing=False $$notebook; \
+		sed -i.tmp "s#$(CURDIR)/##g" $$notebook; rm $$notebook.tmp; \
 		mkdir -p walkthroughs/figures/$$lesson; \
 		cp runs/lessons/$$lesson/*.png walkthroughs/figures/$$lesson/; \
 	done
