@@ -368,8 +368,8 @@ class FinalLayer(nn.Module):
         if d < channels:
             warnings.warn(f"{width_flag} {d} is below the {channels} latent channels: by Theorem 1 "
                           f"of arXiv 2510.11690 the loss stays above the sum of the eigenvalues of "
-                          f"Cov(eps - x0) from the {d + 1}th on; try {width_flag} {channels} or "
-                          f"more", stacklevel=3)
+                          f"Cov(eps - x0) from the {d + 1}th on, over {channels}; try {width_flag} "
+                          f"{channels} or more", stacklevel=3)
         self.norm_final = nn.RMSNorm(d, eps=1e-6)
         self.linear = nn.Linear(d, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
