@@ -390,18 +390,13 @@ def errors_of(solver, grid):
     return np.array([float((end - fine).square().mean().sqrt()) for end in ends])
 
 
-orders = {}
-figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
-for grid, label, line in ((first_part, "t to 0.3", "o-"), (whole_way, "t to 0", "s--")):
-    for k, (name, solver) in enumerate(ORDER_SOLVERS.items()):
-        errors = errors_of(solver, grid)
-        orders[name, label] = -float(np.polyfit(np.log(ORDER_STEPS), np.log(errors), 1)[0])
-        panels[0].loglog(ORDER_STEPS, errors, line, color=COLOURS[k],
-                         label=f"{name}, {label}: order {orders[name, label]:.1f}")
-panels[0].set(xlabel="steps", ylabel="error of the end point (latents have std 1)")
-panels[0].set_xticks(ORDER_STEPS, ORDER_STEPS)
-panels[0].minorticks_off()
-panels[0].legend(fontsize=11)
+orders, errors = {}, {}
+for grid, label in ((first_part, "t to 0.3"), (whole_way, "t to 0")):
+    for name, solver in ORDER_SOLVERS.items():
+        errors[name, label] = errors_of(solver, grid)
+        line = np.polyfit(np.log(ORDER_STEPS), np.log(errors[name, label]), 1)
+        orders[name, label] = -float(line[0])
+        print(f"{name}, {label}: order {orders[name, label]:.1f}")
 
 # %% [markdown]
 # A small error of the end point is not yet a good picture. So the pictures of the shipped model are
@@ -422,6 +417,17 @@ def run_solver(arm, seed, folder):
 
 
 solver_results = lesson.sweep("solvers", SOLVER_ARMS, run_solver)
+
+figure, panels = plt.subplots(1, 2, figsize=(13, 4.8))
+for (name, label), values in errors.items():
+    style = dict(color=COLOURS[list(ORDER_SOLVERS).index(name)])
+    line = "o-" if label == "t to 0.3" else "s--"
+    panels[0].loglog(ORDER_STEPS, values, line, **style,
+                     label=f"{name}, {label}: order {orders[name, label]:.1f}")
+panels[0].set(xlabel="steps", ylabel="error of the end point (latents have std 1)")
+panels[0].set_xticks(ORDER_STEPS, ORDER_STEPS)
+panels[0].minorticks_off()
+panels[0].legend(fontsize=11)
 for solver, label in (("euler", "Euler"), ("heun", "Heun"), ("euler_maruyama", "Euler-Maruyama")):
     steps = SOLVER_STEPS[solver]
     right = values_of(solver_results, [f"{solver} {k}" for k in steps], "right")

@@ -57,6 +57,8 @@ class Lesson:
         self.numbers = {}
         if not IS_NOTEBOOK:
             sys.excepthook = end_in_one_line
+        if self.quick:                                 # to lay out panels takes a second a figure
+            plt.rcParams["figure.constrained_layout.use"] = False
         _, _, self.device = runtime.setup()
         torch.manual_seed(0)
 
@@ -85,7 +87,7 @@ class Lesson:
                           f"{command}, {seconds:.0f} s"])
         figure.text(0, -0.03, text, va="top", fontsize=11, color="dimgrey")
         drawn = io.BytesIO()
-        figure.savefig(drawn, bbox_inches="tight")
+        figure.savefig(drawn, bbox_inches="tight", dpi=self.size(100, quick=20))
         plt.close(figure)
         picture = Image.open(drawn).convert("RGB").quantize(256)        # a third of the bytes
         path = self.folder / f"{name}.png"
