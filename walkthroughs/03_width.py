@@ -478,7 +478,7 @@ lesson.end()
 #   geometry, not the width. When the path runs on the sphere, DiT-B of width 768 comes to a FID of
 #   4.95 without guidance and 3.37 with guidance over DINOv2-B. With the straight path it comes to
 #   21.64. What our experiments say of it: below the number of channels, width is what binds, with a
-#   sphere and without (Gaussian latents: 0.30 where the bound is 0.25), on the straight path and on
+#   sphere and without (Gaussian latents: 0.30 where the bound is 0.26), on the straight path and on
 #   the arc (0.48 where the bound is 0.33). What lifts the bound is not the path, but to keep the
 #   noise out of the network (x0-prediction: 0.005). What they do *not* say: that the arc is of no
 #   use. DiT-B is as wide as the latents have channels, 768, so Theorem 1 allows it to fit, as it
