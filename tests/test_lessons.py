@@ -250,6 +250,25 @@ def test_a_stopped_sweep_goes_on(begin):
     assert len(calls) == 5
 
 
+def test_missing_results_and_useless_folders_are_named_in_a_line(begin, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="test.json does not exist; run .* with --full"):
+        begin().sweep("widths", ["a"], None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["test.py", "--out", str(tmp_path / "file")])
+    with pytest.raises((ValueError, OSError), match="file"):
+        Lesson("test")
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("two\nlines"), "error: two"), (KeyboardInterrupt(), "stopped; finished runs"),
+    (KeyboardInterrupt("stopped in a training"), "stopped in a training"),
+])
+def test_errors_of_users_end_in_one_line(error, line, capsys):
+    lesson_module.end_in_one_line(type(error), error, None)
+    printed = capsys.readouterr().err
+    assert line in printed and printed.count("\n") == 1
+
+
 def test_results_that_are_torn_are_named(tmp_path):
     (tmp_path / "result.json").write_text('{"PSNR": 3')
     with pytest.raises(ValueError, match="result.json is no JSON .* delete it"):

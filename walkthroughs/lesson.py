@@ -49,14 +49,15 @@ class Lesson:
     """
     def __init__(self, name):
         self.name = name
+        if not IS_NOTEBOOK:
+            sys.excepthook = end_in_one_line
         flags = self.read_flags()
+        runtime.check_out(flags.out)
         self.quick, self.full = flags.quick, flags.full
         self.folder = flags.out / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start = time.time()
         self.numbers = {}
-        if not IS_NOTEBOOK:
-            sys.excepthook = end_in_one_line
         if self.quick:                                 # to lay out panels takes a second a figure
             plt.rcParams["figure.constrained_layout.use"] = False
         _, _, self.device = runtime.setup()
@@ -126,6 +127,8 @@ class Lesson:
         kept = ROOT / "walkthroughs" / "results" / f"{self.name}.json"
         partial = self.folder / f"{name}.json"
         if not self.full:
+            if not kept.exists():
+                raise FileNotFoundError(f"{kept} does not exist; run the lesson with --full once")
             return read_json(kept)[name]["results"]
         if self.quick:
             seeds, kept = seeds[:1], self.folder / "results.json"
@@ -164,7 +167,7 @@ def end_in_one_line(kind, error, trace):
     """What Python calls for an error that nobody has caught: those of the user have no traceback.
     """
     if issubclass(kind, KeyboardInterrupt):
-        print(error or "stopped; finished runs of --full are kept", file=sys.stderr)
+        print(str(error) or "stopped; finished runs of --full are kept", file=sys.stderr)
     elif issubclass(kind, (ValueError, OSError)):
         print(f"error: {runtime.one_line(error)}", file=sys.stderr)
     else:
