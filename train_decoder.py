@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
@@ -41,6 +40,7 @@ from model import (
     HALF_PIXELS,
     IMAGENET_PIXELS,
     RAE,
+    Normalise,
     build_decoder,
     check_heads,
 )
@@ -465,7 +465,7 @@ class Discriminator(nn.Module):
             timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
         else:
             timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
-        self.mean, self.std = pixels
+        self.normalise = Normalise(*pixels)
         self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
         # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
         # 11. The release has the last one twice.
@@ -481,7 +481,7 @@ class Discriminator(nn.Module):
         is_much_larger = images.shape[-1] > 2 * self.image_size
         x = F.interpolate(images, size, mode="bilinear", antialias=is_much_larger)      # b 3 s s
         maps = self.vit.forward_intermediates(
-            normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+            self.normalise(x), norm=False, output_fmt="NLC",
             intermediates_only=True)                                    # of each block b n d
         logits = []
         for head, block in zip(self.heads, self.blocks, strict=True):

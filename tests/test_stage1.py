@@ -188,6 +188,12 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch():
     assert torch.allclose(together[:2], discriminator(images), atol=1e-5)
 
 
+def test_the_discriminator_reads_no_value_back_from_the_device():
+    """On the device meta there are none to read: it would raise."""
+    discriminator = Discriminator("tiny").to("meta")
+    assert discriminator(torch.rand(2, 3, 64, 64, device="meta")).shape == (2, 5 * 16)
+
+
 def test_discriminators_of_the_papers(monkeypatch):
     """7.39 M trainable parameters on DINO ViT-S/8, whose 12 blocks are seen at 11, 2, 5, 8, 11."""
     def untrained_vit(timm_name, size):
