@@ -256,6 +256,28 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+# Attributes of networks that hold a list of like blocks.
+BLOCKS = ("blocks", "layers", "decoder_layers", "heads")
+
+
+def compile_blocks(network, backend="inductor"):
+    """Compile the blocks inside a network, which happens when each kind of them first runs.
+
+    Like blocks share a graph, so that this takes as long for 28 of them as for one. What is between
+    them takes little time, and is left as it is.
+    To be called before DDP or FSDP wraps the network. backend: of torch.compile.
+    """
+    # Else each graph would be cut where one of DDP's buckets is full, in the middle of a block.
+    torch._dynamo.config.optimize_ddp = False
+    # Graphs of a class: of every width, with gradients and without, of other batches. Beyond this
+    # number torch goes on without compiling; its default of 8 is for one function.
+    torch._dynamo.config.recompile_limit = 64
+    for name, blocks in network.named_modules():
+        if name.rpartition(".")[2] in BLOCKS:
+            for block in blocks:
+                block.compile(backend=backend)
+
+
 def data_parallel(model):
     """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
     # Of a 1 x 1 convolution, whose strides are ambiguous: it costs a copy of one small kernel.

@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
@@ -41,6 +40,7 @@ from model import (
     HALF_PIXELS,
     IMAGENET_PIXELS,
     RAE,
+    Normalise,
     build_decoder,
     check_heads,
 )
@@ -142,7 +142,7 @@ def make_parser():
                    help="Recompute activations in the backward pass: less memory, a quarter more "
                         "time.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the decoder by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--tau", type=at_least(0.0),
                    help="Strength of the noise on the latents; paper: 0.8.")
@@ -465,7 +465,7 @@ class Discriminator(nn.Module):
             timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
         else:
             timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
-        self.mean, self.std = pixels
+        self.normalise = Normalise(*pixels)
         self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
         # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
         # 11. The release has the last one twice.
@@ -481,7 +481,7 @@ class Discriminator(nn.Module):
         is_much_larger = images.shape[-1] > 2 * self.image_size
         x = F.interpolate(images, size, mode="bilinear", antialias=is_much_larger)      # b 3 s s
         maps = self.vit.forward_intermediates(
-            normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+            self.normalise(x), norm=False, output_fmt="NLC",
             intermediates_only=True)                                    # of each block b n d
         logits = []
         for head, block in zip(self.heads, self.blocks, strict=True):
@@ -691,6 +691,16 @@ class Networks:
             self.discriminator = Discriminator(args.disc).to(device)
             self.discriminator.vit.set_grad_checkpointing(args.checkpoint_activations)
 
+    def compile(self):
+        """Compile the blocks of what training runs, which the EMA is not a part of."""
+        runtime.compile_blocks(self.encoder)
+        runtime.compile_blocks(self.decoder)
+        runtime.compile_blocks(self.reconstruction_loss)
+        if self.reconstruction_loss.vgg is not None:
+            self.reconstruction_loss.vgg.net.compile()      # whole, as no two layers are alike
+        if self.discriminator is not None:
+            runtime.compile_blocks(self.discriminator)
+
     def load_initial(self, path):
         """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
         if is_published_rae(path):
@@ -756,8 +766,6 @@ class Trainer:
         self.parallel_decoder = self.decoder
         if world > 1:
             self.parallel_decoder = runtime.data_parallel(self.decoder)
-        if args.compile:
-            self.parallel_decoder = torch.compile(self.parallel_decoder)
 
     def prepare(self, micro_batches):
         """Turn what data.batches yields into MicroBatches on the device, one at a time."""
@@ -978,6 +986,8 @@ def main(args, data=None):
         networks.load_resumed(resumed)
     elif args.init:
         networks.load_initial(args.init)
+    if args.compile:
+        networks.compile()
 
     # ---------------------------------------------------------------- optimiser
     optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)

@@ -95,7 +95,7 @@ def make_parser():
                    help="Checkpoint whose EMA weights to start from, or a published model: "
                         f"{', '.join(release.PUBLISHED_DITS)}.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the model by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
@@ -284,11 +284,12 @@ def main(args, data=None):
     if resumed:
         release.load_release(model, resumed["model"], "the resumed model")
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    if args.compile:
+        runtime.compile_blocks(model)
+        runtime.compile_blocks(rae.encoder)
     step_model = model
     if world > 1:
         step_model = runtime.data_parallel(model)
-    if args.compile:
-        step_model = torch.compile(step_model)
 
     # ---------------------------------------------------------------- optimiser
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8,

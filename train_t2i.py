@@ -56,7 +56,7 @@ DEFAULTS = dict(
     plan=0, regression=0.0, llm_start=None, flow_weight=2.0, draws=2,
     time_law="logit_normal", shift_base=4096, prediction="v",
     steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=None, decay_start=None, decay_end=None,
-    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
+    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False, compile=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
 # What a small language model from scratch needs: it says where things are before it draws them,
 # its queries also learn from the latents directly, and the DiT waits until they mean something.
@@ -189,6 +189,8 @@ def add_training_flags(p):
                    help="Spread weights and optimizer over the processes (FSDP2).")
     p.add_argument("--recompute", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, slower.")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="Compile the blocks of all networks by torch.compile.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
                    help="Steps between runs of ShapesEval on the EMA weights; 0: none.")
@@ -561,6 +563,9 @@ def main(args, data=None, conversation=None):
     ema = make_ema(t2i, args)
     if resumed and args.ema:
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    if args.compile:
+        runtime.compile_blocks(t2i)
+        runtime.compile_blocks(rae.encoder)
     for module in [t2i, ema] if args.ema else [t2i]:
         if args.shard:
             shard(module)
