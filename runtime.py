@@ -1,5 +1,5 @@
 """What every script needs around its loop: processes, signals, precision, seeds, EMA, schedules,
-files, checkpoints, logs.
+files, checkpoints, FLOPs, logs.
 
 Randomness depends only on (seed, step, number of the micro-batch) and the data only on the step, so
 that a resumed run is exact to the bit on CPU, and k processes with one micro-batch each compute
@@ -28,12 +28,15 @@ import zipfile
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 try:
@@ -761,7 +764,8 @@ def add_run_flags(p):
                    help="Decay per step of the average of the weights, below 1.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
                    help="Precision of matmuls: bf16 where the machine is fast at it.")
-    p.add_argument("--log_every", type=at_least(1), help="Steps between lines of the log.")
+    p.add_argument("--log_every", type=at_least(1),
+                   help="Steps between lines of the log: loss, gradient, images/s, MFU, memory.")
     p.add_argument("--save_every", type=at_least(1),
                    help="Steps between checkpoints; the last step is always saved.")
     p.add_argument("--preview_every", type=at_least(0), help="Steps between pictures; 0: none.")
@@ -1114,6 +1118,153 @@ class Checkpoints:
         self.log.say(f"stopped by {stop_request.name or 'another process'} {step}; {advice}")
 
 
+# ---------------------------------------------------------------------------- speed
+# FLOPs of what a forward pass consists of, for FlopCounter: two for each multiply-add.
+def linear_flops(output, input, weight, bias=None):
+    return 2 * output.numel() * weight.shape[1]        # weight: out in
+
+
+def convolution_flops(output, input, weight, *settings, **options):
+    return 2 * output.numel() * weight[0].numel()      # weight: out in kernel
+
+
+def attention_flops(output, query, key, *rest, **options):
+    """Of QK^T and of its product with V. Causal attention counts as whole, as in other papers."""
+    return 4 * query.numel() * key.shape[-2]           # key: ... tokens dh
+
+
+def matmul_flops(output, a, b):
+    return 2 * output.numel() * a.shape[-1]
+
+
+PRODUCTS_WITH_WEIGHTS = {
+    F.linear: linear_flops,
+    F.conv1d: convolution_flops,
+    F.conv2d: convolution_flops,
+}
+PRODUCTS_OF_ACTIVATIONS = {
+    F.scaled_dot_product_attention: attention_flops,
+    torch.matmul: matmul_flops,
+    torch.Tensor.matmul: matmul_flops,
+    torch.Tensor.__matmul__: matmul_flops,             # a @ b
+}
+
+
+class Flops(NamedTuple):
+    """FLOPs of a forward pass, and from them those of training.
+
+    These are the model's: what activation checkpointing computes twice counts once.
+    """
+    weights: int             # of products with weights
+    activations: int         # of products of two activations, in attention
+
+    @property
+    def forward(self):
+        return self.weights + self.activations
+
+    @property
+    def training(self):
+        """Forward and backward. One product has two gradients, one for each of its factors."""
+        return 3 * self.forward
+
+    @property
+    def frozen(self):
+        """Forward and backward through frozen weights, which have no gradient themselves."""
+        return 2 * self.weights + 3 * self.activations
+
+
+class FlopCounter(TorchFunctionMode):
+    """Context that counts the FLOPs of the matmuls, convolutions and attention inside it.
+
+    What works on single elements, such as norms and GELU, counts nothing.
+    """
+    def __init__(self):
+        super().__init__()
+        self.weights = 0
+        self.activations = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        options = kwargs or {}
+        if function is F.linear:                       # shapes are all that is needed
+            output = args[0].new_zeros(*args[0].shape[:-1], len(args[1]))
+        else:
+            output = function(*args, **options)
+        if function in PRODUCTS_WITH_WEIGHTS:
+            self.weights += PRODUCTS_WITH_WEIGHTS[function](output, *args, **options)
+        elif function in PRODUCTS_OF_ACTIVATIONS:
+            self.activations += PRODUCTS_OF_ACTIVATIONS[function](output, *args, **options)
+        return output
+
+
+@torch.no_grad()
+def count_flops(function, *inputs):
+    """The Flops of the forward pass function(*inputs).
+
+    function: a module, or a method of one, in eval mode, so that it draws no random numbers. Runs
+    it, but for the linear layers; so a batch of one is best.
+    """
+    counter = FlopCounter()
+    with counter:
+        function(*inputs)
+    return Flops(counter.weights, counter.activations)
+
+
+# Matmuls of GPUs in TFLOP/s, dense, with sums in fp32: in bf16, and in fp32 as setup() has it
+# (TF32). None: they are emulated. Words of torch.cuda.get_device_name, the more special first.
+# Source: NVIDIA's data sheets and white papers of each; many of them give twice the number, for
+# sparse matrices.
+GPU_PEAKS = {
+    "B200": (2250, 1100),
+    "H200 NVL": (835, 418),
+    "H200": (989, 495),
+    "GH200": (989, 495),
+    "H100 NVL": (835, 418),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 495),
+    "A100": (312, 156),
+    "A10": (125, 62.5),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "T4": (None, 8.1),                                 # Turing has no TF32
+    "V100": (None, 15.7),
+    "RTX 5090": (209.5, 104.8),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71, 35.6),
+}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s at which a device could multiply matrices in dtype "bf16" or "fp32"; None: unknown.
+
+    Of a GPU the maker's number, of a CPU the best of a few products, with the threads of this
+    process.
+    """
+    if device.type == "cuda":
+        return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)
+    if device.type != "cpu":
+        return None
+    n = 512
+    ones = torch.ones(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ones @ ones
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
+
+
+def gpu_peak_flops(name, dtype):
+    """FLOP/s of the GPU called `name` by GPU_PEAKS; None: it is not there, or is a part of one."""
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words or " Laptop " in words or " D " in words:      # slower ones
+        return None
+    for model, (bf16, fp32) in GPU_PEAKS.items():
+        if f" {model} " in words:
+            teraflops = bf16 if dtype == "bf16" else fp32
+            return None if teraflops is None else teraflops * 1e12
+    return None
+
+
 # ---------------------------------------------------------------------------- log
 def peak_memory_gib(device):
     """Peak memory of this process, on its GPU if it has one, in GiB. 0.0: it is not known."""
@@ -1151,8 +1302,9 @@ class Log:
     """A progress bar and lines on the screen, the same records in OUT/log.jsonl. Only rank 0
     writes.
 
-    args: flags of the run (out, steps, batch, wandb and all that is recorded). start: step at which
-    this process begins. parameters: number of trained parameters. data: ImageData.
+    args: flags of the run (out, steps, batch, dtype, wandb and all that is recorded). start: step
+    at which this process begins. parameters: number of trained parameters. data: ImageData.
+    flops: those of this process since the last line, which the training loop adds up.
     """
     def __init__(self, args, rank, device, start, parameters, data):
         self.steps, self.batch, self.device = args.steps, args.batch, device
@@ -1161,6 +1313,8 @@ class Log:
         self.out, self.rank = Path(args.out), rank
         self.unwritten = ""                            # lines that the disk had no room for
         self.first_seconds = None                      # of the first step
+        self.flops = 0
+        self.peak_flops = peak_flops(device, args.dtype)
         self.bar = None
         if rank == 0:
             self.forget_later_steps(start)
@@ -1169,8 +1323,8 @@ class Log:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
-                        device=name, python=platform.python_version(), parameters=parameters,
-                        data=data.summary(), resumed_at=start))
+                        device=name, peak_flops=self.peak_flops, python=platform.python_version(),
+                        parameters=parameters, data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())
@@ -1246,13 +1400,29 @@ class Log:
         images_per_second = (step - self.last_step) * self.batch / seconds
         seconds_left = (self.steps - step) * self.batch / images_per_second
         gib = peak_memory_gib(self.device)
+        mfu = self.flops_utilisation(seconds)
         self.write(dict(step=step, loss=loss, grad=grad_norm, lr=lr, img_per_s=images_per_second,
-                        gib=gib, eta_h=seconds_left / 3600, **more))
+                        mfu=mfu, gib=gib, eta_h=seconds_left / 3600, **more))
         self.bar.update(step - self.bar.n)
+        speed = f"{images_per_second:.0f} img/s"
+        if mfu is not None:
+            speed += f" | {100 * mfu:.0f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
-                 f"| {images_per_second:.0f} img/s | {gib:.1f} GiB "
-                 f"| {time_left(seconds_left)} left")
+                 f"| {speed} | {gib:.1f} GiB | {time_left(seconds_left)} left")
+        self.flops = 0
         self.last_step, self.last_time = step, time.time()
+
+    def flops_utilisation(self, seconds):
+        """MFU of the last seconds: the FLOPs of the model, of those that matmuls alone could have
+        computed in that time. None: the device's peak, or the FLOPs are not known.
+
+        It counts what the training needs, once, however often it is computed. Reading images,
+        saving, previews and evaluations since the last line take time and add no FLOPs.
+        Source: PaLM, arXiv 2204.02311, appendix B.
+        """
+        if self.peak_flops is None or self.flops == 0:
+            return None
+        return self.flops / seconds / self.peak_flops
 
     def preview(self, step, draw):
         """Write OUT/preview_STEP.png, on rank 0. What prevents it costs no more than the picture.

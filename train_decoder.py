@@ -940,6 +940,45 @@ class LossMeter:
         return means
 
 
+# ---------------------------------------------------------------------------- speed
+class ImageFlops(NamedTuple):
+    """FLOPs of a training step for each image. What is decoded twice with the GAN counts once."""
+    reconstruction: float        # encoder, decoder and reconstruction loss
+    discriminator: float         # training of the discriminator
+    gan: float                   # gradient of the GAN's loss at the image
+
+    def at(self, step, args):
+        flops = self.reconstruction
+        if args.gan > 0 and step >= args.disc_start:
+            flops += self.discriminator
+        if args.gan > 0 and step >= args.gan_start:
+            flops += self.gan
+        return flops
+
+
+def count_image_flops(networks, args, device):
+    """The ImageFlops of Networks. The optimizers and the EMA count nothing."""
+    encoder, decoder = networks.ema_encoder, networks.ema[0]            # in eval mode
+    image = torch.zeros(1, 3, args.size, args.size, device=device)
+    drawn = torch.zeros(1, 3, decoder.image_size, decoder.image_size, device=device)
+    latents = torch.zeros(1, encoder.channels, encoder.grid, encoder.grid, device=device)
+    encoding = runtime.count_flops(encoder.encode, image)
+    decoding = runtime.count_flops(decoder, latents)
+    loss = runtime.count_flops(networks.reconstruction_loss, drawn, drawn)
+    # Half of the loss's networks run on the target, without a backward pass.
+    flops = decoding.training + (loss.forward + loss.frozen) / 2
+    flops += encoding.training if encoder.trainable else encoding.forward
+    if networks.discriminator is None:
+        return ImageFlops(flops, 0, 0)
+
+    side = networks.discriminator.image_size
+    seen = torch.zeros(1, 3, side, side, device=device)
+    vit = runtime.count_flops(networks.discriminator.vit.forward_features, seen)
+    both = runtime.count_flops(networks.discriminator, drawn)           # the ViT and its heads
+    training = vit.forward + both.training - vit.training               # the ViT is frozen
+    return ImageFlops(flops, 2 * training, both.frozen)                 # 2: a fake and a real one
+
+
 # ---------------------------------------------------------------------------- training
 def statistics_size(args, data):
     """Number of images to measure latents of: whole batches of at most --stats_n images."""
@@ -1009,6 +1048,7 @@ def main(args, data=None):
     checkpoints = runtime.Checkpoints(args, rank, log, lock)
     checkpoints.begin(start)
     meter = LossMeter(data, device)
+    image_flops = count_image_flops(networks, args, device)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     warn_of_tiny_encoder(log, args.encoder, data)
@@ -1066,6 +1106,7 @@ def main(args, data=None):
             trainer.adversarial_step(micro_batches)
         else:
             trainer.plain_step(micro_batches, train_discriminator)
+        log.flops += args.batch // world * image_flops.at(step, args)
 
         if encoder.trainable:
             average_gradients(encoder.backbone)             # DDP does so for the decoder alone

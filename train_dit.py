@@ -250,6 +250,23 @@ def build_model(args, channels, grid, num_classes, init):
 
 
 # ---------------------------------------------------------------------------- training
+def flops_per_image(dit, rae, args):
+    """FLOPs of a training step for each image: of the DiT forward and backward, and of the encoder.
+
+    dit: a DiT or DiTDH in eval mode. The optimizer and the EMA count nothing.
+    """
+    device = dit.pos_embed.device
+    x_t = torch.zeros(1, dit.in_channels, dit.grid, dit.grid, device=device)
+    t = torch.zeros(1, device=device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    flops = runtime.count_flops(dit, x_t, t, label).training
+    if not args.cache:                                      # else each image is encoded just once
+        side = rae.encoder.image_size
+        image = torch.zeros(1, 3, side, side, device=device)
+        flops += runtime.count_flops(rae.encode, image).forward
+    return flops
+
+
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
@@ -306,6 +323,7 @@ def main(args, data=None):
     runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     loss_by_time = runtime.LossByTime(device)
+    image_flops = flops_per_image(ema, rae, args)
 
     def save(step, is_stop):
         checkpoints.save(
@@ -349,6 +367,7 @@ def main(args, data=None):
                     loss = time_weight(t) * loss                        # b
                 (loss.mean() / accumulation).backward()
             loss_by_time.add(t, loss)
+            log.flops += len(x0) * image_flops
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
                                          args.lr_end)

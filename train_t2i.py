@@ -40,7 +40,7 @@ from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
 from runtime import at_least
 from shapes import converse
-from t2i import DRAW_UNCONDITIONED, UNDERSTAND, build_t2i, read_t2i, tokenize
+from t2i import DRAW_UNCONDITIONED, PAD, UNDERSTAND, build_t2i, read_t2i, tokenize
 
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 OBJECTS = (1, 1, 2, 2, 3, 4)     # in a scene of the built-in world: the simple ones more often
@@ -515,6 +515,50 @@ class Losses:
         self.__init__(self.args, self.sums.device)
 
 
+class Flops:
+    """FLOPs of forward and backward passes, for the log. Padding and stand-ins count nothing.
+
+    t2i: a T2I, not yet spread over processes. rae: an RAE on its device.
+    """
+    def __init__(self, t2i, rae, args):
+        self.draws = args.draws
+        d, vocab = t2i.llm.config["hidden_size"], t2i.llm.config["vocab_size"]
+        layers = t2i.llm.layers
+        weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+        token = runtime.Flops(2 * weights, 0)
+        label = runtime.Flops(2 * d * vocab, 0)
+        pair = runtime.Flops(0, 4 * len(layers) * d)        # of tokens that attend to each other
+        if args.freeze_llm:                                 # gradients still go to the queries
+            self.token, self.label, self.pair = token.frozen, label.frozen, pair.frozen
+        else:
+            self.token, self.label, self.pair = token.training, label.training, pair.training
+
+        device = t2i.latent_queries.device
+        side, dit = rae.encoder.image_size, t2i.dit
+        image = torch.zeros(1, 3, side, side, device=rae.latent_mean.device)
+        x_t = torch.zeros(1, dit.in_channels, dit.grid, dit.grid, device=device)
+        t = torch.zeros(1, device=device)
+        states = torch.zeros(1, t2i.n, d, device=device)
+        conditions = torch.zeros(1, t2i.n, dit.pos_embed.shape[2], device=device)
+        tokens = torch.zeros(1, t2i.n, dit.in_channels, device=device)
+        self.encode = runtime.count_flops(rae.encode, image).forward
+        self.flow = runtime.count_flops(dit, x_t, t, conditions).training
+        self.connect = runtime.count_flops(t2i.diff_head_projector, states).training
+        if t2i.regression is not None:
+            self.connect += runtime.count_flops(t2i.regression, states).training
+        self.project = runtime.count_flops(t2i.mm_projector, tokens).training
+
+    def of(self, micro):
+        """FLOPs of a micro-batch on the CPU."""
+        lengths = (micro.ids != PAD).sum(1)                                 # b
+        return (len(micro.images) * self.encode
+                + int(lengths.sum()) * self.token
+                + int(lengths.square().sum()) * self.pair
+                + micro.num_tokens * self.label
+                + micro.num_understood * self.project
+                + micro.num_drawn * (self.connect + self.draws * self.flow))
+
+
 def main(args, data=None, conversation=None):
     """Train by the flags of parse_args.
 
@@ -563,6 +607,7 @@ def main(args, data=None, conversation=None):
     ema = make_ema(t2i, args)
     if resumed and args.ema:
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    flops = Flops(ema, rae, args)
     if args.compile:
         runtime.compile_blocks(t2i)
         runtime.compile_blocks(rae.encoder)
@@ -621,6 +666,7 @@ def main(args, data=None, conversation=None):
         asked += counts.understood
         for i, micro in enumerate(micro_batches, start=1):
             is_last = i == len(micro_batches)
+            log.flops += flops.of(micro)
             micro = micro.to(device)
             if step < args.llm_start:
                 micro = micro.without_prompts()

@@ -114,6 +114,15 @@ def read_log(folder):
     return [json.loads(line) for line in lines]
 
 
+def logged_flops_per_image(folder):
+    """FLOPs of the logging process for each image of the batch, which each record of steps in the
+    log of the run in a folder implies.
+    """
+    first, *records = read_log(folder)
+    return [record["mfu"] * first["peak_flops"] / record["img_per_s"]
+            for record in records if "mfu" in record]
+
+
 def largest_difference(a, b):
     """Largest difference between any two tensors of two nested states, such as checkpoints.
 
