@@ -26,6 +26,7 @@ import time
 import warnings
 import zipfile
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -987,6 +988,55 @@ class Updates:
         return self.left_out >= self.IN_A_ROW or sum(self.recent) >= self.RECENT // 2
 
 
+def first_not_finite(named_tensors):
+    """Name of the first of (name, tensor) pairs that is not finite, or None: one wait for a GPU."""
+    are_finite = torch.stack([tensor.isfinite().all() for _, tensor in named_tensors])
+    for (name, _), is_finite in zip(named_tensors, are_finite.tolist(), strict=True):
+        if not is_finite:
+            return name
+    return None
+
+
+class Snapshot:
+    """Copies a state to the CPU, where training does not change it while a thread writes it.
+
+    The memory is kept for the next copy, as long as the tensors stay where they are. That of a CUDA
+    device's tensors is pinned, so that they are copied at the full speed of the bus.
+    """
+    def __init__(self):
+        self.copies = {}                               # of tensors, by their place in memory
+
+    def take(self, state):
+        """A copy of nested dicts, lists, tensors and plain values. Tensors that are one tensor
+        under several names, such as an EMA that is also part of an autoencoder, stay one.
+        """
+        earlier, self.copies = self.copies, {}
+        copied = self.copy(state, earlier)
+        if torch.cuda.is_available():                  # copies from a GPU come while we go on
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def copy(self, value, earlier):
+        if isinstance(value, torch.Tensor):
+            return self.copy_tensor(value, earlier)
+        if isinstance(value, dict):
+            return {key: self.copy(item, earlier) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.copy(item, earlier) for item in value)
+        return value
+
+    def copy_tensor(self, tensor, earlier):
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in self.copies:
+            return self.copies[place]
+        copy = earlier.get(place)
+        if copy is None:
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        self.copies[place] = copy
+        return copy
+
+
 class Checkpoints:
     """Writes OUT/last.pt, as long as the run is sane, and stops a run that has diverged.
 
@@ -994,9 +1044,10 @@ class Checkpoints:
     its last update did to the loss is only known after the next step. Until then, the checkpoint
     before it is kept as OUT/previous.pt, to be brought back if the run diverges.
     All processes call the same methods; rank 0 writes. lock: that of OUT, held as long as this
-    object.
+    object. in_background: whether training goes on while a thread writes a copy of the state, as it
+    should on a GPU, which would wait otherwise. A run that ends or stops writes at once.
     """
-    def __init__(self, args, rank, log, lock):
+    def __init__(self, args, rank, log, lock, in_background=False):
         self.out, self.steps = Path(args.out), args.steps
         self.save_every, self.log_every = args.save_every, args.log_every
         self.rank, self.log, self.lock = rank, log, lock
@@ -1004,6 +1055,11 @@ class Checkpoints:
         self.saved_step = None                         # by this process
         self.is_behind = False                         # the last checkpoint could not be written
         self.has_previous = False
+        self.is_judged = False                         # a step after the last checkpoint was finite
+        self.in_background = in_background
+        self.snapshot = Snapshot()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing = None                            # Future of the thread's checkpoint
 
     @property
     def last(self):
@@ -1031,11 +1087,31 @@ class Checkpoints:
         """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
         self.updates.add(*grad_norms)
         is_left_out = self.updates.left_out > 0
-        if self.has_previous and not is_left_out:      # the loss of the saved weights is finite
-            self.drop_previous()
+        if not is_left_out:                            # the loss of the saved weights is finite
+            self.is_judged = True
+        if self.writing is None or self.writing.done():
+            self.finish()
         is_end = done == self.steps                    # which cannot be saved, if it was left out
         if self.updates.have_diverged() or is_left_out and is_end:
+            self.finish()
             self.stop_diverged()
+
+    def finish(self):
+        """Wait for the thread, if it writes a checkpoint, and say what prevented it. Then delete
+        the checkpoint before it, if that is needed no longer.
+        """
+        if self.writing is not None:
+            problem = self.writing.result()
+            self.writing = None
+            self.note(problem)
+        if self.has_previous and self.is_judged:
+            self.drop_previous()
+
+    def note(self, problem):
+        """Remember and say what prevented a checkpoint. None: it is written."""
+        self.is_behind = problem is not None
+        if problem:
+            self.log.say(f"warning: {problem}; training goes on, and tries again")
 
     def keep_previous(self):
         """Give the checkpoint that is to be replaced a second name, or copy it without links."""
@@ -1070,8 +1146,10 @@ class Checkpoints:
         """Whether to write a checkpoint after step `done`, the same on all processes."""
         if self.updates.left_out > 0:
             return False
-        if self.is_behind and done % self.log_every == 0:
-            return True
+        if done % self.log_every == 0:
+            self.is_behind = gather(self.is_behind)[0]     # rank 0 alone knows how its thread ended
+            if self.is_behind:
+                return True
         return done % self.save_every == 0 or done == self.steps or is_stop
 
     def save(self, done, is_stop=False, **state):
@@ -1080,22 +1158,35 @@ class Checkpoints:
         If that fails, as on a full disk, the run goes on from memory, and is_due() after the next
         line of the log. Raises OSError if it fails when the run ends.
         """
+        self.finish()                                  # the one before may still be being written
         problem = None
         is_last = is_stop or done == self.steps
         if self.rank == 0:
             problem = self.write(done, state, is_last)
         problem = gather(problem)[0]
-        self.is_behind = problem is not None
         if problem and is_last:
             raise OSError(problem)
-        if problem:
-            self.log.say(f"warning: {problem}; training goes on, and tries again")
+        self.note(problem)
 
     def write(self, done, state, is_last):
-        """Write the checkpoint; returns what prevented it, or None."""
-        for name, weight in [*state["model"].items(), *state.get("ema", {}).items()]:
-            if not weight.isfinite().all():
-                return f"step {done} is not saved, since {name} is not finite"
+        """Write the checkpoint, or let the thread do so; returns what prevented it, or None."""
+        name = first_not_finite([*state["model"].items(), *state.get("ema", {}).items()])
+        if name is not None:
+            return f"step {done} is not saved, since {name} is not finite"
+        self.is_judged = False
+        if self.in_background and not is_last:
+            copy = self.snapshot.take(state)
+            self.writing = self.thread.submit(self.write_files, done, copy)
+            return None
+        problem = self.write_files(done, state)
+        if is_last and problem is None:                # no later step will judge it
+            self.drop_previous()
+        return problem
+
+    def write_files(self, done, state):
+        """Write last.pt, and keep the one before as previous.pt; returns what prevented it, or
+        None.
+        """
         try:
             self.keep_previous()
             save_checkpoint(self.last, step=done, **state)
@@ -1103,12 +1194,11 @@ class Checkpoints:
             self.drop_previous()                       # it is the same as the last one
             return one_line(error)
         self.saved_step = done
-        if is_last:                                    # no later step will judge it
-            self.drop_previous()
         return None
 
     def say_stopped(self):
         """Say how to go on, as the last line of a run that was asked to stop."""
+        self.finish()
         out = shlex.quote(str(self.out))
         if self.last.exists():
             advice = f"go on by --resume --out {out}"

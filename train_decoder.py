@@ -1045,7 +1045,8 @@ def main(args, data=None):
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     meter = LossMeter(data, device)
     image_flops = count_image_flops(networks, args, device)

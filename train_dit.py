@@ -317,7 +317,8 @@ def main(args, data=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)

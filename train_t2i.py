@@ -628,7 +628,8 @@ def main(args, data=None, conversation=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in t2i.parameters())
     log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)

@@ -1,4 +1,5 @@
 """What the tests share: the checkout on sys.path, no network, and ways to run a script."""
+import contextlib
 import json
 import multiprocessing
 import os
@@ -59,6 +60,22 @@ def run_on_one_thread(script, *argv):
         run_script(script, *argv)
     finally:
         torch.set_num_threads(threads)
+
+
+def always_in_background(self, *args, **options):
+    """Checkpoints.__init__ of a GPU, whose checkpoints a thread writes."""
+    construct_checkpoints(self, *args, **dict(options, in_background=True))
+
+
+construct_checkpoints = runtime.Checkpoints.__init__
+
+
+@contextlib.contextmanager
+def saving_in_background():
+    """Context in which runs, also those of other processes that start in it, save as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Checkpoints, "__init__", always_in_background)
+        yield
 
 
 # ------------------------------------------------------------------------ other processes
