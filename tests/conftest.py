@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
+os.environ["NANORAE_CACHE"] = ""               # nor write to the user's home
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = str(ROOT / "assets" / "tiny_dit.safetensors")
 sys.path.insert(0, str(ROOT))
