@@ -111,7 +111,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
             raise ValueError("the decoder gives pixels that are not finite: its training diverged, "
                              "or --dtype bf16 overflows; take an earlier checkpoint, or fp32")
         if vgg:
-            with torch.no_grad():
+            with torch.no_grad(), runtime.full_precision():
                 lpips_sum += vgg(x, y, normalize=True).sum().item()        # normalize: from [0,1]
         x, y = to_uint8(x), to_uint8(y)                                    # b S S 3
         psnr_sum += metrics.psnr(x, y).sum().item()
@@ -313,6 +313,7 @@ def reconstruct_all(args, rank, world, device):
     if len(by_source) == 1:
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
+                    tf32=runtime.uses_tf32(device),
                     reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features
 

@@ -344,6 +344,7 @@ def evaluate_model(args, features, rank, world, device):
                                   args.dtype, features, statistics)
     results |= dict(guidance_interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
+                    tf32=runtime.uses_tf32(device),
                     reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features, statistics
 

@@ -33,8 +33,9 @@ accuracy            Of a linear classifier of an encoder's mean token (RAE, tabl
 Few images bias a Fréchet distance upwards, by about 1/n: compare numbers of the same n only, and
 see extrapolate_distance(). Inception is TensorFlow's graph of 2015, with TensorFlow's resizing,
 which other implementations of FID replace: their numbers differ.
-Moments are summed in fp64: batches and processes change a number only by fp32's rounding of
-features. samples_sha1 and reference_sha1 identify the pixels that were compared.
+Features are computed in fp32, not TF32, and moments summed in fp64: batches and processes change
+a number only by fp32's rounding of features. samples_sha1 and reference_sha1 identify the pixels
+that were compared.
 """
 import hashlib
 import math
@@ -398,7 +399,8 @@ class FeatureSet:
 
     def add(self, images, numbers):
         """Add images, uint8 b H W 3 on the CPU, with their numbers: b ints that never repeat."""
-        features, spatial = self.network(images)
+        with runtime.full_precision():
+            features, spatial = self.network(images)
         self.pooled.add(features)
         if spatial is not None:
             self.spatial.add(spatial)
@@ -441,6 +443,7 @@ def check_image_size(size, other, advice="resize one of them"):
                          f"can't be compared; {advice}")
 
 
+@runtime.full_precision()
 def compare(real, fake):
     """All distances of one FeatureSet to another, after merge(), as a dict.
 
@@ -643,6 +646,7 @@ def extrapolate_distance(features, real_mean, real_cov):
     return points, limit
 
 
+@runtime.full_precision()
 def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
     """Accuracy in [0,1] on held-out images of a linear classifier of features.
 

@@ -46,14 +46,20 @@ except ImportError:                # Windows has no such locks
     fcntl = None
 
 
+AMPERE = (8, 0)      # capability from which on GPUs compute in bf16 and TF32
+
+
 def default_dtype():
     """"bf16" where its matmuls are faster than those of fp32: on GPUs from Ampere on (capability
-    8.0; a T4 or V100 only emulates it), and on CPUs with AMX."""
+    8.0; a T4 or V100 only emulates it), and on CPUs with AMX or AVX512-BF16. On others, as those
+    with AVX2 alone, and on Apple's GPUs "fp32".
+    """
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    if has_amx is not None and has_amx():
-        return "bf16"
+        return "bf16" if torch.cuda.get_device_capability() >= AMPERE else "fp32"
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # private: a version may lack it
+        if is_supported is not None and is_supported():
+            return "bf16"
     return "fp32"
 
 
@@ -71,6 +77,11 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+# How long the processes of a run wait for each other. The longest that one works alone is writing a
+# checkpoint, a few minutes for 50 GB on a slow disk, or drawing a preview, minutes on a CPU.
+PATIENCE = timedelta(minutes=20)
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
     rank, world = process_rank(), world_size()
@@ -79,6 +90,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")     # TF32 in fp32 matmuls, as in the release
         backend = "cpu:gloo,cuda:nccl"                 # gloo: for objects gathered on the CPU
+        if not dist.is_nccl_available():               # Windows
+            backend = "gloo"
     elif torch.backends.mps.is_available() and world == 1:
         device = torch.device("mps")                   # Apple's GPU, which has no process group
         backend = "gloo"
@@ -87,8 +100,8 @@ def setup():
         torch.backends.cuda.enable_flash_sdp(False)    # on few tokens plain matmuls are faster
         keep_freed_memory()
         backend = "gloo"
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=PATIENCE)
     return rank, world, device
 
 
@@ -113,6 +126,9 @@ def run(main, parse_args):
     sys.unraisablehook = interrupt_again
     try:
         main(parse_args())
+        # Not after a failure: it could wait for what the other processes will never send.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
@@ -130,8 +146,6 @@ def run(main, parse_args):
             signal.signal(number, signal.SIG_IGN)
         if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def is_of_another_process(error):
@@ -260,6 +274,29 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+def uses_tf32(device):
+    """Whether fp32 matmuls run as TF32 on a device, with 10 bits of mantissa in place of 23."""
+    if device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Context in which fp32 matmuls and convolutions are not TF32: where numbers are compared with
+    those of others, and where nearly equal ones are subtracted. It is for forward passes.
+    """
+    of_matmuls = torch.get_float32_matmul_precision()
+    of_convolutions = torch.backends.cudnn.allow_tf32      # torch's default is TF32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(of_matmuls)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
+
+
 # Attributes of networks that hold a list of like blocks.
 BLOCKS = ("blocks", "layers", "decoder_layers", "heads")
 
@@ -283,14 +320,17 @@ def compile_blocks(network, backend="inductor"):
 
 
 def data_parallel(model):
-    """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
+    """The model in DistributedDataParallel, whose buffers are constants: they are not synced.
+
+    Gradients lie in DDP's buckets, so that they take memory once.
+    """
     # Of a 1 x 1 convolution, whose strides are ambiguous: it costs a copy of one small kernel.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers"                      # its name from torch 2.14 on
     if name not in options:
         name = "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False})
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
 
 def sync_gradients(model, now):
@@ -1360,6 +1400,9 @@ def peak_memory_gib(device):
     """Peak memory of this process, on its GPU if it has one, in GiB. 0.0: it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if device.type == "mps":
+        # What was freed stays with the driver, so that this is about the peak.
+        return torch.mps.driver_allocated_memory() / 2 ** 30
     try:
         import resource
     except ImportError:                                # Windows
@@ -1413,8 +1456,9 @@ class Log:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
-                        device=name, peak_flops=self.peak_flops, python=platform.python_version(),
-                        parameters=parameters, data=data.summary(), resumed_at=start))
+                        device=name, peak_flops=self.peak_flops, tf32=uses_tf32(device),
+                        python=platform.python_version(), parameters=parameters,
+                        data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())

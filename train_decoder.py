@@ -385,8 +385,11 @@ def lpips_distance(vgg, maps, target_maps):
 
 
 def gram_matrix(x):                                                     # b c h w
-    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3."""
-    with torch.autocast(x.device.type, enabled=False):                  # differences are small
+    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3.
+
+    In fp32 and not TF32, since matrices that are nearly equal are to be subtracted.
+    """
+    with torch.autocast(x.device.type, enabled=False), runtime.full_precision():
         x = rearrange(x.float(), "b c h w -> b c (h w)")
         return x @ x.mT / x[0].numel()                                  # b c c
 
