@@ -140,6 +140,11 @@ def run(main, parse_args):
             cause = str(error).splitlines()[0]
             raise SystemExit(f"error: no connection to the other processes of this run ({cause}); "
                              f"if one of them has ended, its message says why") from None
+        if "not currently implemented for the MPS device" in str(error):
+            operator = re.search("'(.*?)'", str(error))[1]
+            raise SystemExit(f"error: this version of torch has no {operator} for Apple's GPUs; "
+                             f"set PYTORCH_ENABLE_MPS_FALLBACK=1, which leaves it to the CPU, or "
+                             f"try a newer version") from None
         raise
     finally:
         for number in stop_signals():                  # the process is ending anyway
