@@ -35,6 +35,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from listing import (
     read_bytes,
     shown,
 )
-from runtime import stop_request, world_size
+from runtime import cores_of_process, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -314,9 +315,9 @@ class FileSource:
         self.crop = crop
         self.flip = flip
         self.with_conversations = with_conversations
-        # The permutation of the epoch that is being loaded; it is too large to keep them all.
-        self.epoch = None
-        self.permutation = None
+        # The epoch that is being loaded and its permutation, which is too large to keep them all.
+        # They are one pair, since threads that load may be in two epochs.
+        self.shuffled = None, None
 
     def __len__(self):
         return len(self.images)
@@ -358,11 +359,12 @@ class FileSource:
 
     def shuffle(self, epoch):
         """Return the indices of the images in the order of an epoch."""
-        if self.epoch != epoch:
+        last_epoch, permutation = self.shuffled
+        if last_epoch != epoch:
             rng = np.random.default_rng((self.seed, epoch, 1, self.index))
-            self.permutation = rng.permutation(len(self))
-            self.epoch = epoch
-        return self.permutation
+            permutation = rng.permutation(len(self))
+            self.shuffled = epoch, permutation
+        return permutation
 
     def load_unbroken(self, index, rng, size):
         """Load images[index] or, as long as the file is broken, a random other image.
@@ -967,7 +969,13 @@ def load_images(data, numbers):
     Returns: b H W 3, uint8
     Raises: ValueError if one is broken or they differ in size
     """
-    return stack_images([data[k] for k in numbers])
+    return stack_images(load_items(data, numbers))
+
+
+def load_items(data, numbers):
+    """Load the items data[k] of numbers k in threads, which decode images side by side."""
+    with ThreadPoolExecutor(cores_of_process()) as threads:
+        return list(threads.map(data.__getitem__, numbers))
 
 
 def stack_images(items):
