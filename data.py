@@ -37,6 +37,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_wor
 from index import count_images, open_table
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
-from runtime import process_rank, stop_request, world_size
+from runtime import cores_of_process, process_rank, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -963,7 +964,13 @@ def load_images(data, numbers):
     Returns: b H W 3, uint8
     Raises: ValueError if one is broken or they differ in size
     """
-    return stack_images([data[k] for k in numbers])
+    return stack_images(load_items(data, numbers))
+
+
+def load_items(data, numbers):
+    """Load the items data[k] of numbers k in threads, which decode images side by side."""
+    with ThreadPoolExecutor(cores_of_process()) as threads:
+        return list(threads.map(data.__getitem__, numbers))
 
 
 def stack_images(items):

@@ -28,9 +28,9 @@ class EpochOrder:
         self.length = length
         self.seed = seed
         self.source = source
-        # The part of the order that is being loaded; it is too large to keep all of it.
-        self.part = None
-        self.indices = None
+        # The part of the order that is being loaded, and its indices: all of it is too large to
+        # keep. They are one pair, since threads that load may be in two parts.
+        self.loaded = None, None
 
     def index_of(self, number):
         """Return which image is number = 0, 1, ... without end."""
@@ -38,10 +38,11 @@ class EpochOrder:
         buffer = 0
         if self.length > AT_ONCE:
             buffer, position = divmod(position, BUFFER)
-        if self.part != (epoch, buffer):
-            self.indices = self.shuffle(epoch, buffer)
-            self.part = (epoch, buffer)
-        return int(self.indices[position])
+        part, indices = self.loaded
+        if part != (epoch, buffer):
+            indices = self.shuffle(epoch, buffer)
+            self.loaded = (epoch, buffer), indices
+        return int(indices[position])
 
     def shuffle(self, epoch, buffer):
         """Return the images of a buffer of an epoch in their order, or of the whole epoch."""

@@ -82,6 +82,18 @@ def world_size():
 PATIENCE = timedelta(minutes=20)
 
 
+def cores_of_machine():
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):               # on Linux a scheduler may have left out some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_process():
+    """This process's part of the CPU cores, at least 1: torchrun starts several on a machine."""
+    return max(1, cores_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
     rank, world = process_rank(), world_size()
@@ -181,6 +193,36 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def all_cores():
+    """Context in which torch computes on all cores of the machine: torchrun gives a process one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, cores_of_machine()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_rank_0(compute):
+    """What compute() returns on rank 0, on all processes. The others wait for it, and leave it all
+    cores. All must call this; a ValueError is raised on all of them.
+    """
+    if not dist.is_initialized():
+        return compute()
+    result, problem = None, None
+    if process_rank() == 0:
+        try:
+            with all_cores():
+                result = compute()
+        except ValueError as error:
+            problem = error
+    result, problem = gather((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
 
 
 def split_numbers(n, batch, rank=0, world=1):
@@ -1040,41 +1082,37 @@ def first_not_finite(named_tensors):
 class Snapshot:
     """Copies a state to the CPU, where training does not change it while a thread writes it.
 
-    The memory is kept for the next copy, as long as the tensors stay where they are. That of a CUDA
-    device's tensors is pinned, so that they are copied at the full speed of the bus.
+    The memory is kept for the next state, which must have the same shapes. That of a CUDA device's
+    tensors is pinned, so that they are copied at the full speed of the bus.
     """
     def __init__(self):
-        self.copies = {}                               # of tensors, by their place in memory
+        self.buffers = {}                              # by the place of a tensor in the state
 
     def take(self, state):
-        """A copy of nested dicts, lists, tensors and plain values. Tensors that are one tensor
-        under several names, such as an EMA that is also part of an autoencoder, stay one.
+        """A copy of nested dicts, lists, tensors and plain values. A tensor that is there twice,
+        such as an EMA that is also part of an autoencoder, is copied once.
         """
-        earlier, self.copies = self.copies, {}
-        copied = self.copy(state, earlier)
+        copies = {}                                    # by the id of a tensor
+        copied = self.copy(state, "", copies)
         if torch.cuda.is_available():                  # copies from a GPU come while we go on
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def copy(self, value, earlier):
+    def copy(self, value, place, copies):
         if isinstance(value, torch.Tensor):
-            return self.copy_tensor(value, earlier)
+            if id(value) not in copies:
+                copies[id(value)] = self.copy_tensor(value, place)
+            return copies[id(value)]
         if isinstance(value, dict):
-            return {key: self.copy(item, earlier) for key, item in value.items()}
+            return {key: self.copy(item, f"{place}/{key}", copies) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy(item, earlier) for item in value)
+            return [self.copy(item, f"{place}/{i}", copies) for i, item in enumerate(value)]
         return value
 
-    def copy_tensor(self, tensor, earlier):
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place in self.copies:
-            return self.copies[place]
-        copy = earlier.get(place)
-        if copy is None:
-            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copy.copy_(tensor, non_blocking=tensor.is_cuda)
-        self.copies[place] = copy
-        return copy
+    def copy_tensor(self, tensor, place):
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.buffers[place].copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class Checkpoints:
