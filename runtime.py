@@ -113,7 +113,10 @@ def setup():
         keep_freed_memory()
         backend = "gloo"
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, _, _ = next(dist.rendezvous("env://"))  # what torchrun's environment names
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=PATIENCE)
+        heartbeat.start(store)
     return rank, world, device
 
 
@@ -138,6 +141,7 @@ def run(main, parse_args):
     sys.unraisablehook = interrupt_again
     try:
         main(parse_args())
+        heartbeat.sign_off()
         # Not after a failure: it could wait for what the other processes will never send.
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -149,13 +153,14 @@ def run(main, parse_args):
         raise SystemExit(str(stop) or "stopped; give the command again") from None
     except RuntimeError as error:
         if is_of_another_process(error):
+            ignore_stop_signals()                      # torchrun asks to stop while this waits
             cause = str(error).splitlines()[0]
-            raise SystemExit(f"error: no connection to the other processes of this run ({cause}); "
-                             f"if one of them has ended, its message says why") from None
+            raise SystemExit(f"error: a connection between processes of this run was lost: "
+                             f"{heartbeat.describe_silent()} ({cause})") from None
         raise
     finally:
-        for number in stop_signals():                  # the process is ending anyway
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stop_signals()                          # the process is ending anyway
+        heartbeat.stop()
         if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -163,6 +168,11 @@ def run(main, parse_args):
 def is_of_another_process(error):
     """Whether a RuntimeError says that another process of the group can no longer be reached."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def ignore_stop_signals():
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def one_line(error):
@@ -229,6 +239,107 @@ def split_numbers(n, batch, rank=0, world=1):
     """This process's part of the numbers 0..n-1, in batches: a list of ranges."""
     starts = range(rank, n, batch * world)
     return [range(start, min(n, start + batch * world), world) for start in starts]
+
+
+class Heartbeat:
+    """Ends this process, with a line that names the culprit, when another process of the run is
+    gone or frozen.
+
+    Otherwise the next collective would wait for that process until it times out. A thread of each
+    process counts its beats in the store of the process group, and watches the counts of all. So a
+    process may compute for as long as it likes, while one that was killed, stopped or cut off
+    from the network falls silent. Silence is counted in beats of the watcher: a run that is
+    suspended as a whole, by Ctrl-Z, is not mistaken for a dead one.
+    """
+    SECONDS = 5.0        # between beats
+    LIMIT = 12           # silent beats: C code that holds Python's lock may silence the thread, too
+    SUSPECT = 3          # silent beats that are enough if a connection was lost
+
+    def __init__(self):
+        self.store = None                              # of all processes; None: there is only one
+        self.has_store = True                          # it answered the last time
+        self.hosts = []                                # of the ranks
+        self.counts = []                               # of the ranks' beats, as the store has them
+        self.silence = []                              # of the ranks, in beats of this process
+        self.is_over = threading.Event()
+        self.thread = None
+
+    def start(self, store):
+        """Begin, in all processes together. store: that of the process group."""
+        # A connection of its own: on that of the group, collectives may wait for minutes.
+        self.store = dist.PrefixStore("heartbeat", store.clone())
+        self.store.add(str(process_rank()), 1)
+        self.hosts = gather(platform.node())           # from now on every rank has a count
+        self.counts, self.silence = [None] * len(self.hosts), [0] * len(self.hosts)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        """What the thread does."""
+        while not self.is_over.wait(self.SECONDS):
+            self.has_store = False
+            unanswered = threading.Timer(self.LIMIT * self.SECONDS, self.end_process)
+            unanswered.daemon = True
+            unanswered.start()
+            try:
+                self.beat()
+            except dist.DistError:                     # the store is gone: the timer will say it,
+                return                                 # unless this process ends before, too
+            unanswered.cancel()
+            self.has_store = True
+            if max(self.silence) > self.LIMIT:
+                self.end_process()
+
+    def beat(self):
+        """Count a beat of this process, and the silent beats of all."""
+        self.store.add(str(process_rank()), 1)
+        counts = self.store.multi_get([str(rank) for rank in range(len(self.hosts))])
+        for rank, count in enumerate(counts):
+            is_silent = count == self.counts[rank] and count != b"ended"
+            self.silence[rank] = self.silence[rank] + 1 if is_silent else 0
+        self.counts = counts
+
+    def describe(self, beats):
+        """Name the ranks that have been silent for so many beats, in a sentence."""
+        seconds = f"{beats * self.SECONDS:.0f} s"
+        causes = "killed, failed, frozen or cut off; its last lines may say why"
+        if not self.has_store:
+            return (f"rank 0 on {self.hosts[0]}, or the torchrun there, has not answered for "
+                    f"{seconds}: {causes}")
+        names = []
+        for rank, silence in enumerate(self.silence):
+            if silence >= beats:
+                names.append(f"rank {rank} on {self.hosts[rank]}")
+        if not names:
+            return "the last lines of the others may say why"
+        return f"no sign of life for {seconds} from {', '.join(names)}: {causes}"
+
+    def describe_silent(self):
+        """Wait until processes that have ended just now must have fallen silent, and name them."""
+        if self.store is not None:
+            time.sleep((self.SUSPECT + 1) * self.SECONDS)
+        return self.describe(self.SUSPECT)
+
+    def end_process(self):
+        """Called in a thread, since the main thread may wait in a collective that never ends."""
+        say_in_handler(f"error: {self.describe(self.LIMIT)}; rank {process_rank()} ends, since it "
+                       f"cannot go on alone")
+        os._exit(1)
+
+    def sign_off(self):
+        """Say that this process has done its work, and will be silent. Others may still work."""
+        if self.store is None:
+            return
+        self.stop()
+        self.thread.join(self.SECONDS)                 # a beat more would count up from "ended"
+        with contextlib.suppress(RuntimeError):        # rank 0, and the store with it, has ended
+            self.store.set(str(process_rank()), "ended")
+
+    def stop(self):
+        self.is_over.set()
+
+
+heartbeat = Heartbeat()                                # of this process
 
 
 # ---------------------------------------------------------------------------- signals
@@ -597,18 +708,22 @@ class Lock:
             self.file = None
 
 
+def lock_file(path):
+    """The file that locks an output file X: .X.lock beside it."""
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
 def lock(path, is_folder=False):
     """Lock an output: a folder, by OUT/.lock, or a file X, by .X.lock beside it. Returns a Lock.
 
     Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
     another run has it.
     """
-    path = Path(path)
-    file = path / ".lock" if is_folder else path.with_name(f".{path.name}.lock")
+    file = Path(path) / ".lock" if is_folder else lock_file(path)
     taken, problem = None, None
     if process_rank() == 0:
         try:
-            taken = Lock(file, path)
+            taken = Lock(file, Path(path))
         except (ValueError, OSError) as error:
             problem = one_line(error)
     problem = gather(problem)[0]
@@ -626,6 +741,19 @@ def locked(path):
     finally:
         if taken is not None:                          # of rank 0
             taken.release()
+
+
+def check_shared(path):
+    """Raise ValueError unless all processes see the lock that rank 0 has on a file: its disk must
+    be shared where all of them write what rank 0 reads.
+    """
+    file = lock_file(path)
+    sees_lock = gather((platform.node(), file.exists()))
+    for host, is_seen in sees_lock:
+        if sees_lock[0][1] and not is_seen:            # rank 0 has no lock on Windows
+            raise ValueError(f"{path} is not on a disk that {host} shares with "
+                             f"{sees_lock[0][0]}, whose process puts the files of all together; "
+                             f"name an --out on a shared disk")
 
 
 def check_out(path, flag="--out"):
@@ -814,7 +942,7 @@ class Parser(argparse.ArgumentParser):
         """
         args = self.parse_args(argv)
         try:
-            args = resolve(args)
+            args = resolve(with_resume(args, self.shown_defaults))
             check(args)
         except (ValueError, FileNotFoundError) as error:
             self.error(str(error))
@@ -822,7 +950,7 @@ class Parser(argparse.ArgumentParser):
 
 
 RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DTYPE,
-                    resume=False, overwrite=False, wandb=None)
+                    resume=False, auto_resume=False, overwrite=False, wandb=None)
 
 
 def add_run_flags(p):
@@ -854,10 +982,22 @@ def add_run_flags(p):
     p.add_argument("--preview_every", type=at_least(0), help="Steps between pictures; 0: none.")
     p.add_argument("--resume", action="store_true", default=None,
                    help="Go on from OUT/last.pt. Flags that are not given keep their values.")
+    p.add_argument("--auto_resume", action="store_true", default=None,
+                   help="Go on from OUT/last.pt if it is there, else start: for jobs that are "
+                        "started again by the same command (torchrun --max_restarts, queues).")
     p.add_argument("--overwrite", action="store_true", default=None,
                    help="Start anew although OUT/last.pt exists.")
     p.add_argument("--wandb", metavar="PROJECT",
                    help="Project of Weights & Biases to log to as well (pip install wandb).")
+
+
+def with_resume(args, defaults):
+    """A copy of args in which --auto_resume has become --resume, if there is a checkpoint."""
+    values = vars(args)
+    if values.get("auto_resume"):
+        out = Path(values["out"] or defaults["out"])
+        values = dict(values, resume=values["resume"] or (out / "last.pt").exists())
+    return argparse.Namespace(**values)
 
 
 def given_flags(args):
@@ -870,6 +1010,10 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
+# Flags that a checkpoint's run does not hand on to the command that resumes it.
+OF_COMMAND = ("out", "resume", "auto_resume", "overwrite")
+
+
 def flags_of_run(out, script, key, parser):
     """The flags in OUT/last.pt, for --resume, as a dict.
 
@@ -878,14 +1022,14 @@ def flags_of_run(out, script, key, parser):
     """
     path = Path(out) / "last.pt"
     if not path.exists():
-        raise ValueError(f"--resume needs {path}, which does not exist; leave the flag out to "
-                         f"start a run")
+        raise ValueError(f"--resume needs {path}, which does not exist on {platform.node()}; leave "
+                         f"the flag out to start a run (of several nodes, all read this file)")
     state = load_checkpoint(path)
     if "args" not in state or key not in state:
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
     parser.check_values(state["args"], path)
     flags = dict(state["args"])
-    for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
+    for name in OF_COMMAND:
         flags.pop(name, None)
     # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
     if flags.pop("balance", None) is not None and flags.get("prediction") == "x0":
@@ -917,6 +1061,29 @@ def check_unchanged(args, stored, fixed):
                              f"{advice}")
 
 
+def check_same_run(args, resumed):
+    """Raise ValueError unless all processes have the same flags and go on from the same step.
+
+    On several nodes the command is given several times, and the disks may differ. resumed: the
+    checkpoint, or None.
+    """
+    flags = flags_as_dict(args)
+    flags.pop("workers")                               # depends on the node's cores, and may differ
+    flags["step"] = resumed["step"] if resumed else 0
+    of_ranks = gather((platform.node(), flags))
+    first_host, first = of_ranks[0]
+    for rank, (host, own) in enumerate(of_ranks):
+        different = [name for name in own if own[name] != first.get(name)]
+        if own["step"] != first["step"]:
+            raise ValueError(f"rank {rank} on {host} would go on from step {own['step']}, and rank "
+                             f"0 on {first_host} from step {first['step']}: {args.out}/last.pt "
+                             f"must be the same file on all nodes; share the disk, or copy it")
+        if different:
+            name = different[0]
+            raise ValueError(f"rank {rank} on {host} has --{name} {own[name]}, and rank 0 on "
+                             f"{first_host} {first.get(name)}; give all nodes the same command")
+
+
 def default_warmup(steps):
     """Steps of warm-up: 100, or a tenth of a run of less than 1000 steps."""
     return min(100, steps // 10)
@@ -940,9 +1107,15 @@ def check_run_flags(args):
         nearest = max(1, round(args.batch / unit)) * unit
         raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch "
                          f"{args.micro_batch} x {world} processes; try --batch {nearest}")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite starts anew; give one of "
-                         "them")
+    goes_on = args.resume or args.auto_resume
+    if goes_on and args.overwrite:
+        flag = "--auto_resume" if args.auto_resume else "--resume"
+        raise ValueError(f"{flag} goes on with a run and --overwrite starts anew; give one of them")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and not goes_on:
+        raise ValueError(f"torchrun --max_restarts {restarts} gives this command again when a "
+                         f"process fails; add --auto_resume, so that it then goes on from "
+                         f"{args.out}/last.pt")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {args.wandb} needs a package: pip install wandb")
     last = Path(args.out) / "last.pt"

@@ -1005,6 +1005,7 @@ def main(args):
     check_output(out)
     rank, world, device = runtime.setup()
     with runtime.locked(out):
+        runtime.check_shared(out)
         sample_to(out, args, rank, world, device)
 
 

@@ -996,6 +996,7 @@ def main(args, data=None):
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
     resumed = load_resumed(args, "train_decoder.py") if args.resume else None
+    runtime.check_same_run(args, resumed)
 
     # ---------------------------------------------------------------- data
     statistics_data = data

@@ -274,6 +274,7 @@ def main(args, data=None):
     lock = runtime.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
     resumed = release.load_resumed(args, "train_dit.py") if args.resume else None
+    runtime.check_same_run(args, resumed)
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
     packed_rae = choose_autoencoder(args, resumed, init)
     channels, grid, _ = packed_rae["latent_var"].shape

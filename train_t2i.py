@@ -571,6 +571,7 @@ def main(args, data=None, conversation=None):
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
     resumed = release.load_resumed(args, "train_t2i.py") if args.resume else None
+    runtime.check_same_run(args, resumed)
     init = resumed
     if args.init and not resumed:
         init = read_t2i(args.init, args.release_dir)
