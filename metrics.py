@@ -52,11 +52,10 @@ from einops import rearrange
 from scipy import ndimage
 from torchvision.models import Inception3, inception
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.functional import normalize
 
 import runtime
 from data import Arrays, load_images, open_data, parse_specs, resize_images
-from model import IMAGENET_PIXELS
+from model import IMAGENET_PIXELS, Normalise
 from release import load_encoder, load_vit, pixel_statistics, training_data
 from shapes import CLASSES, read_scene
 
@@ -252,6 +251,7 @@ class DINOv2Features(FeatureNetwork):
         table = F.interpolate(table, scale_factor=scale, mode="bicubic")   # 1 c 16 16
         table = rearrange(table, "1 c h w -> 1 (h w) c")
         self.vit.pos_embed.data = torch.cat([class_position, table], 1)    # 1 1+16*16 c
+        self.normalise = Normalise(*IMAGENET_PIXELS)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -259,7 +259,7 @@ class DINOv2Features(FeatureNetwork):
         device = self.vit.pos_embed.device
         x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
         x = resize_images(x, self.image_size)                              # b 3 224 224
-        features = self.vit(normalize(x, *IMAGENET_PIXELS))                # b c
+        features = self.vit(self.normalise(x))                             # b c
         return features.cpu(), None
 
 

@@ -1,5 +1,5 @@
 """What every script needs around its loop: processes, signals, precision, seeds, EMA, schedules,
-files, checkpoints, logs.
+files, checkpoints, FLOPs, logs.
 
 Randomness depends only on (seed, step, number of the micro-batch) and the data only on the step, so
 that a resumed run is exact to the bit on CPU, and k processes with one micro-batch each compute
@@ -26,14 +26,18 @@ import time
 import warnings
 import zipfile
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 try:
@@ -254,6 +258,28 @@ def say_in_handler(line):
 def autocast(device, dtype):
     """Context in which matmuls run in bf16 if dtype is "bf16", and in fp32 otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# Attributes of networks that hold a list of like blocks.
+BLOCKS = ("blocks", "layers", "decoder_layers", "heads")
+
+
+def compile_blocks(network, backend="inductor"):
+    """Compile the blocks inside a network, which happens when each kind of them first runs.
+
+    Like blocks share a graph, so that this takes as long for 28 of them as for one. What is between
+    them takes little time, and is left as it is.
+    To be called before DDP or FSDP wraps the network. backend: of torch.compile.
+    """
+    # Else each graph would be cut where one of DDP's buckets is full, in the middle of a block.
+    torch._dynamo.config.optimize_ddp = False
+    # Graphs of a class: of every width, with gradients and without, of other batches. Beyond this
+    # number torch goes on without compiling; its default of 8 is for one function.
+    torch._dynamo.config.recompile_limit = 64
+    for name, blocks in network.named_modules():
+        if name.rpartition(".")[2] in BLOCKS:
+            for block in blocks:
+                block.compile(backend=backend)
 
 
 def data_parallel(model):
@@ -739,7 +765,8 @@ def add_run_flags(p):
                    help="Decay per step of the average of the weights, below 1.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
                    help="Precision of matmuls: bf16 where the machine is fast at it.")
-    p.add_argument("--log_every", type=at_least(1), help="Steps between lines of the log.")
+    p.add_argument("--log_every", type=at_least(1),
+                   help="Steps between lines of the log: loss, gradient, images/s, MFU, memory.")
     p.add_argument("--save_every", type=at_least(1),
                    help="Steps between checkpoints; the last step is always saved.")
     p.add_argument("--preview_every", type=at_least(0), help="Steps between pictures; 0: none.")
@@ -961,6 +988,55 @@ class Updates:
         return self.left_out >= self.IN_A_ROW or sum(self.recent) >= self.RECENT // 2
 
 
+def first_not_finite(named_tensors):
+    """Name of the first of (name, tensor) pairs that is not finite, or None: one wait for a GPU."""
+    are_finite = torch.stack([tensor.isfinite().all() for _, tensor in named_tensors])
+    for (name, _), is_finite in zip(named_tensors, are_finite.tolist(), strict=True):
+        if not is_finite:
+            return name
+    return None
+
+
+class Snapshot:
+    """Copies a state to the CPU, where training does not change it while a thread writes it.
+
+    The memory is kept for the next copy, as long as the tensors stay where they are. That of a CUDA
+    device's tensors is pinned, so that they are copied at the full speed of the bus.
+    """
+    def __init__(self):
+        self.copies = {}                               # of tensors, by their place in memory
+
+    def take(self, state):
+        """A copy of nested dicts, lists, tensors and plain values. Tensors that are one tensor
+        under several names, such as an EMA that is also part of an autoencoder, stay one.
+        """
+        earlier, self.copies = self.copies, {}
+        copied = self.copy(state, earlier)
+        if torch.cuda.is_available():                  # copies from a GPU come while we go on
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def copy(self, value, earlier):
+        if isinstance(value, torch.Tensor):
+            return self.copy_tensor(value, earlier)
+        if isinstance(value, dict):
+            return {key: self.copy(item, earlier) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.copy(item, earlier) for item in value)
+        return value
+
+    def copy_tensor(self, tensor, earlier):
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in self.copies:
+            return self.copies[place]
+        copy = earlier.get(place)
+        if copy is None:
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        self.copies[place] = copy
+        return copy
+
+
 class Checkpoints:
     """Writes OUT/last.pt, as long as the run is sane, and stops a run that has diverged.
 
@@ -968,9 +1044,10 @@ class Checkpoints:
     its last update did to the loss is only known after the next step. Until then, the checkpoint
     before it is kept as OUT/previous.pt, to be brought back if the run diverges.
     All processes call the same methods; rank 0 writes. lock: that of OUT, held as long as this
-    object.
+    object. in_background: whether training goes on while a thread writes a copy of the state, as it
+    should on a GPU, which would wait otherwise. A run that ends or stops writes at once.
     """
-    def __init__(self, args, rank, log, lock):
+    def __init__(self, args, rank, log, lock, in_background=False):
         self.out, self.steps = Path(args.out), args.steps
         self.save_every, self.log_every = args.save_every, args.log_every
         self.rank, self.log, self.lock = rank, log, lock
@@ -978,6 +1055,11 @@ class Checkpoints:
         self.saved_step = None                         # by this process
         self.is_behind = False                         # the last checkpoint could not be written
         self.has_previous = False
+        self.is_judged = False                         # a step after the last checkpoint was finite
+        self.in_background = in_background
+        self.snapshot = Snapshot()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing = None                            # Future of the thread's checkpoint
 
     @property
     def last(self):
@@ -1005,11 +1087,31 @@ class Checkpoints:
         """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
         self.updates.add(*grad_norms)
         is_left_out = self.updates.left_out > 0
-        if self.has_previous and not is_left_out:      # the loss of the saved weights is finite
-            self.drop_previous()
+        if not is_left_out:                            # the loss of the saved weights is finite
+            self.is_judged = True
+        if self.writing is None or self.writing.done():
+            self.finish()
         is_end = done == self.steps                    # which cannot be saved, if it was left out
         if self.updates.have_diverged() or is_left_out and is_end:
+            self.finish()
             self.stop_diverged()
+
+    def finish(self):
+        """Wait for the thread, if it writes a checkpoint, and say what prevented it. Then delete
+        the checkpoint before it, if that is needed no longer.
+        """
+        if self.writing is not None:
+            problem = self.writing.result()
+            self.writing = None
+            self.note(problem)
+        if self.has_previous and self.is_judged:
+            self.drop_previous()
+
+    def note(self, problem):
+        """Remember and say what prevented a checkpoint. None: it is written."""
+        self.is_behind = problem is not None
+        if problem:
+            self.log.say(f"warning: {problem}; training goes on, and tries again")
 
     def keep_previous(self):
         """Give the checkpoint that is to be replaced a second name, or copy it without links."""
@@ -1044,8 +1146,10 @@ class Checkpoints:
         """Whether to write a checkpoint after step `done`, the same on all processes."""
         if self.updates.left_out > 0:
             return False
-        if self.is_behind and done % self.log_every == 0:
-            return True
+        if done % self.log_every == 0:
+            self.is_behind = gather(self.is_behind)[0]     # rank 0 alone knows how its thread ended
+            if self.is_behind:
+                return True
         return done % self.save_every == 0 or done == self.steps or is_stop
 
     def save(self, done, is_stop=False, **state):
@@ -1054,22 +1158,35 @@ class Checkpoints:
         If that fails, as on a full disk, the run goes on from memory, and is_due() after the next
         line of the log. Raises OSError if it fails when the run ends.
         """
+        self.finish()                                  # the one before may still be being written
         problem = None
         is_last = is_stop or done == self.steps
         if self.rank == 0:
             problem = self.write(done, state, is_last)
         problem = gather(problem)[0]
-        self.is_behind = problem is not None
         if problem and is_last:
             raise OSError(problem)
-        if problem:
-            self.log.say(f"warning: {problem}; training goes on, and tries again")
+        self.note(problem)
 
     def write(self, done, state, is_last):
-        """Write the checkpoint; returns what prevented it, or None."""
-        for name, weight in [*state["model"].items(), *state.get("ema", {}).items()]:
-            if not weight.isfinite().all():
-                return f"step {done} is not saved, since {name} is not finite"
+        """Write the checkpoint, or let the thread do so; returns what prevented it, or None."""
+        name = first_not_finite([*state["model"].items(), *state.get("ema", {}).items()])
+        if name is not None:
+            return f"step {done} is not saved, since {name} is not finite"
+        self.is_judged = False
+        if self.in_background and not is_last:
+            copy = self.snapshot.take(state)
+            self.writing = self.thread.submit(self.write_files, done, copy)
+            return None
+        problem = self.write_files(done, state)
+        if is_last and problem is None:                # no later step will judge it
+            self.drop_previous()
+        return problem
+
+    def write_files(self, done, state):
+        """Write last.pt, and keep the one before as previous.pt; returns what prevented it, or
+        None.
+        """
         try:
             self.keep_previous()
             save_checkpoint(self.last, step=done, **state)
@@ -1077,12 +1194,11 @@ class Checkpoints:
             self.drop_previous()                       # it is the same as the last one
             return one_line(error)
         self.saved_step = done
-        if is_last:                                    # no later step will judge it
-            self.drop_previous()
         return None
 
     def say_stopped(self):
         """Say how to go on, as the last line of a run that was asked to stop."""
+        self.finish()
         out = shlex.quote(str(self.out))
         if self.last.exists():
             advice = f"go on by --resume --out {out}"
@@ -1090,6 +1206,153 @@ class Checkpoints:
             advice = "there is no checkpoint; give the command again"
         step = f"after saving step {self.saved_step}" if self.saved_step else "without saving"
         self.log.say(f"stopped by {stop_request.name or 'another process'} {step}; {advice}")
+
+
+# ---------------------------------------------------------------------------- speed
+# FLOPs of what a forward pass consists of, for FlopCounter: two for each multiply-add.
+def linear_flops(output, input, weight, bias=None):
+    return 2 * output.numel() * weight.shape[1]        # weight: out in
+
+
+def convolution_flops(output, input, weight, *settings, **options):
+    return 2 * output.numel() * weight[0].numel()      # weight: out in kernel
+
+
+def attention_flops(output, query, key, *rest, **options):
+    """Of QK^T and of its product with V. Causal attention counts as whole, as in other papers."""
+    return 4 * query.numel() * key.shape[-2]           # key: ... tokens dh
+
+
+def matmul_flops(output, a, b):
+    return 2 * output.numel() * a.shape[-1]
+
+
+PRODUCTS_WITH_WEIGHTS = {
+    F.linear: linear_flops,
+    F.conv1d: convolution_flops,
+    F.conv2d: convolution_flops,
+}
+PRODUCTS_OF_ACTIVATIONS = {
+    F.scaled_dot_product_attention: attention_flops,
+    torch.matmul: matmul_flops,
+    torch.Tensor.matmul: matmul_flops,
+    torch.Tensor.__matmul__: matmul_flops,             # a @ b
+}
+
+
+class Flops(NamedTuple):
+    """FLOPs of a forward pass, and from them those of training.
+
+    These are the model's: what activation checkpointing computes twice counts once.
+    """
+    weights: int             # of products with weights
+    activations: int         # of products of two activations, in attention
+
+    @property
+    def forward(self):
+        return self.weights + self.activations
+
+    @property
+    def training(self):
+        """Forward and backward. One product has two gradients, one for each of its factors."""
+        return 3 * self.forward
+
+    @property
+    def frozen(self):
+        """Forward and backward through frozen weights, which have no gradient themselves."""
+        return 2 * self.weights + 3 * self.activations
+
+
+class FlopCounter(TorchFunctionMode):
+    """Context that counts the FLOPs of the matmuls, convolutions and attention inside it.
+
+    What works on single elements, such as norms and GELU, counts nothing.
+    """
+    def __init__(self):
+        super().__init__()
+        self.weights = 0
+        self.activations = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        options = kwargs or {}
+        if function is F.linear:                       # shapes are all that is needed
+            output = args[0].new_zeros(*args[0].shape[:-1], len(args[1]))
+        else:
+            output = function(*args, **options)
+        if function in PRODUCTS_WITH_WEIGHTS:
+            self.weights += PRODUCTS_WITH_WEIGHTS[function](output, *args, **options)
+        elif function in PRODUCTS_OF_ACTIVATIONS:
+            self.activations += PRODUCTS_OF_ACTIVATIONS[function](output, *args, **options)
+        return output
+
+
+@torch.no_grad()
+def count_flops(function, *inputs):
+    """The Flops of the forward pass function(*inputs).
+
+    function: a module, or a method of one, in eval mode, so that it draws no random numbers. Runs
+    it, but for the linear layers; so a batch of one is best.
+    """
+    counter = FlopCounter()
+    with counter:
+        function(*inputs)
+    return Flops(counter.weights, counter.activations)
+
+
+# Matmuls of GPUs in TFLOP/s, dense, with sums in fp32: in bf16, and in fp32 as setup() has it
+# (TF32). None: they are emulated. Words of torch.cuda.get_device_name, the more special first.
+# Source: NVIDIA's data sheets and white papers of each; many of them give twice the number, for
+# sparse matrices.
+GPU_PEAKS = {
+    "B200": (2250, 1100),
+    "H200 NVL": (835, 418),
+    "H200": (989, 495),
+    "GH200": (989, 495),
+    "H100 NVL": (835, 418),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 495),
+    "A100": (312, 156),
+    "A10": (125, 62.5),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "T4": (None, 8.1),                                 # Turing has no TF32
+    "V100": (None, 15.7),
+    "RTX 5090": (209.5, 104.8),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71, 35.6),
+}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s at which a device could multiply matrices in dtype "bf16" or "fp32"; None: unknown.
+
+    Of a GPU the maker's number, of a CPU the best of a few products, with the threads of this
+    process.
+    """
+    if device.type == "cuda":
+        return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)
+    if device.type != "cpu":
+        return None
+    n = 512
+    ones = torch.ones(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ones @ ones
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
+
+
+def gpu_peak_flops(name, dtype):
+    """FLOP/s of the GPU called `name` by GPU_PEAKS; None: it is not there, or is a part of one."""
+    words = f" {name.replace('-', ' ')} "
+    if " MIG " in words or " Laptop " in words or " D " in words:      # slower ones
+        return None
+    for model, (bf16, fp32) in GPU_PEAKS.items():
+        if f" {model} " in words:
+            teraflops = bf16 if dtype == "bf16" else fp32
+            return None if teraflops is None else teraflops * 1e12
+    return None
 
 
 # ---------------------------------------------------------------------------- log
@@ -1129,8 +1392,9 @@ class Log:
     """A progress bar and lines on the screen, the same records in OUT/log.jsonl. Only rank 0
     writes.
 
-    args: flags of the run (out, steps, batch, wandb and all that is recorded). start: step at which
-    this process begins. parameters: number of trained parameters. data: ImageData.
+    args: flags of the run (out, steps, batch, dtype, wandb and all that is recorded). start: step
+    at which this process begins. parameters: number of trained parameters. data: ImageData.
+    flops: those of this process since the last line, which the training loop adds up.
     """
     def __init__(self, args, rank, device, start, parameters, data):
         self.steps, self.batch, self.device = args.steps, args.batch, device
@@ -1139,6 +1403,8 @@ class Log:
         self.out, self.rank = Path(args.out), rank
         self.unwritten = ""                            # lines that the disk had no room for
         self.first_seconds = None                      # of the first step
+        self.flops = 0
+        self.peak_flops = peak_flops(device, args.dtype)
         self.bar = None
         if rank == 0:
             self.forget_later_steps(start)
@@ -1147,8 +1413,8 @@ class Log:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
-                        device=name, python=platform.python_version(), parameters=parameters,
-                        data=data.summary(), resumed_at=start))
+                        device=name, peak_flops=self.peak_flops, python=platform.python_version(),
+                        parameters=parameters, data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())
@@ -1224,13 +1490,29 @@ class Log:
         images_per_second = (step - self.last_step) * self.batch / seconds
         seconds_left = (self.steps - step) * self.batch / images_per_second
         gib = peak_memory_gib(self.device)
+        mfu = self.flops_utilisation(seconds)
         self.write(dict(step=step, loss=loss, grad=grad_norm, lr=lr, img_per_s=images_per_second,
-                        gib=gib, eta_h=seconds_left / 3600, **more))
+                        mfu=mfu, gib=gib, eta_h=seconds_left / 3600, **more))
         self.bar.update(step - self.bar.n)
+        speed = f"{images_per_second:.0f} img/s"
+        if mfu is not None:
+            speed += f" | {100 * mfu:.0f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
-                 f"| {images_per_second:.0f} img/s | {gib:.1f} GiB "
-                 f"| {time_left(seconds_left)} left")
+                 f"| {speed} | {gib:.1f} GiB | {time_left(seconds_left)} left")
+        self.flops = 0
         self.last_step, self.last_time = step, time.time()
+
+    def flops_utilisation(self, seconds):
+        """MFU of the last seconds: the FLOPs of the model, of those that matmuls alone could have
+        computed in that time. None: the device's peak, or the FLOPs are not known.
+
+        It counts what the training needs, once, however often it is computed. Reading images,
+        saving, previews and evaluations since the last line take time and add no FLOPs.
+        Source: PaLM, arXiv 2204.02311, appendix B.
+        """
+        if self.peak_flops is None or self.flops == 0:
+            return None
+        return self.flops / seconds / self.peak_flops
 
     def preview(self, step, draw):
         """Write OUT/preview_STEP.png, on rank 0. What prevents it costs no more than the picture.

@@ -526,7 +526,7 @@ def add_model_flags(p, classes=True, text=True):
                    help="Images per forward pass; does not change them.")
     p.add_argument("--dtype", choices=("bf16", "fp32"), help="Precision of matmuls.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the models by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
 
 
 def add_verifier_flags(p):
@@ -666,10 +666,10 @@ def load_models(args, device, with_encoder=False):
         raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, "
                          f"and {args.ckpt} had --class_dropout 0; use --guidance 1 or --weak_ckpt")
     if args.compile:
-        model.compile()
-        rae.decoder.compile()
+        runtime.compile_blocks(model)
+        runtime.compile_blocks(rae)
     if args.compile and weak:
-        weak.compile()
+        runtime.compile_blocks(weak)
     return model, rae, state, weak
 
 
@@ -697,8 +697,8 @@ def load_t2i_models(args, device, with_encoder=False):
         raise ValueError(f"--guidance {args.guidance} needs a model trained with dropout of its "
                          f"conditions, and {args.ckpt} had --class_dropout 0; use --guidance 1")
     if args.compile:
-        t2i.compile()
-        rae.decoder.compile()
+        runtime.compile_blocks(t2i)
+        runtime.compile_blocks(rae)
     return t2i, rae, state
 
 

@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
@@ -41,6 +40,7 @@ from model import (
     HALF_PIXELS,
     IMAGENET_PIXELS,
     RAE,
+    Normalise,
     build_decoder,
     check_heads,
 )
@@ -142,7 +142,7 @@ def make_parser():
                    help="Recompute activations in the backward pass: less memory, a quarter more "
                         "time.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the decoder by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--tau", type=at_least(0.0),
                    help="Strength of the noise on the latents; paper: 0.8.")
@@ -465,7 +465,7 @@ class Discriminator(nn.Module):
             timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
         else:
             timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
-        self.mean, self.std = pixels
+        self.normalise = Normalise(*pixels)
         self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
         # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
         # 11. The release has the last one twice.
@@ -481,7 +481,7 @@ class Discriminator(nn.Module):
         is_much_larger = images.shape[-1] > 2 * self.image_size
         x = F.interpolate(images, size, mode="bilinear", antialias=is_much_larger)      # b 3 s s
         maps = self.vit.forward_intermediates(
-            normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+            self.normalise(x), norm=False, output_fmt="NLC",
             intermediates_only=True)                                    # of each block b n d
         logits = []
         for head, block in zip(self.heads, self.blocks, strict=True):
@@ -691,6 +691,16 @@ class Networks:
             self.discriminator = Discriminator(args.disc).to(device)
             self.discriminator.vit.set_grad_checkpointing(args.checkpoint_activations)
 
+    def compile(self):
+        """Compile the blocks of what training runs, which the EMA is not a part of."""
+        runtime.compile_blocks(self.encoder)
+        runtime.compile_blocks(self.decoder)
+        runtime.compile_blocks(self.reconstruction_loss)
+        if self.reconstruction_loss.vgg is not None:
+            self.reconstruction_loss.vgg.net.compile()      # whole, as no two layers are alike
+        if self.discriminator is not None:
+            runtime.compile_blocks(self.discriminator)
+
     def load_initial(self, path):
         """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
         if is_published_rae(path):
@@ -756,8 +766,6 @@ class Trainer:
         self.parallel_decoder = self.decoder
         if world > 1:
             self.parallel_decoder = runtime.data_parallel(self.decoder)
-        if args.compile:
-            self.parallel_decoder = torch.compile(self.parallel_decoder)
 
     def prepare(self, micro_batches):
         """Turn what data.batches yields into MicroBatches on the device, one at a time."""
@@ -932,6 +940,45 @@ class LossMeter:
         return means
 
 
+# ---------------------------------------------------------------------------- speed
+class ImageFlops(NamedTuple):
+    """FLOPs of a training step for each image. What is decoded twice with the GAN counts once."""
+    reconstruction: float        # encoder, decoder and reconstruction loss
+    discriminator: float         # training of the discriminator
+    gan: float                   # gradient of the GAN's loss at the image
+
+    def at(self, step, args):
+        flops = self.reconstruction
+        if args.gan > 0 and step >= args.disc_start:
+            flops += self.discriminator
+        if args.gan > 0 and step >= args.gan_start:
+            flops += self.gan
+        return flops
+
+
+def count_image_flops(networks, args, device):
+    """The ImageFlops of Networks. The optimizers and the EMA count nothing."""
+    encoder, decoder = networks.ema_encoder, networks.ema[0]            # in eval mode
+    image = torch.zeros(1, 3, args.size, args.size, device=device)
+    drawn = torch.zeros(1, 3, decoder.image_size, decoder.image_size, device=device)
+    latents = torch.zeros(1, encoder.channels, encoder.grid, encoder.grid, device=device)
+    encoding = runtime.count_flops(encoder.encode, image)
+    decoding = runtime.count_flops(decoder, latents)
+    loss = runtime.count_flops(networks.reconstruction_loss, drawn, drawn)
+    # Half of the loss's networks run on the target, without a backward pass.
+    flops = decoding.training + (loss.forward + loss.frozen) / 2
+    flops += encoding.training if encoder.trainable else encoding.forward
+    if networks.discriminator is None:
+        return ImageFlops(flops, 0, 0)
+
+    side = networks.discriminator.image_size
+    seen = torch.zeros(1, 3, side, side, device=device)
+    vit = runtime.count_flops(networks.discriminator.vit.forward_features, seen)
+    both = runtime.count_flops(networks.discriminator, drawn)           # the ViT and its heads
+    training = vit.forward + both.training - vit.training               # the ViT is frozen
+    return ImageFlops(flops, 2 * training, both.frozen)                 # 2: a fake and a real one
+
+
 # ---------------------------------------------------------------------------- training
 def statistics_size(args, data):
     """Number of images to measure latents of: whole batches of at most --stats_n images."""
@@ -978,6 +1025,8 @@ def main(args, data=None):
         networks.load_resumed(resumed)
     elif args.init:
         networks.load_initial(args.init)
+    if args.compile:
+        networks.compile()
 
     # ---------------------------------------------------------------- optimiser
     optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)
@@ -996,9 +1045,11 @@ def main(args, data=None):
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     meter = LossMeter(data, device)
+    image_flops = count_image_flops(networks, args, device)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     warn_of_tiny_encoder(log, args.encoder, data)
@@ -1056,6 +1107,7 @@ def main(args, data=None):
             trainer.adversarial_step(micro_batches)
         else:
             trainer.plain_step(micro_batches, train_discriminator)
+        log.flops += args.batch // world * image_flops.at(step, args)
 
         if encoder.trainable:
             average_gradients(encoder.backbone)             # DDP does so for the decoder alone

@@ -95,7 +95,7 @@ def make_parser():
                    help="Checkpoint whose EMA weights to start from, or a published model: "
                         f"{', '.join(release.PUBLISHED_DITS)}.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the model by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
@@ -250,6 +250,23 @@ def build_model(args, channels, grid, num_classes, init):
 
 
 # ---------------------------------------------------------------------------- training
+def flops_per_image(dit, rae, args):
+    """FLOPs of a training step for each image: of the DiT forward and backward, and of the encoder.
+
+    dit: a DiT or DiTDH in eval mode. The optimizer and the EMA count nothing.
+    """
+    device = dit.pos_embed.device
+    x_t = torch.zeros(1, dit.in_channels, dit.grid, dit.grid, device=device)
+    t = torch.zeros(1, device=device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    flops = runtime.count_flops(dit, x_t, t, label).training
+    if not args.cache:                                      # else each image is encoded just once
+        side = rae.encoder.image_size
+        image = torch.zeros(1, 3, side, side, device=device)
+        flops += runtime.count_flops(rae.encode, image).forward
+    return flops
+
+
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
@@ -284,11 +301,12 @@ def main(args, data=None):
     if resumed:
         release.load_release(model, resumed["model"], "the resumed model")
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    if args.compile:
+        runtime.compile_blocks(model)
+        runtime.compile_blocks(rae.encoder)
     step_model = model
     if world > 1:
         step_model = runtime.data_parallel(model)
-    if args.compile:
-        step_model = torch.compile(step_model)
 
     # ---------------------------------------------------------------- optimiser
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8,
@@ -299,12 +317,14 @@ def main(args, data=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     loss_by_time = runtime.LossByTime(device)
+    image_flops = flops_per_image(ema, rae, args)
 
     def save(step, is_stop):
         checkpoints.save(
@@ -348,6 +368,7 @@ def main(args, data=None):
                     loss = time_weight(t) * loss                        # b
                 (loss.mean() / accumulation).backward()
             loss_by_time.add(t, loss)
+            log.flops += len(x0) * image_flops
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
                                          args.lr_end)

@@ -40,7 +40,7 @@ from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
 from runtime import at_least
 from shapes import converse
-from t2i import DRAW_UNCONDITIONED, UNDERSTAND, build_t2i, read_t2i, tokenize
+from t2i import DRAW_UNCONDITIONED, PAD, UNDERSTAND, build_t2i, read_t2i, tokenize
 
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 OBJECTS = (1, 1, 2, 2, 3, 4)     # in a scene of the built-in world: the simple ones more often
@@ -56,7 +56,7 @@ DEFAULTS = dict(
     plan=0, regression=0.0, llm_start=None, flow_weight=2.0, draws=2,
     time_law="logit_normal", shift_base=4096, prediction="v",
     steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=None, decay_start=None, decay_end=None,
-    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
+    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False, compile=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
 # What a small language model from scratch needs: it says where things are before it draws them,
 # its queries also learn from the latents directly, and the DiT waits until they mean something.
@@ -189,6 +189,8 @@ def add_training_flags(p):
                    help="Spread weights and optimizer over the processes (FSDP2).")
     p.add_argument("--recompute", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, slower.")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="Compile the blocks of all networks by torch.compile.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
                    help="Steps between runs of ShapesEval on the EMA weights; 0: none.")
@@ -513,6 +515,50 @@ class Losses:
         self.__init__(self.args, self.sums.device)
 
 
+class Flops:
+    """FLOPs of forward and backward passes, for the log. Padding and stand-ins count nothing.
+
+    t2i: a T2I, not yet spread over processes. rae: an RAE on its device.
+    """
+    def __init__(self, t2i, rae, args):
+        self.draws = args.draws
+        d, vocab = t2i.llm.config["hidden_size"], t2i.llm.config["vocab_size"]
+        layers = t2i.llm.layers
+        weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+        token = runtime.Flops(2 * weights, 0)
+        label = runtime.Flops(2 * d * vocab, 0)
+        pair = runtime.Flops(0, 4 * len(layers) * d)        # of tokens that attend to each other
+        if args.freeze_llm:                                 # gradients still go to the queries
+            self.token, self.label, self.pair = token.frozen, label.frozen, pair.frozen
+        else:
+            self.token, self.label, self.pair = token.training, label.training, pair.training
+
+        device = t2i.latent_queries.device
+        side, dit = rae.encoder.image_size, t2i.dit
+        image = torch.zeros(1, 3, side, side, device=rae.latent_mean.device)
+        x_t = torch.zeros(1, dit.in_channels, dit.grid, dit.grid, device=device)
+        t = torch.zeros(1, device=device)
+        states = torch.zeros(1, t2i.n, d, device=device)
+        conditions = torch.zeros(1, t2i.n, dit.pos_embed.shape[2], device=device)
+        tokens = torch.zeros(1, t2i.n, dit.in_channels, device=device)
+        self.encode = runtime.count_flops(rae.encode, image).forward
+        self.flow = runtime.count_flops(dit, x_t, t, conditions).training
+        self.connect = runtime.count_flops(t2i.diff_head_projector, states).training
+        if t2i.regression is not None:
+            self.connect += runtime.count_flops(t2i.regression, states).training
+        self.project = runtime.count_flops(t2i.mm_projector, tokens).training
+
+    def of(self, micro):
+        """FLOPs of a micro-batch on the CPU."""
+        lengths = (micro.ids != PAD).sum(1)                                 # b
+        return (len(micro.images) * self.encode
+                + int(lengths.sum()) * self.token
+                + int(lengths.square().sum()) * self.pair
+                + micro.num_tokens * self.label
+                + micro.num_understood * self.project
+                + micro.num_drawn * (self.connect + self.draws * self.flow))
+
+
 def main(args, data=None, conversation=None):
     """Train by the flags of parse_args.
 
@@ -561,6 +607,10 @@ def main(args, data=None, conversation=None):
     ema = make_ema(t2i, args)
     if resumed and args.ema:
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    flops = Flops(ema, rae, args)
+    if args.compile:
+        runtime.compile_blocks(t2i)
+        runtime.compile_blocks(rae.encoder)
     for module in [t2i, ema] if args.ema else [t2i]:
         if args.shard:
             shard(module)
@@ -578,7 +628,8 @@ def main(args, data=None, conversation=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in t2i.parameters())
     log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
@@ -616,6 +667,7 @@ def main(args, data=None, conversation=None):
         asked += counts.understood
         for i, micro in enumerate(micro_batches, start=1):
             is_last = i == len(micro_batches)
+            log.flops += flops.of(micro)
             micro = micro.to(device)
             if step < args.llm_start:
                 micro = micro.without_prompts()

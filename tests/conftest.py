@@ -1,4 +1,5 @@
 """What the tests share: the checkout on sys.path, no network, and ways to run a script."""
+import contextlib
 import json
 import multiprocessing
 import os
@@ -62,6 +63,22 @@ def run_on_one_thread(script, *argv):
         torch.set_num_threads(threads)
 
 
+def always_in_background(self, *args, **options):
+    """Checkpoints.__init__ of a GPU, whose checkpoints a thread writes."""
+    construct_checkpoints(self, *args, **dict(options, in_background=True))
+
+
+construct_checkpoints = runtime.Checkpoints.__init__
+
+
+@contextlib.contextmanager
+def saving_in_background():
+    """Context in which runs, also those of other processes that start in it, save as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Checkpoints, "__init__", always_in_background)
+        yield
+
+
 # ------------------------------------------------------------------------ other processes
 def run_in_child(script, argv, errors, session, environment):
     os.environ.update(environment)
@@ -113,6 +130,15 @@ def read_log(folder):
     """The records of the log of the run in a folder."""
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def logged_flops_per_image(folder):
+    """FLOPs of the logging process for each image of the batch, which each record of steps in the
+    log of the run in a folder implies.
+    """
+    first, *records = read_log(folder)
+    return [record["mfu"] * first["peak_flops"] / record["img_per_s"]
+            for record in records if "mfu" in record]
 
 
 def largest_difference(a, b):

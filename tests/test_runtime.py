@@ -3,9 +3,15 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import runtime
-from runtime import LossByTime, MeanByGroup, split_numbers
+import sample
+from llm import Qwen2
+from model import Decoder, build_dit
+from release import load_encoder
+from runtime import LossByTime, MeanByGroup, compile_blocks, split_numbers
+from train_decoder import Discriminator
 
 CPU = torch.device("cpu")
 
@@ -112,6 +118,108 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
     on_linux = runtime.peak_memory_gib(CPU)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert runtime.peak_memory_gib(CPU) == pytest.approx(on_linux / 1024, rel=0.5)
+
+
+# ---------------------------------------------------------------------------- compiling
+class Graphs:
+    """Backend of torch.compile that counts graphs and runs them as they are."""
+    def __init__(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        self.number = 0
+
+    def __call__(self, graph, inputs):
+        self.number += 1
+        return graph.forward
+
+    def breaks(self):
+        return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def run_dit(dit):
+    return dit(torch.ones(2, 8, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([0, 3]))
+
+
+def small_dit():
+    """A DiTDH of five blocks of two kinds, whose weights are larger than DDP's first bucket."""
+    sizes = dict(width=256, depth=3, heads=2, head_width=32, head_depth=2, head_heads=2)
+    dit = build_dit({**sizes, "class_dropout": 0.0}, channels=8, grid=4, num_classes=5)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return dit
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_blocks_of_a_kind_share_a_graph_which_ddp_leaves_whole(group_of_one):
+    graphs = Graphs()
+    dit = small_dit()
+    expected = run_dit(dit)
+    expected.square().mean().backward()
+    expected_gradients = [parameter.grad for parameter in dit.parameters()]
+    dit.zero_grad()
+
+    compile_blocks(dit, backend=graphs)
+    parallel = runtime.data_parallel(dit)
+    for _ in range(2):                                 # the second time, nothing is compiled
+        dit.zero_grad()
+        output = run_dit(parallel)
+        output.square().mean().backward()
+        assert (graphs.number, graphs.breaks()) == (2, 0)
+
+    torch.testing.assert_close(output, expected)
+    gradients = [parameter.grad for parameter in dit.parameters()]
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def one_head(discriminator):
+    """Of the five heads, each has a graph of its own: spectral_norm makes it a class of its own."""
+    discriminator.heads = discriminator.heads[:1]
+    discriminator.blocks = discriminator.blocks[:1]
+    return discriminator
+
+
+@pytest.mark.parametrize("build, shape, kinds", [
+    (lambda: Decoder(8, 4, 16, 64, 3, 2, 128), (2, 8, 4, 4), 1),
+    (lambda: load_encoder("tiny"), (2, 3, 64, 64), 1),
+    (lambda: one_head(Discriminator("tiny")), (2, 3, 64, 64), 2),
+    (lambda: Qwen2(50, 32, 64, 3, 2, 1), (2, 7, 32), 1)],
+    ids=["decoder", "encoder", "discriminator", "language model"])
+@torch.no_grad()
+def test_other_networks_have_a_graph_for_each_kind_of_block(build, shape, kinds):
+    graphs = Graphs()
+    network = build()
+    run = network.encode if hasattr(network, "encode") else network
+    x = torch.rand(shape)
+    expected = run(x)
+    compile_blocks(network, backend=graphs)
+    torch.testing.assert_close(run(x), expected)
+    assert (graphs.number, graphs.breaks()) == (kinds, 0)
+
+
+def test_tokens_that_are_generated_one_by_one_compile_nothing():
+    graphs = Graphs()
+    llm = Qwen2(50, 32, 64, 3, 2, 1)
+    compile_blocks(llm, backend=graphs)
+    assert llm.generate(torch.randn(2, 5, 32), None, stop=51, max_tokens=3).shape == (2, 3)
+    assert graphs.number == 0
+
+
+def are_compiled(blocks):
+    return [block._compiled_call_impl is not None for block in blocks]
+
+
+def test_what_sampling_runs_is_compiled():
+    """Nothing runs here, so nothing takes time."""
+    args = sample.parse_args(["--compile", "--prompt", "a red circle"])
+    t2i, rae, _ = sample.load_t2i_models(args, CPU)
+    blocks = [*t2i.llm.layers, *t2i.dit.blocks, *rae.decoder.decoder_layers]
+    assert all(are_compiled(blocks))
 
 
 # ---------------------------------------------------------------------------- words and numbers

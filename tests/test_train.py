@@ -26,6 +26,7 @@ from conftest import (
     kill_after,
     largest_difference,
     load_last,
+    logged_flops_per_image,
     read_log,
     run_on_one_thread,
     run_script,
@@ -304,6 +305,9 @@ def test_two_processes_equal_one_with_two_micro_batches(script, flags, tmp_path)
     loss_of_one = read_log(tmp_path / "one")[-1]["loss"]
     loss_of_two = read_log(tmp_path / "two")[-1]["loss"]               # the mean over processes
     assert abs(loss_of_one - loss_of_two) < 1e-5
+    of_one = logged_flops_per_image(tmp_path / "one")
+    of_two = logged_flops_per_image(tmp_path / "two")                  # each has half of the images
+    assert [2 * flops for flops in of_two] == pytest.approx(of_one)
 
 
 @both_stages
