@@ -2,7 +2,7 @@
 
 The listing of a folder, a tar or a .jsonl that may be large is written to an index, a file in
 ~/.cache/nanorae or in the folder that NANORAE_CACHE names (if that is empty, nothing is written).
-Whoever reads the images later maps the index into memory: it takes no time, and all processes share
+Whoever reads the images later maps the index into memory, in milliseconds; all processes share
 its pages. It can be deleted at any time. An index is only used if the path has the size and the
 time of modification with which it was listed; of a folder, all its subfolders, and the captions
 beside its images where they are read. Within a process, a path is listed once.
