@@ -46,10 +46,10 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
-from index import count_images, open_table
+from index import count_images, open_tables
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
-from runtime import cores_of_process, process_rank, stop_request, world_size
+from runtime import cores_of_process, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -295,10 +295,7 @@ class FileSource:
     """The images of folders, tars or .jsonl files, in another random order in every epoch."""
 
     def __init__(self, paths, split, hold_out, seed, index, crop, flip, with_conversations):
-        # The processes of a run share the work of listing shards for the first time.
-        for path in paths[process_rank()::world_size()]:
-            open_table(path, with_conversations)
-        self.tables = [open_table(path, with_conversations) for path in paths]
+        self.tables = open_tables(paths, with_conversations)
         check_texts(self.tables, paths[0])
         self.all_images = ConcatDataset(self.tables)              # of both splits
         self.label_counts = count_labels(self.tables)
