@@ -82,6 +82,18 @@ def world_size():
 PATIENCE = timedelta(minutes=20)
 
 
+def cores_of_machine():
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):               # on Linux a scheduler may have left out some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_process():
+    """This process's part of the CPU cores, at least 1: torchrun starts several on a machine."""
+    return max(1, cores_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
     rank, world = process_rank(), world_size()
@@ -101,8 +113,23 @@ def setup():
         keep_freed_memory()
         backend = "gloo"
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        check_restarts()
+        store, _, _ = next(dist.rendezvous("env://"))  # what torchrun's environment names
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=PATIENCE)
+        heartbeat.start(store)
     return rank, world, device
+
+
+def check_restarts():
+    """Raise ValueError if torchrun would restart the processes with the store that they had before.
+
+    In it they may find the addresses of processes that have ended, as happens with torch 2.14.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(f"torchrun --max_restarts {restarts} needs a new store for each start; "
+                         f"set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun")
 
 
 def keep_freed_memory():
@@ -126,6 +153,7 @@ def run(main, parse_args):
     sys.unraisablehook = interrupt_again
     try:
         main(parse_args())
+        heartbeat.sign_off()
         # Not after a failure: it could wait for what the other processes will never send.
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -137,9 +165,12 @@ def run(main, parse_args):
         raise SystemExit(str(stop) or "stopped; give the command again") from None
     except RuntimeError as error:
         if is_of_another_process(error):
+            ignore_stop_signals()                      # torchrun asks to stop while this waits
             cause = str(error).splitlines()[0]
-            raise SystemExit(f"error: no connection to the other processes of this run ({cause}); "
-                             f"if one of them has ended, its message says why") from None
+            say_in_handler(f"error: a connection between processes of this run was lost: "
+                           f"{heartbeat.describe_silent()} ({cause})")
+            heartbeat.let_others_end()
+            raise SystemExit(1) from None
         if "not currently implemented for the MPS device" in str(error):
             operator = re.search("'(.*?)'", str(error))[1]
             raise SystemExit(f"error: this version of torch has no {operator} for Apple's GPUs; "
@@ -147,8 +178,8 @@ def run(main, parse_args):
                              f"try a newer version") from None
         raise
     finally:
-        for number in stop_signals():                  # the process is ending anyway
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stop_signals()                          # the process is ending anyway
+        heartbeat.stop()
         if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -156,6 +187,11 @@ def run(main, parse_args):
 def is_of_another_process(error):
     """Whether a RuntimeError says that another process of the group can no longer be reached."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def ignore_stop_signals():
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def one_line(error):
@@ -188,10 +224,153 @@ def gather(value):
     return values
 
 
+@contextlib.contextmanager
+def all_cores():
+    """Context in which torch computes on all cores of the machine: torchrun gives a process one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, cores_of_machine()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_rank_0(compute):
+    """What compute() returns on rank 0, on all processes. The others wait for it, and leave it all
+    cores. All must call this; a ValueError is raised on all of them.
+    """
+    if not dist.is_initialized():
+        return compute()
+    result, problem = None, None
+    if process_rank() == 0:
+        try:
+            with all_cores():
+                result = compute()
+        except ValueError as error:
+            problem = error
+    result, problem = gather((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
+
+
 def split_numbers(n, batch, rank=0, world=1):
     """This process's part of the numbers 0..n-1, in batches: a list of ranges."""
     starts = range(rank, n, batch * world)
     return [range(start, min(n, start + batch * world), world) for start in starts]
+
+
+class Heartbeat:
+    """Ends this process, with a line that names the culprit, when another process of the run is
+    gone or frozen.
+
+    Otherwise the next collective would wait for that process until it times out. A thread of each
+    process counts its beats in the store of the process group, and watches the counts of all. So a
+    process may compute for as long as it likes, while one that was killed, stopped or cut off
+    from the network falls silent. Silence is counted in beats of the watcher: a run that is
+    suspended as a whole, by Ctrl-Z, is not mistaken for a dead one.
+    """
+    SECONDS = 5.0        # between beats
+    LIMIT = 12           # silent beats: C code that holds Python's lock may silence the thread, too
+    SUSPECT = 3          # silent beats that are enough if a connection was lost
+
+    def __init__(self):
+        self.store = None                              # of all processes; None: there is only one
+        self.has_store = True                          # it answers
+        self.hosts = []                                # of the ranks
+        self.counts = []                               # of the ranks' beats, as the store has them
+        self.silence = []                              # of the ranks, in beats of this process
+        self.is_over = threading.Event()
+        self.thread = None
+
+    def start(self, store):
+        """Begin, in all processes together. store: that of the process group."""
+        # A connection of its own: on that of the group, collectives may wait for minutes.
+        self.store = dist.PrefixStore("heartbeat", store.clone())
+        self.store.add(str(process_rank()), 1)
+        self.hosts = gather(platform.node())           # from now on every rank has a count
+        self.counts, self.silence = [None] * len(self.hosts), [0] * len(self.hosts)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        """What the thread does."""
+        while not self.is_over.wait(self.SECONDS):
+            unanswered = threading.Timer(self.LIMIT * self.SECONDS, self.end_without_store)
+            unanswered.daemon = True
+            unanswered.start()
+            try:
+                self.beat()
+            except dist.DistError:                     # the store is gone: the timer will say it,
+                self.has_store = False                 # unless this process ends before, too
+                return
+            unanswered.cancel()
+            if max(self.silence) > self.LIMIT:
+                self.end_process()
+
+    def beat(self):
+        """Count a beat of this process, and the silent beats of all."""
+        self.store.add(str(process_rank()), 1)
+        counts = self.store.multi_get([str(rank) for rank in range(len(self.hosts))])
+        for rank, count in enumerate(counts):
+            is_silent = count == self.counts[rank] and count != b"ended"
+            self.silence[rank] = self.silence[rank] + 1 if is_silent else 0
+        self.counts = counts
+
+    def describe(self, beats):
+        """Name the ranks that have been silent for so many beats, in a sentence."""
+        seconds = f"{beats * self.SECONDS:.0f} s"
+        causes = "killed, failed, frozen or cut off; its last lines may say why"
+        if not self.has_store:
+            return (f"rank 0 on {self.hosts[0]}, or the torchrun there, has not answered for "
+                    f"{seconds}: {causes}")
+        names = []
+        for rank, silence in enumerate(self.silence):
+            if silence >= beats:
+                names.append(f"rank {rank} on {self.hosts[rank]}")
+        if not names:
+            return "the last lines of the others may say why"
+        return f"no sign of life for {seconds} from {', '.join(names)}: {causes}"
+
+    def describe_silent(self):
+        """Wait until processes that have ended just now must have fallen silent, and name them."""
+        if self.store is None:
+            return ("they did not find each other; between nodes, GLOO_SOCKET_IFNAME must name the "
+                    "network interface")
+        time.sleep((self.SUSPECT + 1) * self.SECONDS)
+        return self.describe(self.SUSPECT)
+
+    def let_others_end(self):
+        """Rank 0, which may hold the store, ends last, so that the others can still look at it."""
+        if process_rank() == 0:
+            time.sleep(3 * self.SECONDS)
+
+    def end_without_store(self):
+        """Called by a timer when the store has not answered for the time of the limit."""
+        self.has_store = False
+        self.end_process()
+
+    def end_process(self):
+        """Called in a thread, since the main thread may wait in a collective that never ends."""
+        say_in_handler(f"error: {self.describe(self.LIMIT)}; rank {process_rank()} ends, since it "
+                       f"cannot go on alone")
+        self.let_others_end()
+        os._exit(1)
+
+    def sign_off(self):
+        """Say that this process has done its work, and will be silent. Others may still work."""
+        if self.store is None:
+            return
+        self.stop()
+        self.thread.join(self.SECONDS)                 # a beat more would count up from "ended"
+        with contextlib.suppress(RuntimeError):        # rank 0, and the store with it, has ended
+            self.store.set(str(process_rank()), "ended")
+
+    def stop(self):
+        self.is_over.set()
+
+
+heartbeat = Heartbeat()                                # of this process
 
 
 # ---------------------------------------------------------------------------- signals
@@ -560,18 +739,22 @@ class Lock:
             self.file = None
 
 
+def lock_file(path):
+    """The file that locks an output file X: .X.lock beside it."""
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
 def lock(path, is_folder=False):
     """Lock an output: a folder, by OUT/.lock, or a file X, by .X.lock beside it. Returns a Lock.
 
     Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
     another run has it.
     """
-    path = Path(path)
-    file = path / ".lock" if is_folder else path.with_name(f".{path.name}.lock")
+    file = Path(path) / ".lock" if is_folder else lock_file(path)
     taken, problem = None, None
     if process_rank() == 0:
         try:
-            taken = Lock(file, path)
+            taken = Lock(file, Path(path))
         except (ValueError, OSError) as error:
             problem = one_line(error)
     problem = gather(problem)[0]
@@ -589,6 +772,19 @@ def locked(path):
     finally:
         if taken is not None:                          # of rank 0
             taken.release()
+
+
+def check_shared(path):
+    """Raise ValueError unless all processes see the lock that rank 0 has on a file: its disk must
+    be shared where all of them write what rank 0 reads.
+    """
+    file = lock_file(path)
+    sees_lock = gather((platform.node(), file.exists()))
+    for host, is_seen in sees_lock:
+        if sees_lock[0][1] and not is_seen:            # rank 0 has no lock on Windows
+            raise ValueError(f"{path} is not on a disk that {host} shares with "
+                             f"{sees_lock[0][0]}, whose process puts the files of all together; "
+                             f"name an --out on a shared disk")
 
 
 def check_out(path, flag="--out"):
@@ -777,7 +973,7 @@ class Parser(argparse.ArgumentParser):
         """
         args = self.parse_args(argv)
         try:
-            args = resolve(args)
+            args = resolve(with_resume(args, self.shown_defaults))
             check(args)
         except (ValueError, FileNotFoundError) as error:
             self.error(str(error))
@@ -785,7 +981,7 @@ class Parser(argparse.ArgumentParser):
 
 
 RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DTYPE,
-                    resume=False, overwrite=False, wandb=None)
+                    resume=False, auto_resume=False, overwrite=False, wandb=None)
 
 
 def add_run_flags(p):
@@ -817,10 +1013,22 @@ def add_run_flags(p):
     p.add_argument("--preview_every", type=at_least(0), help="Steps between pictures; 0: none.")
     p.add_argument("--resume", action="store_true", default=None,
                    help="Go on from OUT/last.pt. Flags that are not given keep their values.")
+    p.add_argument("--auto_resume", action="store_true", default=None,
+                   help="Go on from OUT/last.pt if it is there, else start: for jobs that are "
+                        "started again by the same command (torchrun --max_restarts, queues).")
     p.add_argument("--overwrite", action="store_true", default=None,
                    help="Start anew although OUT/last.pt exists.")
     p.add_argument("--wandb", metavar="PROJECT",
                    help="Project of Weights & Biases to log to as well (pip install wandb).")
+
+
+def with_resume(args, defaults):
+    """A copy of args in which --auto_resume has become --resume, if there is a checkpoint."""
+    values = vars(args)
+    if values.get("auto_resume"):
+        out = Path(values["out"] or defaults["out"])
+        values = dict(values, resume=values["resume"] or (out / "last.pt").exists())
+    return argparse.Namespace(**values)
 
 
 def given_flags(args):
@@ -833,6 +1041,10 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
+# Flags that a checkpoint's run does not hand on to the command that resumes it.
+OF_COMMAND = ("out", "resume", "auto_resume", "overwrite")
+
+
 def flags_of_run(out, script, key, parser):
     """The flags in OUT/last.pt, for --resume, as a dict.
 
@@ -841,14 +1053,14 @@ def flags_of_run(out, script, key, parser):
     """
     path = Path(out) / "last.pt"
     if not path.exists():
-        raise ValueError(f"--resume needs {path}, which does not exist; leave the flag out to "
-                         f"start a run")
+        raise ValueError(f"--resume needs {path}, which does not exist on {platform.node()}; leave "
+                         f"the flag out to start a run (of several nodes, all read this file)")
     state = load_checkpoint(path)
     if "args" not in state or key not in state:
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
     parser.check_values(state["args"], path)
     flags = dict(state["args"])
-    for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
+    for name in OF_COMMAND:
         flags.pop(name, None)
     # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
     if flags.pop("balance", None) is not None and flags.get("prediction") == "x0":
@@ -880,6 +1092,31 @@ def check_unchanged(args, stored, fixed):
                              f"{advice}")
 
 
+def check_same_run(args, resumed, data):
+    """Raise ValueError unless all processes have the same flags and images, and go on from the same
+    step: on several nodes the command is given several times, and the disks may differ.
+
+    resumed: the checkpoint, or None. data: ImageData.identity().
+    """
+    flags = flags_as_dict(args)
+    flags.pop("workers")                               # may follow the cores of a node
+    step = resumed["step"] if resumed else 0
+    of_ranks = gather((platform.node(), step, flags, data))
+    first_host, first_step, first_flags, first_data = of_ranks[0]
+    for rank, (host, step, flags, data) in enumerate(of_ranks):
+        name, first = f"rank {rank} on {host}", f"rank 0 on {first_host}"
+        if step != first_step:
+            raise ValueError(f"{name} would go on from step {step} and {first} from {first_step}; "
+                             f"all nodes read {args.out}/last.pt: share its disk, or copy it")
+        for flag, value in flags.items():
+            if value != first_flags.get(flag):
+                raise ValueError(f"{name} has --{flag} {value} and {first} "
+                                 f"{first_flags.get(flag)}; give all nodes the same command")
+        if data != first_data:
+            raise ValueError(f"{name} has other images in --data than {first}; share the disk, or "
+                             f"copy the images once more")
+
+
 def default_warmup(steps):
     """Steps of warm-up: 100, or a tenth of a run of less than 1000 steps."""
     return min(100, steps // 10)
@@ -903,9 +1140,15 @@ def check_run_flags(args):
         nearest = max(1, round(args.batch / unit)) * unit
         raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch "
                          f"{args.micro_batch} x {world} processes; try --batch {nearest}")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite starts anew; give one of "
-                         "them")
+    goes_on = args.resume or args.auto_resume
+    if goes_on and args.overwrite:
+        flag = "--auto_resume" if args.auto_resume else "--resume"
+        raise ValueError(f"{flag} goes on with a run and --overwrite starts anew; give one of them")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and not goes_on:
+        raise ValueError(f"torchrun --max_restarts {restarts} gives this command again when a "
+                         f"process fails; add --auto_resume, so that it then goes on from "
+                         f"{args.out}/last.pt")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {args.wandb} needs a package: pip install wandb")
     last = Path(args.out) / "last.pt"
@@ -1045,41 +1288,37 @@ def first_not_finite(named_tensors):
 class Snapshot:
     """Copies a state to the CPU, where training does not change it while a thread writes it.
 
-    The memory is kept for the next copy, as long as the tensors stay where they are. That of a CUDA
-    device's tensors is pinned, so that they are copied at the full speed of the bus.
+    The memory is kept for the next state, which must have the same shapes. That of a CUDA device's
+    tensors is pinned, so that they are copied at the full speed of the bus.
     """
     def __init__(self):
-        self.copies = {}                               # of tensors, by their place in memory
+        self.buffers = {}                              # by the place of a tensor in the state
 
     def take(self, state):
-        """A copy of nested dicts, lists, tensors and plain values. Tensors that are one tensor
-        under several names, such as an EMA that is also part of an autoencoder, stay one.
+        """A copy of nested dicts, lists, tensors and plain values. A tensor that is there twice,
+        such as an EMA that is also part of an autoencoder, is copied once.
         """
-        earlier, self.copies = self.copies, {}
-        copied = self.copy(state, earlier)
+        copies = {}                                    # by the id of a tensor
+        copied = self.copy(state, "", copies)
         if torch.cuda.is_available():                  # copies from a GPU come while we go on
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def copy(self, value, earlier):
+    def copy(self, value, place, copies):
         if isinstance(value, torch.Tensor):
-            return self.copy_tensor(value, earlier)
+            if id(value) not in copies:
+                copies[id(value)] = self.copy_tensor(value, place)
+            return copies[id(value)]
         if isinstance(value, dict):
-            return {key: self.copy(item, earlier) for key, item in value.items()}
+            return {key: self.copy(item, f"{place}/{key}", copies) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy(item, earlier) for item in value)
+            return [self.copy(item, f"{place}/{i}", copies) for i, item in enumerate(value)]
         return value
 
-    def copy_tensor(self, tensor, earlier):
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place in self.copies:
-            return self.copies[place]
-        copy = earlier.get(place)
-        if copy is None:
-            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copy.copy_(tensor, non_blocking=tensor.is_cuda)
-        self.copies[place] = copy
-        return copy
+    def copy_tensor(self, tensor, place):
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.buffers[place].copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class Checkpoints:

@@ -1007,6 +1007,7 @@ def main(args, data=None):
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
@@ -1077,18 +1078,19 @@ def main(args, data=None):
     rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step, is_stop):
+        state = networks.state()
         packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
-                          latent_var=latent_var, decoder=networks.ema[0].state_dict())
+                          latent_var=latent_var, decoder=state["ema"])
         if encoder.trainable:                               # its latents have changed
             packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
             packed_rae["encoder_weights"] = networks.ema[1].state_dict()
         flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
         checkpoints.save(
-            step, is_stop, **networks.state(), rae=packed_rae, args=flags,
+            step, is_stop, **state, rae=packed_rae, args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)
 
     def draw_preview():
-        return reconstruction_picture(rae, load_images(val_data, range(12)))
+        return reconstruction_picture(rae, load_images(val_data, range(12)), args.dtype)
 
     def evaluate(step):
         for source, name in enumerate(val_data.domains):

@@ -1,6 +1,8 @@
 """What every script needs around its loop. Run: python -m pytest tests/test_runtime.py"""
+import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import runtime
 import sample
+from conftest import torchrun
 from llm import Qwen2
 from metrics import EncoderFeatures, FeatureSet
 from model import Decoder, build_dit
@@ -123,8 +126,13 @@ def test_cpus_of_which_torch_does_not_say_what_they_have_compute_in_fp32(monkeyp
 def joined(monkeypatch):
     """The backends and timeouts of the process groups that setup() would join."""
     groups = []
-    monkeypatch.setattr(dist, "init_process_group",
-                        lambda backend, timeout: groups.append((backend, timeout)))
+
+    def join(backend, store, rank, world_size, timeout):
+        groups.append((backend, timeout))
+
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([("a store", 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(runtime.heartbeat, "start", lambda store: None)
     return groups
 
 
@@ -410,3 +418,41 @@ def test_data_that_changed_since_the_checkpoint_are_told(now, told):
 @pytest.mark.parametrize("resumed", [{"data": OLD}, {}, None], ids=["same", "older", "new run"])
 def test_data_that_did_not_change_need_no_word(resumed):
     assert runtime.describe_change(resumed, OLD, hold_out=3) is None
+
+
+# ---------------------------------------------------------------------------- one for all
+def refuse():
+    raise ValueError("there is no number")
+
+
+def compute_on_rank_0(folder):
+    """What a process of two sees: results, threads of torch, and the message of an error."""
+    rank, _, _ = runtime.setup()
+
+    def compute():
+        return dict(rank=rank, threads=torch.get_num_threads())
+
+    seen = runtime.on_rank_0(compute)
+    try:
+        runtime.on_rank_0(refuse)
+    except ValueError as error:
+        seen["error"] = str(error)
+    seen["threads_afterwards"] = torch.get_num_threads()
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def test_rank_0_computes_for_all_on_all_cores_and_its_errors_reach_all(tmp_path):
+    torchrun(SimpleNamespace(main=compute_on_rank_0, parse_args=lambda argv: tmp_path))
+    expected = dict(rank=0, threads=runtime.cores_of_machine(), error="there is no number",
+                    threads_afterwards=1)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "cores_of_machine", lambda: 16)
+    assert runtime.cores_of_process() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert runtime.cores_of_process() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert runtime.cores_of_process() == 1
