@@ -10,11 +10,13 @@
     x.tar          the same, or name.jpg beside name.cls, name.txt or name.json; uncompressed
     x.jsonl        one record a line: {"image": path, "caption": text, "label": class, ...}; a .json
                    of one array of records is read, too
-What is read, and what is passed over and why, is told by data.describe(); see listing.py.
+What is read, and what is passed over and why, is told by data.describe(); see listing.py. What was
+listed is kept for the next start; see index.py.
 
 Image k is a function of (seed, k) for any number of processes and workers, so resuming a run means
-starting at a later k.
+starting at a later k; order.py says which it is.
 """
+import collections
 import contextlib
 import functools
 import hashlib
@@ -35,23 +37,19 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
-from listing import (
-    PassedOver,
-    count_images,
-    describe_passed_over,
-    list_images,
-    read_bytes,
-    shown,
-)
-from runtime import stop_request, world_size
+from index import count_images, open_tables
+from listing import PassedOver, describe_passed_over, read_bytes, shown
+from order import EpochOrder, split_images
+from runtime import cores_of_process, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -297,53 +295,63 @@ class FileSource:
     """The images of folders, tars or .jsonl files, in another random order in every epoch."""
 
     def __init__(self, paths, split, hold_out, seed, index, crop, flip, with_conversations):
-        self.passed_over = PassedOver()
-        images = []
-        for path in paths:
-            images += list_images(path, with_conversations, self.passed_over)
-        check_texts(images, paths[0])
-        self.class_names = find_class_names(images, paths[0])
-        self.labelled = images[0].label is not None
-        self.all_images = images                  # of both splits
-        self.images = images_of_split(images, split, hold_out, paths[0])
+        self.tables = open_tables(paths, with_conversations)
+        check_texts(self.tables, paths[0])
+        self.all_images = ConcatDataset(self.tables)              # of both splits
+        self.label_counts = count_labels(self.tables)
+        self.class_names = find_class_names(self.label_counts, self.all_images, paths[0])
+        self.labelled = None not in self.label_counts
+        if not 0 <= hold_out < len(self.all_images):
+            raise ValueError(f"--hold_out {hold_out} must be below the {len(self.all_images)} "
+                             f"images of {paths[0]} (if it is not given, --eval_n sets it); try "
+                             f"--hold_out {len(self.all_images) // 10}")
+        to_train_on, self.held_out = split_images(len(self.all_images), hold_out)
+        if split == "train" or hold_out == 0:                     # 0: all are in both
+            self.images = Subset(self.all_images, to_train_on)
+        else:
+            self.images = Subset(self.all_images, self.held_out)
+        self.order = EpochOrder(len(self.images), seed, index)
         self.paths = paths
         self.split = split
         self.hold_out = hold_out
-        self.seed = seed
-        self.index = index                        # of this source in its mixture
         self.crop = crop
         self.flip = flip
         self.with_conversations = with_conversations
-        # The permutation of the epoch that is being loaded; it is too large to keep them all.
-        self.epoch = None
-        self.permutation = None
 
     def __len__(self):
         return len(self.images)
 
     def summary(self):
         """What this source has and lacks; see ImageData.summary."""
+        passed_over = PassedOver()
+        for table in self.tables:
+            passed_over.add_all(table.passed_over())
         summary = {"data": " ".join(self.paths), "split": self.split, "images": len(self.images),
                    "images_in_all": len(self.all_images), "held_out": self.hold_out,
                    "classes": len(self.class_names) if self.labelled else 0,
-                   "passed_over": self.passed_over.summary()}
+                   "passed_over": passed_over.summary()}
         if self.labelled:
-            summary["missing_ids"] = missing_ids({image.label for image in self.all_images})
+            summary["missing_ids"] = missing_ids(self.label_counts)
         if self.labelled and self.split == "train":
-            trained = {str(image.label) for image in self.images}
-            summary["classes_held_out"] = [name for name in self.class_names if name not in trained]
+            summary["classes_held_out"] = self.classes_held_out()
         return summary
+
+    def classes_held_out(self):
+        """Return the names of the classes all of whose images are held out."""
+        held_out = collections.Counter(self.all_images[i].label for i in self.held_out)
+        return [str(label) for label in sorted(held_out)
+                if held_out[label] == self.label_counts[label]]
 
     def identity(self):
         """Number of images before the split; hash of their names, labels and texts in order."""
-        names = [f"{image.name}\t{image.label}\t{image.texts}\n" for image in self.all_images]
-        sha1 = hashlib.sha1("".join(names).encode(errors="surrogatepass"))
-        return {"images": len(names), "names": sha1.hexdigest()}
+        sha1 = hashlib.sha1()
+        for table in self.tables:
+            sha1.update(table.text)
+        return {"images": len(self.all_images), "names": sha1.hexdigest()}
 
     def load(self, number, rng, size):
         # What is drawn from rng, in this order: other images for broken ones, crop, flip, text.
-        epoch, position = divmod(number, len(self))
-        listed, image, broken = self.load_unbroken(self.shuffle(epoch)[position], rng, size)
+        listed, image, broken = self.load_unbroken(self.order.index_of(number), rng, size)
         if self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
 
@@ -355,14 +363,6 @@ class FileSource:
                 text = list(text)                 # a copy, which the caller may change
         class_name = None if listed.label is None else str(listed.label)
         return np.array(image), class_name, text, broken
-
-    def shuffle(self, epoch):
-        """Return the indices of the images in the order of an epoch."""
-        if self.epoch != epoch:
-            rng = np.random.default_rng((self.seed, epoch, 1, self.index))
-            self.permutation = rng.permutation(len(self))
-            self.epoch = epoch
-        return self.permutation
 
     def load_unbroken(self, index, rng, size):
         """Load images[index] or, as long as the file is broken, a random other image.
@@ -407,48 +407,42 @@ def image_of_size(size):
     return BLACK if size is None else BLACK.resize((size, size))
 
 
-def images_of_split(images, split, hold_out, path):
-    """Return the images of train or val: all but `hold_out`, or these; 0: all are in both."""
-    if not 0 <= hold_out < len(images):
-        raise ValueError(f"--hold_out {hold_out} must be below the {len(images)} images of {path} "
-                         f"(if it is not given, --eval_n sets it); try --hold_out "
-                         f"{len(images) // 10}")
-    # The same images are held out for every --seed, so that runs can be compared.
-    order = np.random.default_rng(0).permutation(len(images))
-    if split == "train":
-        order = order[hold_out:]
-    elif hold_out > 0:
-        order = order[:hold_out]
-    return [images[i] for i in order]
-
-
-def check_texts(images, path):
+def check_texts(tables, path):
     """Raises: ValueError if an image has no text, which only conversations need."""
-    without_text = [image for image in images if not image.texts]
+    without_text = sum(table.header["without_text"] for table in tables)
     if without_text:
-        first = without_text[0].full_name()
-        if without_text[0].name not in first:     # the line of a .jsonl
-            first += f" ({without_text[0].name})"
+        table = next(table for table in tables if table.header["without_text"])
+        image = table[table.header["first_without_text"]]
+        first = image.full_name()
+        if image.name not in first:               # the line of a .jsonl
+            first += f" ({image.name})"
         raise ValueError(
-            f"--data {path}: {len(without_text)} of {len(images)} images have no text, "
+            f"--data {path}: {without_text} of {sum(map(len, tables))} images have no text, "
             f"first {first}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
             "empty where it shall be unconditional")
 
 
-def find_class_names(images, path):
+def count_labels(tables):
+    """Return a dict of each label of the images to their number; without labels, of None."""
+    counts = collections.Counter()
+    for table in tables:
+        counts.update(table.label_counts())
+    return counts
+
+
+def find_class_names(labels, images, path):
     """Return the names of the classes in the order of their ids; ["image"] if there are none."""
-    labels = {image.label for image in images}
-    examples = {type(image.label): f"{image.name} has {image.label!r}" for image in images}
-    if len(examples) > 1:
+    if len({type(label) for label in labels}) > 1:
+        examples = {type(image.label): f"{image.name} has {image.label!r}" for image in images}
         raise ValueError(
             f"--data {path}: {', but '.join(examples.values())}; give each image a class name "
             "(folder or .json), or each an integer (.cls or .json), or each none")
-    unprintable = [label for label in labels if str in examples and shown(label) != label]
+    if None in labels:
+        return ["image"]
+    unprintable = [label for label in labels if isinstance(label, str) and shown(label) != label]
     if unprintable:
         raise ValueError(f"--data {path}: the class name {shown(min(unprintable))} is no UTF-8 or "
                          "has control characters; rename it")
-    if None in labels:
-        return ["image"]
     return [str(label) for label in sorted(labels)]
 
 
@@ -967,7 +961,13 @@ def load_images(data, numbers):
     Returns: b H W 3, uint8
     Raises: ValueError if one is broken or they differ in size
     """
-    return stack_images([data[k] for k in numbers])
+    return stack_images(load_items(data, numbers))
+
+
+def load_items(data, numbers):
+    """Load the items data[k] of numbers k in threads, which decode images side by side."""
+    with ThreadPoolExecutor(cores_of_process()) as threads:
+        return list(threads.map(data.__getitem__, numbers))
 
 
 def stack_images(items):

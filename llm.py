@@ -204,6 +204,10 @@ class Qwen2(nn.Module):
         for layer in self.layers:
             if recompute:
                 x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            elif cache is not None:
+                # The method, since a compiled layer would be compiled anew for each layer's part
+                # of the cache, which grows with each call.
+                x = layer.forward(x, cos, sin, mask, cache)         # b l d
             else:
                 x = layer(x, cos, sin, mask, cache)                 # b l d
         return self.norm(x)                                         # b l d

@@ -26,7 +26,6 @@ from timm.layers import (
     build_sincos2d_pos_embed,
 )
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.functional import normalize
 
 # Mean and standard deviation of pixels in [0,1], as encoders were trained with them.
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -91,6 +90,21 @@ def sincos_2d(d, grid):
 
 
 # ------------------------------------------------------------------------------ encoder
+class Normalise(nn.Module):
+    """Pixels minus a mean, over a standard deviation, of three floats each.
+
+    torchvision's function of this name copies both to the device at each call, and waits for it to
+    look for a 0. They are buffers here, but not in checkpoints, since each encoder has its own.
+    """
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):                                          # b 3 H W
+        return (images - self.mean) / self.std                          # b 3 H W
+
+
 class Encoder(nn.Module):
     """A frozen vision transformer whose final tokens are the latents. # [L1]
 
@@ -114,6 +128,7 @@ class Encoder(nn.Module):
         self.channels = backbone.embed_dim
         self.mean = pixel_mean
         self.std = pixel_std
+        self.normalise = Normalise(pixel_mean, pixel_std)
         self.trainable = False
         self.requires_grad_(False).eval()
 
@@ -129,7 +144,7 @@ class Encoder(nn.Module):
         if images.shape[-2:] != size:
             # As the release does it: bicubic, not antialiased.
             images = F.interpolate(images, size=size, mode="bicubic")
-        return normalize(images, self.mean, self.std)
+        return self.normalise(images)                                   # b 3 s s
 
     @torch.no_grad()
     def encode(self, images):
@@ -257,8 +272,10 @@ class RAE(nn.Module):
         if pixel_statistics is None:
             pixel_statistics = (encoder.mean, encoder.std)
         mean, std = pixel_statistics
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
+        # On the device of the decoder, which others may share, so that it must stay where it is.
+        device = decoder.decoder_embed.weight.device
+        self.register_buffer("pixel_mean", torch.tensor(mean, device=device).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std, device=device).view(3, 1, 1))
         self.normalise_by(latent_mean, latent_var)
 
     def normalise_by(self, mean, var):
@@ -273,9 +290,9 @@ class RAE(nn.Module):
                                  f"and image size")
         latent_mean = torch.zeros(1) if mean is None else mean.float()
         latent_std = torch.ones(1) if var is None else (var.float() + 1e-5).sqrt()
-        self.register_buffer("latent_mean", latent_mean)
-        self.register_buffer("latent_std", latent_std)
-        return self.to(self.pixel_mean.device)
+        self.register_buffer("latent_mean", latent_mean.to(self.pixel_mean.device))
+        self.register_buffer("latent_std", latent_std.to(self.pixel_mean.device))
+        return self
 
     @torch.no_grad()
     def encode(self, images):                                           # b 3 H W
@@ -356,6 +373,17 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)        # b n d
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))            # b n d
+
+
+class TokenEmbed(PatchEmbed):
+    """Latents b c h w as tokens b n d, one for each latent position."""
+    def __init__(self, channels, d):
+        super().__init__(img_size=None, patch_size=1, in_chans=channels, embed_dim=d)
+
+    def forward(self, x):                                               # b c h w
+        # PatchEmbed transposes a view. Its strides would go on through the sums of all blocks,
+        # whose matmuls and norms read tokens that lie together faster.
+        return super().forward(x).contiguous()                          # b n d
 
 
 class FinalLayer(nn.Module):
@@ -507,7 +535,7 @@ class DiT(DiTBase):
     def __init__(self, in_channels, grid, width, depth, heads, num_classes, class_dropout=0.1):
         check_heads(width, heads, "--width", "--heads", multiple=4)
         super().__init__(in_channels, grid, width, num_classes, class_dropout)
-        self.x_embedder = PatchEmbed(None, 1, in_channels, width)
+        self.x_embedder = TokenEmbed(in_channels, width)
         self.feat_rope = RoPE(width // heads, grid)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.final_layer = FinalLayer(width, in_channels, "--width")
@@ -540,8 +568,8 @@ class DiTDH(DiTBase):
         check_heads(head_width, head_heads, "--head_width", "--head_heads", multiple=4)
         super().__init__(in_channels, grid, width, num_classes, class_dropout)
         self.depth = depth
-        self.s_embedder = PatchEmbed(None, 1, in_channels, width)
-        self.x_embedder = PatchEmbed(None, 1, in_channels, head_width)
+        self.s_embedder = TokenEmbed(in_channels, width)
+        self.x_embedder = TokenEmbed(in_channels, head_width)
         self.s_projector = nn.Identity() if width == head_width else nn.Linear(width, head_width)
         self.enc_feat_rope = RoPE(width // heads, grid)
         self.dec_feat_rope = RoPE(head_width // head_heads, grid)

@@ -26,6 +26,7 @@ import time
 import warnings
 import zipfile
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -45,14 +46,20 @@ except ImportError:                # Windows has no such locks
     fcntl = None
 
 
+AMPERE = (8, 0)      # capability from which on GPUs compute in bf16 and TF32
+
+
 def default_dtype():
     """"bf16" where its matmuls are faster than those of fp32: on GPUs from Ampere on (capability
-    8.0; a T4 or V100 only emulates it), and on CPUs with AMX."""
+    8.0; a T4 or V100 only emulates it), and on CPUs with AMX or AVX512-BF16. On others, as those
+    with AVX2 alone, and on Apple's GPUs "fp32".
+    """
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    if has_amx is not None and has_amx():
-        return "bf16"
+        return "bf16" if torch.cuda.get_device_capability() >= AMPERE else "fp32"
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # private: a version may lack it
+        if is_supported is not None and is_supported():
+            return "bf16"
     return "fp32"
 
 
@@ -70,6 +77,23 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+# How long the processes of a run wait for each other. The longest that one works alone is writing a
+# checkpoint, a few minutes for 50 GB on a slow disk, or drawing a preview, minutes on a CPU.
+PATIENCE = timedelta(minutes=20)
+
+
+def cores_of_machine():
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):               # on Linux a scheduler may have left out some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_process():
+    """This process's part of the CPU cores, at least 1: torchrun starts several on a machine."""
+    return max(1, cores_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
     rank, world = process_rank(), world_size()
@@ -78,6 +102,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")     # TF32 in fp32 matmuls, as in the release
         backend = "cpu:gloo,cuda:nccl"                 # gloo: for objects gathered on the CPU
+        if not dist.is_nccl_available():               # Windows
+            backend = "gloo"
     elif torch.backends.mps.is_available() and world == 1:
         device = torch.device("mps")                   # Apple's GPU, which has no process group
         backend = "gloo"
@@ -86,9 +112,24 @@ def setup():
         torch.backends.cuda.enable_flash_sdp(False)    # on few tokens plain matmuls are faster
         keep_freed_memory()
         backend = "gloo"
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    if world > 1 and not dist.is_initialized():
+        check_restarts()
+        store, _, _ = next(dist.rendezvous("env://"))  # what torchrun's environment names
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=PATIENCE)
+        heartbeat.start(store)
     return rank, world, device
+
+
+def check_restarts():
+    """Raise ValueError if torchrun would restart the processes with the store that they had before.
+
+    In it they may find the addresses of processes that have ended, as happens with torch 2.14.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(f"torchrun --max_restarts {restarts} needs a new store for each start; "
+                         f"set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun")
 
 
 def keep_freed_memory():
@@ -112,6 +153,10 @@ def run(main, parse_args):
     sys.unraisablehook = interrupt_again
     try:
         main(parse_args())
+        heartbeat.sign_off()
+        # Not after a failure: it could wait for what the other processes will never send.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
@@ -120,22 +165,28 @@ def run(main, parse_args):
         raise SystemExit(str(stop) or "stopped; give the command again") from None
     except RuntimeError as error:
         if is_of_another_process(error):
+            ignore_stop_signals()                      # torchrun asks to stop while this waits
             cause = str(error).splitlines()[0]
-            raise SystemExit(f"error: no connection to the other processes of this run ({cause}); "
-                             f"if one of them has ended, its message says why") from None
+            say_in_handler(f"error: a connection between processes of this run was lost: "
+                           f"{heartbeat.describe_silent()} ({cause})")
+            heartbeat.let_others_end()
+            raise SystemExit(1) from None
         raise
     finally:
-        for number in stop_signals():                  # the process is ending anyway
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stop_signals()                          # the process is ending anyway
+        heartbeat.stop()
         if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def is_of_another_process(error):
     """Whether a RuntimeError says that another process of the group can no longer be reached."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def ignore_stop_signals():
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def one_line(error):
@@ -168,10 +219,153 @@ def gather(value):
     return values
 
 
+@contextlib.contextmanager
+def all_cores():
+    """Context in which torch computes on all cores of the machine: torchrun gives a process one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, cores_of_machine()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_rank_0(compute):
+    """What compute() returns on rank 0, on all processes. The others wait for it, and leave it all
+    cores. All must call this; a ValueError is raised on all of them.
+    """
+    if not dist.is_initialized():
+        return compute()
+    result, problem = None, None
+    if process_rank() == 0:
+        try:
+            with all_cores():
+                result = compute()
+        except ValueError as error:
+            problem = error
+    result, problem = gather((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
+
+
 def split_numbers(n, batch, rank=0, world=1):
     """This process's part of the numbers 0..n-1, in batches: a list of ranges."""
     starts = range(rank, n, batch * world)
     return [range(start, min(n, start + batch * world), world) for start in starts]
+
+
+class Heartbeat:
+    """Ends this process, with a line that names the culprit, when another process of the run is
+    gone or frozen.
+
+    Otherwise the next collective would wait for that process until it times out. A thread of each
+    process counts its beats in the store of the process group, and watches the counts of all. So a
+    process may compute for as long as it likes, while one that was killed, stopped or cut off
+    from the network falls silent. Silence is counted in beats of the watcher: a run that is
+    suspended as a whole, by Ctrl-Z, is not mistaken for a dead one.
+    """
+    SECONDS = 5.0        # between beats
+    LIMIT = 12           # silent beats: C code that holds Python's lock may silence the thread, too
+    SUSPECT = 3          # silent beats that are enough if a connection was lost
+
+    def __init__(self):
+        self.store = None                              # of all processes; None: there is only one
+        self.has_store = True                          # it answers
+        self.hosts = []                                # of the ranks
+        self.counts = []                               # of the ranks' beats, as the store has them
+        self.silence = []                              # of the ranks, in beats of this process
+        self.is_over = threading.Event()
+        self.thread = None
+
+    def start(self, store):
+        """Begin, in all processes together. store: that of the process group."""
+        # A connection of its own: on that of the group, collectives may wait for minutes.
+        self.store = dist.PrefixStore("heartbeat", store.clone())
+        self.store.add(str(process_rank()), 1)
+        self.hosts = gather(platform.node())           # from now on every rank has a count
+        self.counts, self.silence = [None] * len(self.hosts), [0] * len(self.hosts)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        """What the thread does."""
+        while not self.is_over.wait(self.SECONDS):
+            unanswered = threading.Timer(self.LIMIT * self.SECONDS, self.end_without_store)
+            unanswered.daemon = True
+            unanswered.start()
+            try:
+                self.beat()
+            except dist.DistError:                     # the store is gone: the timer will say it,
+                self.has_store = False                 # unless this process ends before, too
+                return
+            unanswered.cancel()
+            if max(self.silence) > self.LIMIT:
+                self.end_process()
+
+    def beat(self):
+        """Count a beat of this process, and the silent beats of all."""
+        self.store.add(str(process_rank()), 1)
+        counts = self.store.multi_get([str(rank) for rank in range(len(self.hosts))])
+        for rank, count in enumerate(counts):
+            is_silent = count == self.counts[rank] and count != b"ended"
+            self.silence[rank] = self.silence[rank] + 1 if is_silent else 0
+        self.counts = counts
+
+    def describe(self, beats):
+        """Name the ranks that have been silent for so many beats, in a sentence."""
+        seconds = f"{beats * self.SECONDS:.0f} s"
+        causes = "killed, failed, frozen or cut off; its last lines may say why"
+        if not self.has_store:
+            return (f"rank 0 on {self.hosts[0]}, or the torchrun there, has not answered for "
+                    f"{seconds}: {causes}")
+        names = []
+        for rank, silence in enumerate(self.silence):
+            if silence >= beats:
+                names.append(f"rank {rank} on {self.hosts[rank]}")
+        if not names:
+            return "the last lines of the others may say why"
+        return f"no sign of life for {seconds} from {', '.join(names)}: {causes}"
+
+    def describe_silent(self):
+        """Wait until processes that have ended just now must have fallen silent, and name them."""
+        if self.store is None:
+            return ("they did not find each other; between nodes, GLOO_SOCKET_IFNAME must name the "
+                    "network interface")
+        time.sleep((self.SUSPECT + 1) * self.SECONDS)
+        return self.describe(self.SUSPECT)
+
+    def let_others_end(self):
+        """Rank 0, which may hold the store, ends last, so that the others can still look at it."""
+        if process_rank() == 0:
+            time.sleep(3 * self.SECONDS)
+
+    def end_without_store(self):
+        """Called by a timer when the store has not answered for the time of the limit."""
+        self.has_store = False
+        self.end_process()
+
+    def end_process(self):
+        """Called in a thread, since the main thread may wait in a collective that never ends."""
+        say_in_handler(f"error: {self.describe(self.LIMIT)}; rank {process_rank()} ends, since it "
+                       f"cannot go on alone")
+        self.let_others_end()
+        os._exit(1)
+
+    def sign_off(self):
+        """Say that this process has done its work, and will be silent. Others may still work."""
+        if self.store is None:
+            return
+        self.stop()
+        self.thread.join(self.SECONDS)                 # a beat more would count up from "ended"
+        with contextlib.suppress(RuntimeError):        # rank 0, and the store with it, has ended
+            self.store.set(str(process_rank()), "ended")
+
+    def stop(self):
+        self.is_over.set()
+
+
+heartbeat = Heartbeat()                                # of this process
 
 
 # ---------------------------------------------------------------------------- signals
@@ -259,15 +453,63 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+def uses_tf32(device):
+    """Whether fp32 matmuls run as TF32 on a device, with 10 bits of mantissa in place of 23."""
+    if device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Context in which fp32 matmuls and convolutions are not TF32: where numbers are compared with
+    those of others, and where nearly equal ones are subtracted. It is for forward passes.
+    """
+    of_matmuls = torch.get_float32_matmul_precision()
+    of_convolutions = torch.backends.cudnn.allow_tf32      # torch's default is TF32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(of_matmuls)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
+
+
+# Attributes of networks that hold a list of like blocks.
+BLOCKS = ("blocks", "layers", "decoder_layers", "heads")
+
+
+def compile_blocks(network, backend="inductor"):
+    """Compile the blocks inside a network, which happens when each kind of them first runs.
+
+    Like blocks share a graph, so that this takes as long for 28 of them as for one. What is between
+    them takes little time, and is left as it is.
+    To be called before DDP or FSDP wraps the network. backend: of torch.compile.
+    """
+    # Else each graph would be cut where one of DDP's buckets is full, in the middle of a block.
+    torch._dynamo.config.optimize_ddp = False
+    # Graphs of a class: of every width, with gradients and without, of other batches. Beyond this
+    # number torch goes on without compiling; its default of 8 is for one function.
+    torch._dynamo.config.recompile_limit = 64
+    for name, blocks in network.named_modules():
+        if name.rpartition(".")[2] in BLOCKS:
+            for block in blocks:
+                block.compile(backend=backend)
+
+
 def data_parallel(model):
-    """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
+    """The model in DistributedDataParallel, whose buffers are constants: they are not synced.
+
+    Gradients lie in DDP's buckets, so that they take memory once.
+    """
     # Of a 1 x 1 convolution, whose strides are ambiguous: it costs a copy of one small kernel.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers"                      # its name from torch 2.14 on
     if name not in options:
         name = "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False})
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
 
 def sync_gradients(model, now):
@@ -492,18 +734,22 @@ class Lock:
             self.file = None
 
 
+def lock_file(path):
+    """The file that locks an output file X: .X.lock beside it."""
+    return Path(path).with_name(f".{Path(path).name}.lock")
+
+
 def lock(path, is_folder=False):
     """Lock an output: a folder, by OUT/.lock, or a file X, by .X.lock beside it. Returns a Lock.
 
     Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
     another run has it.
     """
-    path = Path(path)
-    file = path / ".lock" if is_folder else path.with_name(f".{path.name}.lock")
+    file = Path(path) / ".lock" if is_folder else lock_file(path)
     taken, problem = None, None
     if process_rank() == 0:
         try:
-            taken = Lock(file, path)
+            taken = Lock(file, Path(path))
         except (ValueError, OSError) as error:
             problem = one_line(error)
     problem = gather(problem)[0]
@@ -521,6 +767,19 @@ def locked(path):
     finally:
         if taken is not None:                          # of rank 0
             taken.release()
+
+
+def check_shared(path):
+    """Raise ValueError unless all processes see the lock that rank 0 has on a file: its disk must
+    be shared where all of them write what rank 0 reads.
+    """
+    file = lock_file(path)
+    sees_lock = gather((platform.node(), file.exists()))
+    for host, is_seen in sees_lock:
+        if sees_lock[0][1] and not is_seen:            # rank 0 has no lock on Windows
+            raise ValueError(f"{path} is not on a disk that {host} shares with "
+                             f"{sees_lock[0][0]}, whose process puts the files of all together; "
+                             f"name an --out on a shared disk")
 
 
 def check_out(path, flag="--out"):
@@ -709,7 +968,7 @@ class Parser(argparse.ArgumentParser):
         """
         args = self.parse_args(argv)
         try:
-            args = resolve(args)
+            args = resolve(with_resume(args, self.shown_defaults))
             check(args)
         except (ValueError, FileNotFoundError) as error:
             self.error(str(error))
@@ -717,7 +976,7 @@ class Parser(argparse.ArgumentParser):
 
 
 RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DTYPE,
-                    resume=False, overwrite=False, wandb=None)
+                    resume=False, auto_resume=False, overwrite=False, wandb=None)
 
 
 def add_run_flags(p):
@@ -749,10 +1008,22 @@ def add_run_flags(p):
     p.add_argument("--preview_every", type=at_least(0), help="Steps between pictures; 0: none.")
     p.add_argument("--resume", action="store_true", default=None,
                    help="Go on from OUT/last.pt. Flags that are not given keep their values.")
+    p.add_argument("--auto_resume", action="store_true", default=None,
+                   help="Go on from OUT/last.pt if it is there, else start: for jobs that are "
+                        "started again by the same command (torchrun --max_restarts, queues).")
     p.add_argument("--overwrite", action="store_true", default=None,
                    help="Start anew although OUT/last.pt exists.")
     p.add_argument("--wandb", metavar="PROJECT",
                    help="Project of Weights & Biases to log to as well (pip install wandb).")
+
+
+def with_resume(args, defaults):
+    """A copy of args in which --auto_resume has become --resume, if there is a checkpoint."""
+    values = vars(args)
+    if values.get("auto_resume"):
+        out = Path(values["out"] or defaults["out"])
+        values = dict(values, resume=values["resume"] or (out / "last.pt").exists())
+    return argparse.Namespace(**values)
 
 
 def given_flags(args):
@@ -765,6 +1036,10 @@ def flags_as_dict(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
+# Flags that a checkpoint's run does not hand on to the command that resumes it.
+OF_COMMAND = ("out", "resume", "auto_resume", "overwrite")
+
+
 def flags_of_run(out, script, key, parser):
     """The flags in OUT/last.pt, for --resume, as a dict.
 
@@ -773,14 +1048,14 @@ def flags_of_run(out, script, key, parser):
     """
     path = Path(out) / "last.pt"
     if not path.exists():
-        raise ValueError(f"--resume needs {path}, which does not exist; leave the flag out to "
-                         f"start a run")
+        raise ValueError(f"--resume needs {path}, which does not exist on {platform.node()}; leave "
+                         f"the flag out to start a run (of several nodes, all read this file)")
     state = load_checkpoint(path)
     if "args" not in state or key not in state:
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
     parser.check_values(state["args"], path)
     flags = dict(state["args"])
-    for name in ("out", "resume", "overwrite"):        # those of this command; a folder may move
+    for name in OF_COMMAND:
         flags.pop(name, None)
     # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
     if flags.pop("balance", None) is not None and flags.get("prediction") == "x0":
@@ -812,6 +1087,31 @@ def check_unchanged(args, stored, fixed):
                              f"{advice}")
 
 
+def check_same_run(args, resumed, data):
+    """Raise ValueError unless all processes have the same flags and images, and go on from the same
+    step: on several nodes the command is given several times, and the disks may differ.
+
+    resumed: the checkpoint, or None. data: ImageData.identity().
+    """
+    flags = flags_as_dict(args)
+    flags.pop("workers")                               # may follow the cores of a node
+    step = resumed["step"] if resumed else 0
+    of_ranks = gather((platform.node(), step, flags, data))
+    first_host, first_step, first_flags, first_data = of_ranks[0]
+    for rank, (host, step, flags, data) in enumerate(of_ranks):
+        name, first = f"rank {rank} on {host}", f"rank 0 on {first_host}"
+        if step != first_step:
+            raise ValueError(f"{name} would go on from step {step} and {first} from {first_step}; "
+                             f"all nodes read {args.out}/last.pt: share its disk, or copy it")
+        for flag, value in flags.items():
+            if value != first_flags.get(flag):
+                raise ValueError(f"{name} has --{flag} {value} and {first} "
+                                 f"{first_flags.get(flag)}; give all nodes the same command")
+        if data != first_data:
+            raise ValueError(f"{name} has other images in --data than {first}; share the disk, or "
+                             f"copy the images once more")
+
+
 def default_warmup(steps):
     """Steps of warm-up: 100, or a tenth of a run of less than 1000 steps."""
     return min(100, steps // 10)
@@ -835,9 +1135,15 @@ def check_run_flags(args):
         nearest = max(1, round(args.batch / unit)) * unit
         raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch "
                          f"{args.micro_batch} x {world} processes; try --batch {nearest}")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite starts anew; give one of "
-                         "them")
+    goes_on = args.resume or args.auto_resume
+    if goes_on and args.overwrite:
+        flag = "--auto_resume" if args.auto_resume else "--resume"
+        raise ValueError(f"{flag} goes on with a run and --overwrite starts anew; give one of them")
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and not goes_on:
+        raise ValueError(f"torchrun --max_restarts {restarts} gives this command again when a "
+                         f"process fails; add --auto_resume, so that it then goes on from "
+                         f"{args.out}/last.pt")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {args.wandb} needs a package: pip install wandb")
     last = Path(args.out) / "last.pt"
@@ -965,6 +1271,51 @@ class Updates:
         return self.left_out >= self.IN_A_ROW or sum(self.recent) >= self.RECENT // 2
 
 
+def first_not_finite(named_tensors):
+    """Name of the first of (name, tensor) pairs that is not finite, or None: one wait for a GPU."""
+    are_finite = torch.stack([tensor.isfinite().all() for _, tensor in named_tensors])
+    for (name, _), is_finite in zip(named_tensors, are_finite.tolist(), strict=True):
+        if not is_finite:
+            return name
+    return None
+
+
+class Snapshot:
+    """Copies a state to the CPU, where training does not change it while a thread writes it.
+
+    The memory is kept for the next state, which must have the same shapes. That of a CUDA device's
+    tensors is pinned, so that they are copied at the full speed of the bus.
+    """
+    def __init__(self):
+        self.buffers = {}                              # by the place of a tensor in the state
+
+    def take(self, state):
+        """A copy of nested dicts, lists, tensors and plain values. A tensor that is there twice,
+        such as an EMA that is also part of an autoencoder, is copied once.
+        """
+        copies = {}                                    # by the id of a tensor
+        copied = self.copy(state, "", copies)
+        if torch.cuda.is_available():                  # copies from a GPU come while we go on
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def copy(self, value, place, copies):
+        if isinstance(value, torch.Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = self.copy_tensor(value, place)
+            return copies[id(value)]
+        if isinstance(value, dict):
+            return {key: self.copy(item, f"{place}/{key}", copies) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.copy(item, f"{place}/{i}", copies) for i, item in enumerate(value)]
+        return value
+
+    def copy_tensor(self, tensor, place):
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.buffers[place].copy_(tensor, non_blocking=tensor.is_cuda)
+
+
 class Checkpoints:
     """Writes OUT/last.pt, as long as the run is sane, and stops a run that has diverged.
 
@@ -972,9 +1323,10 @@ class Checkpoints:
     its last update did to the loss is only known after the next step. Until then, the checkpoint
     before it is kept as OUT/previous.pt, to be brought back if the run diverges.
     All processes call the same methods; rank 0 writes. lock: that of OUT, held as long as this
-    object.
+    object. in_background: whether training goes on while a thread writes a copy of the state, as it
+    should on a GPU, which would wait otherwise. A run that ends or stops writes at once.
     """
-    def __init__(self, args, rank, log, lock):
+    def __init__(self, args, rank, log, lock, in_background=False):
         self.out, self.steps = Path(args.out), args.steps
         self.save_every, self.log_every = args.save_every, args.log_every
         self.rank, self.log, self.lock = rank, log, lock
@@ -982,6 +1334,11 @@ class Checkpoints:
         self.saved_step = None                         # by this process
         self.is_behind = False                         # the last checkpoint could not be written
         self.has_previous = False
+        self.is_judged = False                         # a step after the last checkpoint was finite
+        self.in_background = in_background
+        self.snapshot = Snapshot()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing = None                            # Future of the thread's checkpoint
 
     @property
     def last(self):
@@ -1009,11 +1366,31 @@ class Checkpoints:
         """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
         self.updates.add(*grad_norms)
         is_left_out = self.updates.left_out > 0
-        if self.has_previous and not is_left_out:      # the loss of the saved weights is finite
-            self.drop_previous()
+        if not is_left_out:                            # the loss of the saved weights is finite
+            self.is_judged = True
+        if self.writing is None or self.writing.done():
+            self.finish()
         is_end = done == self.steps                    # which cannot be saved, if it was left out
         if self.updates.have_diverged() or is_left_out and is_end:
+            self.finish()
             self.stop_diverged()
+
+    def finish(self):
+        """Wait for the thread, if it writes a checkpoint, and say what prevented it. Then delete
+        the checkpoint before it, if that is needed no longer.
+        """
+        if self.writing is not None:
+            problem = self.writing.result()
+            self.writing = None
+            self.note(problem)
+        if self.has_previous and self.is_judged:
+            self.drop_previous()
+
+    def note(self, problem):
+        """Remember and say what prevented a checkpoint. None: it is written."""
+        self.is_behind = problem is not None
+        if problem:
+            self.log.say(f"warning: {problem}; training goes on, and tries again")
 
     def keep_previous(self):
         """Give the checkpoint that is to be replaced a second name, or copy it without links."""
@@ -1048,8 +1425,10 @@ class Checkpoints:
         """Whether to write a checkpoint after step `done`, the same on all processes."""
         if self.updates.left_out > 0:
             return False
-        if self.is_behind and done % self.log_every == 0:
-            return True
+        if done % self.log_every == 0:
+            self.is_behind = gather(self.is_behind)[0]     # rank 0 alone knows how its thread ended
+            if self.is_behind:
+                return True
         return done % self.save_every == 0 or done == self.steps or is_stop
 
     def save(self, done, is_stop=False, **state):
@@ -1058,22 +1437,35 @@ class Checkpoints:
         If that fails, as on a full disk, the run goes on from memory, and is_due() after the next
         line of the log. Raises OSError if it fails when the run ends.
         """
+        self.finish()                                  # the one before may still be being written
         problem = None
         is_last = is_stop or done == self.steps
         if self.rank == 0:
             problem = self.write(done, state, is_last)
         problem = gather(problem)[0]
-        self.is_behind = problem is not None
         if problem and is_last:
             raise OSError(problem)
-        if problem:
-            self.log.say(f"warning: {problem}; training goes on, and tries again")
+        self.note(problem)
 
     def write(self, done, state, is_last):
-        """Write the checkpoint; returns what prevented it, or None."""
-        for name, weight in [*state["model"].items(), *state.get("ema", {}).items()]:
-            if not weight.isfinite().all():
-                return f"step {done} is not saved, since {name} is not finite"
+        """Write the checkpoint, or let the thread do so; returns what prevented it, or None."""
+        name = first_not_finite([*state["model"].items(), *state.get("ema", {}).items()])
+        if name is not None:
+            return f"step {done} is not saved, since {name} is not finite"
+        self.is_judged = False
+        if self.in_background and not is_last:
+            copy = self.snapshot.take(state)
+            self.writing = self.thread.submit(self.write_files, done, copy)
+            return None
+        problem = self.write_files(done, state)
+        if is_last and problem is None:                # no later step will judge it
+            self.drop_previous()
+        return problem
+
+    def write_files(self, done, state):
+        """Write last.pt, and keep the one before as previous.pt; returns what prevented it, or
+        None.
+        """
         try:
             self.keep_previous()
             save_checkpoint(self.last, step=done, **state)
@@ -1081,12 +1473,11 @@ class Checkpoints:
             self.drop_previous()                       # it is the same as the last one
             return one_line(error)
         self.saved_step = done
-        if is_last:                                    # no later step will judge it
-            self.drop_previous()
         return None
 
     def say_stopped(self):
         """Say how to go on, as the last line of a run that was asked to stop."""
+        self.finish()
         out = shlex.quote(str(self.out))
         if self.last.exists():
             advice = f"go on by --resume --out {out}"
@@ -1248,6 +1639,9 @@ def peak_memory_gib(device):
     """Peak memory of this process, on its GPU if it has one, in GiB. 0.0: it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if device.type == "mps":
+        # What was freed stays with the driver, so that this is about the peak.
+        return torch.mps.driver_allocated_memory() / 2 ** 30
     try:
         import resource
     except ImportError:                                # Windows
@@ -1301,8 +1695,9 @@ class Log:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
-                        device=name, peak_flops=self.peak_flops, python=platform.python_version(),
-                        parameters=parameters, data=data.summary(), resumed_at=start))
+                        device=name, peak_flops=self.peak_flops, tf32=uses_tf32(device),
+                        python=platform.python_version(), parameters=parameters,
+                        data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())

@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms.functional import normalize
 
 import metrics
 import runtime
@@ -41,6 +40,7 @@ from model import (
     HALF_PIXELS,
     IMAGENET_PIXELS,
     RAE,
+    Normalise,
     build_decoder,
     check_heads,
 )
@@ -142,7 +142,7 @@ def make_parser():
                    help="Recompute activations in the backward pass: less memory, a quarter more "
                         "time.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the decoder by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--tau", type=at_least(0.0),
                    help="Strength of the noise on the latents; paper: 0.8.")
@@ -385,8 +385,11 @@ def lpips_distance(vgg, maps, target_maps):
 
 
 def gram_matrix(x):                                                     # b c h w
-    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3."""
-    with torch.autocast(x.device.type, enabled=False):                  # differences are small
+    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3.
+
+    In fp32 and not TF32, since matrices that are nearly equal are to be subtracted.
+    """
+    with torch.autocast(x.device.type, enabled=False), runtime.full_precision():
         x = rearrange(x.float(), "b c h w -> b c (h w)")
         return x @ x.mT / x[0].numel()                                  # b c c
 
@@ -465,7 +468,7 @@ class Discriminator(nn.Module):
             timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
         else:
             timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
-        self.mean, self.std = pixels
+        self.normalise = Normalise(*pixels)
         self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
         # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
         # 11. The release has the last one twice.
@@ -481,7 +484,7 @@ class Discriminator(nn.Module):
         is_much_larger = images.shape[-1] > 2 * self.image_size
         x = F.interpolate(images, size, mode="bilinear", antialias=is_much_larger)      # b 3 s s
         maps = self.vit.forward_intermediates(
-            normalize(x, self.mean, self.std), norm=False, output_fmt="NLC",
+            self.normalise(x), norm=False, output_fmt="NLC",
             intermediates_only=True)                                    # of each block b n d
         logits = []
         for head, block in zip(self.heads, self.blocks, strict=True):
@@ -691,6 +694,16 @@ class Networks:
             self.discriminator = Discriminator(args.disc).to(device)
             self.discriminator.vit.set_grad_checkpointing(args.checkpoint_activations)
 
+    def compile(self):
+        """Compile the blocks of what training runs, which the EMA is not a part of."""
+        runtime.compile_blocks(self.encoder)
+        runtime.compile_blocks(self.decoder)
+        runtime.compile_blocks(self.reconstruction_loss)
+        if self.reconstruction_loss.vgg is not None:
+            self.reconstruction_loss.vgg.net.compile()      # whole, as no two layers are alike
+        if self.discriminator is not None:
+            runtime.compile_blocks(self.discriminator)
+
     def load_initial(self, path):
         """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
         if is_published_rae(path):
@@ -756,8 +769,6 @@ class Trainer:
         self.parallel_decoder = self.decoder
         if world > 1:
             self.parallel_decoder = runtime.data_parallel(self.decoder)
-        if args.compile:
-            self.parallel_decoder = torch.compile(self.parallel_decoder)
 
     def prepare(self, micro_batches):
         """Turn what data.batches yields into MicroBatches on the device, one at a time."""
@@ -996,6 +1007,7 @@ def main(args, data=None):
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
@@ -1017,6 +1029,8 @@ def main(args, data=None):
         networks.load_resumed(resumed)
     elif args.init:
         networks.load_initial(args.init)
+    if args.compile:
+        networks.compile()
 
     # ---------------------------------------------------------------- optimiser
     optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)
@@ -1035,7 +1049,8 @@ def main(args, data=None):
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     meter = LossMeter(data, device)
     image_flops = count_image_flops(networks, args, device)
@@ -1063,18 +1078,19 @@ def main(args, data=None):
     rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step, is_stop):
+        state = networks.state()
         packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
-                          latent_var=latent_var, decoder=networks.ema[0].state_dict())
+                          latent_var=latent_var, decoder=state["ema"])
         if encoder.trainable:                               # its latents have changed
             packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
             packed_rae["encoder_weights"] = networks.ema[1].state_dict()
         flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
         checkpoints.save(
-            step, is_stop, **networks.state(), rae=packed_rae, args=flags,
+            step, is_stop, **state, rae=packed_rae, args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)
 
     def draw_preview():
-        return reconstruction_picture(rae, load_images(val_data, range(12)))
+        return reconstruction_picture(rae, load_images(val_data, range(12)), args.dtype)
 
     def evaluate(step):
         for source, name in enumerate(val_data.domains):

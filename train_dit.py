@@ -55,7 +55,8 @@ RECIPES = {
     # arXiv 2510.11690 and its release: 1251 steps an epoch, constant for 40 epochs, linear to 800.
     "rae": dict(PUBLISHED_TRAINING, **sample.PAPER_SAMPLING, steps=800 * 1251, batch=1024,
                 lr_end=0.1, warmup=0, decay_start=40 * 1251, decay_end=800 * 1251, clip=1.0,
-                dtype="fp32", shift_base=4096, prediction="v"),
+                dtype="fp32", shift_base=4096, prediction="v",
+                save_every=5000, preview_every=5000),       # four epochs: they cost seconds
 }
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
@@ -95,7 +96,7 @@ def make_parser():
                    help="Checkpoint whose EMA weights to start from, or a published model: "
                         f"{', '.join(release.PUBLISHED_DITS)}.")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the model by torch.compile.")
+                   help="Compile the blocks of all networks by torch.compile.")
     # objective
     p.add_argument("--time_law", choices=TIME_LAWS, help="Distribution of t before its shift.")
     p.add_argument("--shift_base", type=at_least(1e-9),
@@ -283,6 +284,7 @@ def main(args, data=None):
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
@@ -301,11 +303,12 @@ def main(args, data=None):
     if resumed:
         release.load_release(model, resumed["model"], "the resumed model")
         release.load_release(ema, resumed["ema"], "the resumed EMA")
+    if args.compile:
+        runtime.compile_blocks(model)
+        runtime.compile_blocks(rae.encoder)
     step_model = model
     if world > 1:
         step_model = runtime.data_parallel(model)
-    if args.compile:
-        step_model = torch.compile(step_model)
 
     # ---------------------------------------------------------------- optimiser
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), eps=1e-8,
@@ -316,7 +319,8 @@ def main(args, data=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
     log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
@@ -333,7 +337,7 @@ def main(args, data=None):
 
     def draw_preview():
         labels = list(range(min(36, data.num_classes)))
-        images = sample.generate(ema, rae, labels + labels, args)
+        images = sample.generate(ema, rae, labels + labels, args, dtype=args.dtype)
         return sample.draw_grid(images, data.class_names[:36])
 
     def evaluate(step):

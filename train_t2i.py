@@ -56,7 +56,7 @@ DEFAULTS = dict(
     plan=0, regression=0.0, llm_start=None, flow_weight=2.0, draws=2,
     time_law="logit_normal", shift_base=4096, prediction="v",
     steps=1500, lr=3e-3, llm_lr=None, lr_end=0.02, warmup=None, decay_start=None, decay_end=None,
-    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False,
+    weight_decay=0.0, clip=1.0, ema=0.998, shard=False, recompute=False, compile=False,
     log_every=50, save_every=500, preview_every=500, eval_every=0, eval_n=300)
 # What a small language model from scratch needs: it says where things are before it draws them,
 # its queries also learn from the latents directly, and the DiT waits until they mean something.
@@ -66,7 +66,8 @@ FROM_SCRATCH = dict(plan=40, regression=1.0)
 TINY_LATENTS = dict(shift_base=340, prediction="x0")
 # Tables 8 and 9 of arXiv 2601.16208. The warm-up is 1.34% and 3% of the steps.
 PAPER = dict(sample.PAPER_SAMPLING, lr_end=0.0, ema=0.0, time_law="logit_normal", draws=1,
-             shift_base=4096, prediction="v")
+             shift_base=4096, prediction="v",
+             save_every=1000, preview_every=1000)           # 1.5 hours on 8 GPUs, see BENCH.md
 RECIPES = {
     "pretrain": dict(PAPER, batch=2048, steps=30_000, lr=5e-4, llm_lr=5e-5, warmup=402,
                      context=512),
@@ -189,6 +190,8 @@ def add_training_flags(p):
                    help="Spread weights and optimizer over the processes (FSDP2).")
     p.add_argument("--recompute", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, slower.")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="Compile the blocks of all networks by torch.compile.")
     # evaluation in training
     p.add_argument("--eval_every", type=at_least(0),
                    help="Steps between runs of ShapesEval on the EMA weights; 0: none.")
@@ -588,6 +591,7 @@ def main(args, data=None, conversation=None):
                          chat=conversation)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
@@ -606,6 +610,9 @@ def main(args, data=None, conversation=None):
     if resumed and args.ema:
         release.load_release(ema, resumed["ema"], "the resumed EMA")
     flops = Flops(ema, rae, args)
+    if args.compile:
+        runtime.compile_blocks(t2i)
+        runtime.compile_blocks(rae.encoder)
     for module in [t2i, ema] if args.ema else [t2i]:
         if args.shard:
             shard(module)
@@ -623,7 +630,8 @@ def main(args, data=None, conversation=None):
         start = resumed["step"]
     parameters = sum(p.numel() for p in t2i.parameters())
     log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock)
+    checkpoints = runtime.Checkpoints(args, rank, log, lock,
+                                      in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
@@ -641,7 +649,7 @@ def main(args, data=None, conversation=None):
 
     def draw_preview():
         try:
-            images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
+            images = sample.generate_prompts(ema.eval(), rae, prompts, drawing, dtype=args.dtype)
         finally:
             t2i.train()                                     # it is the EMA itself with --ema 0
         return sample.draw_grid(images, prompts)

@@ -1,4 +1,5 @@
 """What the tests share: the checkout on sys.path, no network, and ways to run a script."""
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
+os.environ["NANORAE_CACHE"] = ""               # nor write to the user's home
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = str(ROOT / "assets" / "tiny_dit.safetensors")
 sys.path.insert(0, str(ROOT))
@@ -59,6 +61,22 @@ def run_on_one_thread(script, *argv):
         run_script(script, *argv)
     finally:
         torch.set_num_threads(threads)
+
+
+def always_in_background(self, *args, **options):
+    """Checkpoints.__init__ of a GPU, whose checkpoints a thread writes."""
+    construct_checkpoints(self, *args, **dict(options, in_background=True))
+
+
+construct_checkpoints = runtime.Checkpoints.__init__
+
+
+@contextlib.contextmanager
+def saving_in_background():
+    """Context in which runs, also those of other processes that start in it, save as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Checkpoints, "__init__", always_in_background)
+        yield
 
 
 # ------------------------------------------------------------------------ other processes

@@ -50,11 +50,6 @@ def untrained_vit(timm_name, image_size):
     return timm.create_model(timm_name, img_size=image_size, num_classes=0)
 
 
-def normalize(images, mean, std):
-    """In place of torchvision's, which looks at values."""
-    return (images - mean[0]) / std[0]
-
-
 def strip_data(module, mode):
     """Replace parameters and buffers by tensors without data."""
     for part in module.modules():
@@ -149,7 +144,6 @@ def main():
                         help="Micro-batches to count for (default: 1 4 8 16 32).")
     micro_batches = parser.parse_args().micro_batch
     train_decoder.load_vit = untrained_vit
-    train_decoder.normalize = normalize
 
     print("GiB, for micro-batches of".ljust(58), *(f"{n:7}" for n in micro_batches))
     for size in ("B", "XL"):

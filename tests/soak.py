@@ -50,17 +50,21 @@ class Scenario(NamedTuple):
     script: object           # module
     flags: list
     processes: int
+    in_background: bool = False      # whether a thread writes checkpoints, as on a GPU
 
 
 SCENARIOS = {
     "train_dit": Scenario(train_dit, [*DIT, "--workers", 1], 1),
     "train_dit, latents cached": Scenario(train_dit, [*DIT, "--cache", 64, "--workers", 1], 1),
+    "train_dit, saved by a thread": Scenario(train_dit, [*DIT, "--workers", 1], 1, True),
     "train_dit, 2 processes": Scenario(train_dit, [*DIT, "--workers", 1], 2),
     "train_decoder": Scenario(train_decoder, [*DECODER, "--workers", 2], 1),
     "train_decoder with GAN": Scenario(train_decoder, [*DECODER, "--gan", 0.75, "--workers", 1], 1),
     "train_decoder, 2 processes": Scenario(train_decoder, [*DECODER, "--workers", 1], 2),
     "train_t2i": Scenario(train_t2i, [*T2I, "--workers", 1], 1),
     "train_t2i, 2 processes": Scenario(train_t2i, [*T2I, "--workers", 1], 2),
+    "train_t2i, 2 processes, saved by a thread": Scenario(train_t2i, [*T2I, "--workers", 1], 2,
+                                                          True),
     "sample": Scenario(sample, SAMPLING, 1),
     "sample, 2 processes": Scenario(sample, SAMPLING, 2),
 }
@@ -90,11 +94,15 @@ def start_run(scenario, folder, is_disk_full):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if is_disk_full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, hard))        # the children inherit it
+    saving = contextlib.nullcontext()
+    if scenario.in_background:
+        saving = conftest.saving_in_background()
     children = []
-    for rank, environment in enumerate(environments):
-        errors = folder / f"errors_{rank}.txt"
-        children.append(conftest.start(scenario.script, *flags, errors=errors, session=True,
-                                       **environment))
+    with saving:
+        for rank, environment in enumerate(environments):
+            errors = folder / f"errors_{rank}.txt"
+            children.append(conftest.start(scenario.script, *flags, errors=errors, session=True,
+                                           **environment))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     return children
 

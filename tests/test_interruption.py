@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -26,6 +27,7 @@ from conftest import (
     read_log,
     run_on_one_thread,
     run_script,
+    saving_in_background,
     start,
 )
 from data import open_data
@@ -225,9 +227,9 @@ def test_a_checkpoint_without_a_finite_step_is_called_spoilt(tmp_path):
                    "--out", tmp_path)
 
 
-def checkpoints_of(folder, steps=1000):
+def checkpoints_of(folder, steps=1000, log=None, in_background=False):
     args = train_dit.parse_args(["--steps", str(steps), "--out", str(folder)])
-    return runtime.Checkpoints(args, 0, log=None, lock=None)
+    return runtime.Checkpoints(args, 0, log, None, in_background)
 
 
 def test_updates_left_out_now_and_then_do_not_stop_a_run(tmp_path):
@@ -275,6 +277,151 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path, capsys):
     problem = checkpoints.write(500, state, is_last=False)
     assert problem == "step 500 is not saved, since w is not finite"
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- saved by a thread
+class SlowDisk:
+    """Stands for runtime.save_checkpoint, which writes nothing before has_room is set.
+
+    error: what it raises then, if anything. is_writing: set when it is called.
+    """
+    def __init__(self, monkeypatch, error=None):
+        self.original = runtime.save_checkpoint
+        self.error = error
+        self.is_writing, self.has_room = threading.Event(), threading.Event()
+        monkeypatch.setattr(runtime, "save_checkpoint", self.save)
+
+    def save(self, path, **state):
+        self.is_writing.set()
+        assert self.has_room.wait(20)
+        if self.error:
+            raise self.error
+        self.original(path, **state)
+
+
+def test_a_thread_writes_the_weights_as_they_were_when_the_step_was_saved(tmp_path, monkeypatch):
+    checkpoints = checkpoints_of(tmp_path, in_background=True)
+    weight, disk = torch.ones(3), SlowDisk(monkeypatch)
+    for step in (500, 1500):                           # the second time in the same memory
+        weight.fill_(step)
+        disk.has_room.clear()
+        checkpoints.save(step, model={"w": weight}, ema={"w": weight}, names=["a"])
+        weight.zero_()                                 # training goes on
+        checkpoints.check(step + 1, 1.0)
+        disk.has_room.set()
+        checkpoints.finish()
+        saved = load_last(tmp_path)
+        assert (saved["step"], saved["names"]) == (step, ["a"])
+        assert saved["model"]["w"].tolist() == saved["ema"]["w"].tolist() == [step, step, step]
+    assert saved["model"]["w"].data_ptr() == saved["ema"]["w"].data_ptr()      # written once
+
+
+def test_the_previous_checkpoint_stays_until_the_next_is_written_and_judged(tmp_path, monkeypatch):
+    checkpoints = checkpoints_of(tmp_path, in_background=True)
+    checkpoints.save(500, model={"w": torch.ones(1)})
+    checkpoints.finish()
+    disk = SlowDisk(monkeypatch)
+    checkpoints.save(600, model={"w": torch.ones(1)})
+    assert disk.is_writing.wait(20)
+    checkpoints.check(601, 1.0)                        # judged, but not written
+    assert load_last(tmp_path)["step"] == 500
+    assert checkpoints.previous.exists()
+    disk.has_room.set()
+    checkpoints.writing.result()
+    assert checkpoints.previous.exists()
+    checkpoints.check(602, 1.0)
+    assert load_last(tmp_path)["step"] == 600
+    assert not checkpoints.previous.exists()
+
+
+def test_a_run_that_diverges_while_a_thread_writes_goes_back_to_the_one_before(tmp_path,
+                                                                               monkeypatch):
+    checkpoints = checkpoints_of(tmp_path, in_background=True)
+    checkpoints.check(100, 1.0)
+    checkpoints.save(100, model={"w": torch.ones(1)})
+    checkpoints.finish()
+    disk = SlowDisk(monkeypatch)
+    checkpoints.save(200, model={"w": torch.ones(1)})
+    assert disk.is_writing.wait(20)
+    threading.Timer(0.2, disk.has_room.set).start()
+    with pytest.raises(ValueError, match="the last checkpoint with a finite loss"):
+        for done in range(201, 300):
+            checkpoints.check(done, float("nan"))
+    assert load_last(tmp_path)["step"] == 100
+    assert not checkpoints.previous.exists()
+
+
+def test_a_thread_without_room_is_told_once_and_tries_again(tmp_path, monkeypatch, capsys):
+    checkpoints = checkpoints_of(tmp_path, log=open_log(tmp_path), in_background=True)
+    disk = SlowDisk(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "last.pt"))
+    checkpoints.save(500, model={"w": torch.ones(1)})
+    disk.has_room.set()
+    checkpoints.writing.exception(20)
+    for done in (501, 502, 550):
+        checkpoints.check(done, 1.0)
+    assert not checkpoints.is_due(549)
+    assert checkpoints.is_due(550)                     # the next line of the log
+    assert capsys.readouterr().out.count("last.pt: No space left on device; training goes on") == 1
+
+    disk.error = None
+    checkpoints.save(550, model={"w": torch.ones(1)})
+    checkpoints.finish()
+    assert load_last(tmp_path)["step"] == 550
+    assert not checkpoints.is_due(600)
+
+
+def test_a_signal_waits_for_the_thread_and_the_run_goes_on_exactly(tmp_path, monkeypatch, capfd):
+    original = runtime.save_checkpoint
+
+    def save_slowly(path, **state):
+        time.sleep(0.3)
+        original(path, **state)
+
+    flags = [*LONG_DIT, "--steps", 12, "--decay_end", 12]
+    with monkeypatch.context() as patch, saving_in_background():
+        slow_down(patch, seconds=0.1)
+        patch.setattr(runtime, "save_checkpoint", save_slowly)
+        child = start(train_dit, *flags, "--save_every", 1, "--out", tmp_path / "stopped")
+    wait_for_first_step(tmp_path / "stopped", child)
+    signal_process(child, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 0
+    step = load_last(tmp_path / "stopped")["step"]
+    assert f"stopped by SIGTERM after saving step {step}" in capfd.readouterr().out
+    names = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert names == {"last.pt", "log.jsonl", ".lock"}
+
+    with saving_in_background():
+        run_on_one_thread(train_dit, "--resume", "--out", tmp_path / "stopped")
+    run_on_one_thread(train_dit, *flags, "--out", tmp_path / "straight")
+    straight, stopped = load_last(tmp_path / "straight"), load_last(tmp_path / "stopped")
+    assert largest_difference(straight, stopped) == 0
+
+
+def test_kill_in_the_middle_of_a_thread_s_file_leaves_the_one_before(tmp_path, monkeypatch):
+    original = torch.save
+
+    def save_half(state, file):
+        if state["step"] == 2:
+            file.write(b"half")
+            file.flush()
+            time.sleep(60)
+        original(state, file)
+
+    with monkeypatch.context() as patch, saving_in_background():
+        patch.setattr(torch, "save", save_half)
+        child = start(train_dit, *LONG_DIT, "--save_every", 1, "--out", tmp_path)
+    while not (tmp_path / "previous.pt").exists():     # which is kept right before the second file
+        assert child.is_alive()
+        time.sleep(0.02)
+    while not (tmp_path / "last.pt.tmp").exists():
+        time.sleep(0.02)
+    child.kill()
+    child.join()
+
+    assert load_last(tmp_path)["step"] == 1
+    run_script(train_dit, "--resume", "--steps", 3, "--out", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.pt*")} == {"last.pt"}
 
 
 # ---------------------------------------------------------------------------- two runs, one folder

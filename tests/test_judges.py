@@ -21,17 +21,18 @@ from release import ENCODERS, load_encoder, load_release
 
 # name: (class in transformers, its configuration, tokens before those of the patches), with the
 # configurations of facebook/dinov2-with-registers-small, google/siglip2-base-patch16-256,
-# google/siglip2-so400m-patch14-224 (2 of its 27 layers) and facebook/vit-mae-base (but nothing is
-# masked); everything else is the default of the class.
+# google/siglip2-so400m-patch14-224 and facebook/vit-mae-base (but nothing is masked), each with the
+# first LAYERS of its layers; everything else is the default of the class.
 JUDGES = {
     "dinov2-s": ("Dinov2WithRegisters",
                  dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14), 5),
     "siglip2-b": ("SiglipVision", dict(image_size=256, vision_use_head=False), 0),
     "siglip2-so400m": ("SiglipVision",
                        dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16,
-                            num_hidden_layers=2, patch_size=14, vision_use_head=False), 0),
+                            patch_size=14, vision_use_head=False), 0),
     "mae-b": ("ViTMAE", dict(mask_ratio=0.0), 1),
 }
+LAYERS = 3                                         # the others are like them, and take seconds
 # Names of transformers 5, as regular expressions, and those of timm.
 TIMM_NAMES = {
     r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
@@ -99,7 +100,7 @@ def statistics_of_judge(transformers, name):
 def build_judge(transformers, name, monkeypatch):
     """The judge of encoder `name` with random weights."""
     class_name, config, _ = JUDGES[name]
-    config = getattr(transformers, f"{class_name}Config")(**config)
+    config = getattr(transformers, f"{class_name}Config")(num_hidden_layers=LAYERS, **config)
     # Weights are drawn below; transformers' own initialisation would take seconds.
     monkeypatch.setattr(transformers.PreTrainedModel, "init_weights", lambda self: None)
     return randomise(getattr(transformers, f"{class_name}Model")(config))
@@ -116,8 +117,7 @@ def load_judges_weights(judge, name, side, folder, monkeypatch):
 
     def create_quickly(*args, **options):
         options.setdefault("weight_init", "skip")      # all weights come from the file
-        if name == "siglip2-so400m":
-            options.setdefault("depth", 2)
+        options.setdefault("depth", LAYERS)
         return original(*args, **options)
 
     monkeypatch.setattr(timm, "create_model", create_quickly)

@@ -4,7 +4,6 @@ import math
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import release
@@ -46,14 +45,9 @@ def test_timm_encoder_from_a_file_placed_by_hand(tmp_path, monkeypatch):
     encoder = release.load_encoder("dinov2-s", 592)    # sees 518 px: the model's own grid of 37
     assert (encoder.grid, encoder.channels, encoder.input_size) == (37, 384, 518)
 
-    images = torch.rand(1, 3, 518, 518)
-    mean = torch.tensor(encoder.mean).view(3, 1, 1)
-    std = torch.tensor(encoder.std).view(3, 1, 1)
-    # Tokens before the last norm, without those in front of the patches.
-    tokens = reference.get_intermediate_layers((images - mean) / std, n=1)[0]
-    expected = F.layer_norm(tokens, (384,), eps=1e-6)
-    latents = encoder.encode(images).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+    # What it computes is compared in test_judges.py.
+    for name in ("patch_embed.proj.weight", "blocks.11.mlp.fc2.weight"):
+        assert torch.equal(encoder.backbone.state_dict()[name], reference.state_dict()[name])
 
     smaller = release.load_encoder("dinov2-s", 64)     # sees 56 px
     assert smaller.encode(torch.rand(1, 3, 64, 64)).shape == (1, 384, 4, 4)

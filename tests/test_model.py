@@ -1,9 +1,11 @@
 """Encoder, decoder, RAE, DiT, DiTDH and flow matching. Run: python -m pytest tests/test_model.py"""
+import copy
 import math
 import warnings
 
 import pytest
 import torch
+from torchvision.transforms.functional import normalize as torchvision_normalize
 
 import release
 from conftest import ROOT
@@ -15,6 +17,7 @@ from model import (
     DiT,
     DiTDH,
     LabelEmbedding,
+    Normalise,
     RoPE,
     build_decoder,
     build_dit,
@@ -337,3 +340,38 @@ def test_rae_without_an_encoder_decodes_only(tiny_encoder):
     torch.testing.assert_close(decoding_only.decode(latents), rae.decode(latents))
     with pytest.raises(ValueError, match="only decodes, as it has no encoder"):
         decoding_only.encode(torch.rand(2, 3, 64, 64))
+
+
+def test_rae_leaves_networks_that_others_share_where_they_are(tiny_encoder):
+    """The device meta stands for a GPU. Statistics come from a checkpoint, on the CPU."""
+    encoder = copy.deepcopy(tiny_encoder).to("meta")
+    decoder = Decoder(192, 4, 16, 32, 1, 2, 64).to("meta")
+    rae = RAE(encoder, decoder, torch.zeros(192, 4, 4), torch.ones(192, 4, 4))
+    tensors = [*rae.parameters(), *rae.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+# ---------------------------------------------------------------------------- for GPUs
+def test_pixels_are_normalised_as_by_torchvision():
+    images = torch.rand(2, 3, 8, 8)
+    statistics = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    ours = Normalise(*statistics)
+    assert torch.equal(ours(images), torchvision_normalize(images, *statistics))
+    assert ours.state_dict() == {}                     # no checkpoint changes
+
+
+def test_encoding_reads_no_value_back_from_the_device(tiny_encoder):
+    """On the device meta there are none to read: it would raise."""
+    encoder = copy.deepcopy(tiny_encoder).to("meta")
+    assert encoder.encode(torch.rand(2, 3, 64, 64, device="meta")).shape == (2, 192, 4, 4)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["DiT", "DiTDH"])
+def test_tokens_lie_together_in_memory(head):
+    model = small_model(head)
+    are_together = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: are_together.append(
+            inputs[0].is_contiguous()))
+    model(torch.randn(2, 8, 4, 4), torch.rand(2), torch.tensor([0, 1]))
+    assert are_together == [True for _ in model.blocks]

@@ -37,8 +37,10 @@ from test_train import DECODER_FLAGS, DIT_FLAGS, assert_refused, write_grey_imag
 from train_decoder import (
     Discriminator,
     DiscriminatorHead,
+    Networks,
     ReconstructionLoss,
     augment,
+    decoder_sizes,
     gram_distance,
     gram_matrix,
     vgg_maps,
@@ -186,6 +188,12 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch():
     images, others = torch.rand(2, 2, 3, 64, 64)
     together = discriminator(torch.cat([images, others]))
     assert torch.allclose(together[:2], discriminator(images), atol=1e-5)
+
+
+def test_the_discriminator_reads_no_value_back_from_the_device():
+    """On the device meta there are none to read: it would raise."""
+    discriminator = Discriminator("tiny").to("meta")
+    assert discriminator(torch.rand(2, 3, 64, 64, device="meta")).shape == (2, 5 * 16)
 
 
 def test_discriminators_of_the_papers(monkeypatch):
@@ -373,6 +381,29 @@ def test_two_processes_have_one_discriminator(encoder, tmp_path):
             mean, other_mean = a["state"][k]["exp_avg"], b["state"][k]["exp_avg"]
             difference = largest_difference(mean, other_mean)
             assert difference < 1e-7 + 1e-3 * mean.abs().max(), k
+
+
+# ---------------------------------------------------------------------------- compiling
+def are_compiled(blocks):
+    return [block._compiled_call_impl is not None for block in blocks]
+
+
+def test_what_training_runs_is_compiled():
+    """Nothing runs here, so nothing takes time."""
+    args = train_decoder.parse_args(["--gan", "0.1", "--feature", "0.1", "--compile"])
+    encoder = load_encoder("tiny")
+    networks = Networks(encoder, decoder_sizes(args, encoder), args, torch.device("cpu"))
+    loss = networks.reconstruction_loss
+    loss.vgg = torch.nn.Module()                       # in place of VGG-16
+    loss.vgg.net = torch.nn.Identity()
+
+    networks.compile()
+
+    blocks = [*networks.encoder.backbone.blocks, *networks.decoder.decoder_layers,
+              *loss.feature_distance.encoder.backbone.blocks, loss.vgg.net,
+              *networks.discriminator.vit.blocks, *networks.discriminator.heads]
+    assert all(are_compiled(blocks))
+    assert not any(are_compiled(networks.ema[0].decoder_layers))
 
 
 # ---------------------------------------------------------------------------- resume, kills, init

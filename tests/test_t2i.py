@@ -984,7 +984,8 @@ def test_what_gpt_says_before_an_image_is_learned(tmp_path):
     """Own data plan, too: text before <image> in gpt's turn, with --plan N."""
     data = write_conversations(tmp_path, "draw", "all red <image>")
     record = last_record(tmp_path / "run", "--data", data, "--plan", 16, "--steps", 40,
-                         "--lr", 1e-2, "--llm_lr", 1e-2, "--decay_start", 40, "--decay_end", 40)
+                         "--lr", 1e-2, "--llm_lr", 1e-2, "--decay_start", 40, "--decay_end", 40,
+                         "--head_width", 0, "--draws", 1, "--micro_batch", 8)
     t2i, _, _ = load_t2i(tmp_path / "run" / "last.pt", weights="model")
     assert record["cross_entropy"] < 0.1
     assert t2i.plans(["draw"]) == ["all red "]
@@ -1074,6 +1075,7 @@ def test_the_recipe_of_pretraining_is_the_papers(tmp_path):
     assert (args.width, args.depth, args.heads, args.head_width) == (2048, 32, 32, 0)
     assert (args.context, args.connector) == (512, "linear")
     assert (args.solver, args.sampling_steps) == ("euler", 50)
+    assert (args.save_every, args.preview_every) == (1000, 1000)
 
 
 def test_the_recipe_of_finetuning_is_the_papers(tmp_path):
