@@ -1784,7 +1784,7 @@ class Log:
         self.bar.update(step - self.bar.n)
         speed = f"{images_per_second:.0f} img/s"
         if mfu is not None:
-            speed += f" | {100 * mfu:.0f}% MFU"
+            speed += f" | {100 * mfu:.1f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
                  f"| {speed} | {gib:.1f} GiB | {time_left(seconds_left)} left")
         self.flops = 0
