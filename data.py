@@ -37,6 +37,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -45,10 +46,10 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
-from index import count_images, open_table
+from index import count_images, open_tables
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
-from runtime import process_rank, stop_request, world_size
+from runtime import cores_of_process, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -294,10 +295,7 @@ class FileSource:
     """The images of folders, tars or .jsonl files, in another random order in every epoch."""
 
     def __init__(self, paths, split, hold_out, seed, index, crop, flip, with_conversations):
-        # The processes of a run share the work of listing shards for the first time.
-        for path in paths[process_rank()::world_size()]:
-            open_table(path, with_conversations)
-        self.tables = [open_table(path, with_conversations) for path in paths]
+        self.tables = open_tables(paths, with_conversations)
         check_texts(self.tables, paths[0])
         self.all_images = ConcatDataset(self.tables)              # of both splits
         self.label_counts = count_labels(self.tables)
@@ -963,7 +961,13 @@ def load_images(data, numbers):
     Returns: b H W 3, uint8
     Raises: ValueError if one is broken or they differ in size
     """
-    return stack_images([data[k] for k in numbers])
+    return stack_images(load_items(data, numbers))
+
+
+def load_items(data, numbers):
+    """Load the items data[k] of numbers k in threads, which decode images side by side."""
+    with ThreadPoolExecutor(cores_of_process()) as threads:
+        return list(threads.map(data.__getitem__, numbers))
 
 
 def stack_images(items):

@@ -21,7 +21,7 @@ from PIL import Image
 import metrics
 import release
 import runtime
-from data import load_images, open_data, resize_images, stack_images
+from data import load_images, load_items, open_data, resize_images, stack_images
 from metrics import EncoderFeatures, FeatureSet
 from runtime import at_least
 from shapes import Text, read_scene
@@ -52,8 +52,12 @@ def reconstruct(rae, images, dtype="fp32"):
 
 
 def to_uint8(images):                                                      # b 3 S S in [0,1]
+    return to_8_bits(images).cpu()                                         # b S S 3
+
+
+def to_8_bits(images):                                                     # b 3 S S in [0,1]
     images = (images * 255).round().byte()
-    return rearrange(images, "b c h w -> b h w c").cpu()                   # b S S 3
+    return rearrange(images, "b c h w -> b h w c")                         # b S S 3
 
 
 def numbers_of_source(data, source, n):
@@ -111,13 +115,14 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
             raise ValueError("the decoder gives pixels that are not finite: its training diverged, "
                              "or --dtype bf16 overflows; take an earlier checkpoint, or fp32")
         if vgg:
-            with torch.no_grad():
+            with torch.no_grad(), runtime.full_precision():
                 lpips_sum += vgg(x, y, normalize=True).sum().item()        # normalize: from [0,1]
-        x, y = to_uint8(x), to_uint8(y)                                    # b S S 3
+        x, y = to_8_bits(x), to_8_bits(y)                                  # b S S 3
         psnr_sum += metrics.psnr(x, y).sum().item()
         ssim_sum += metrics.ssim(x, y).sum().item()
         if is_built_in:
-            for number, image, reconstruction in zip(numbers, x.numpy(), y.numpy(), strict=True):
+            pairs = zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
+            for number, (image, reconstruction) in zip(numbers, pairs, strict=True):
                 readable_sum += readable(val.scene_or_text(number), image, reconstruction)
         originals.add(x, numbers)
         reconstructions.add(y, numbers)
@@ -130,7 +135,8 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     if distance_name == "fid":
         distance_name = "rfid"                         # as papers call that of reconstructions
     results = {"n": n, "psnr": psnr, "ssim": ssim}
-    results[distance_name] = metrics.distance(originals.pooled, reconstructions.pooled)
+    results[distance_name] = runtime.on_rank_0(
+        lambda: metrics.distance(originals.pooled, reconstructions.pooled))
     if vgg:
         results["lpips"] = lpips
     if is_built_in:
@@ -140,12 +146,12 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
     return results
 
 
-def reconstruction_picture(rae, images):
+def reconstruction_picture(rae, images, dtype="fp32"):
     """A PIL picture with originals in the upper row and their reconstructions below.
 
-    images: uint8 b H W 3.
+    images: uint8 b H W 3. dtype: of matmuls.
     """
-    originals, reconstructions = reconstruct(rae, images)
+    originals, reconstructions = reconstruct(rae, images, dtype)
     x = torch.cat([originals, reconstructions]).cpu()                      # 2*b 3 S S
     x = F.pad(x, (1, 1, 1, 1), value=1.0)              # a white margin of one pixel
     sheet = rearrange(x, "(r b) c h w -> (r h) (b w) c", r=2)
@@ -159,7 +165,7 @@ def labelled_features(data, n, features, rank=0, world=1, batch=72):
     labels = {}                                        # by number
     batches = runtime.split_numbers(n, batch, rank, world)
     for numbers in runtime.progress_bar(batches, "evaluate"):
-        items = [data[number] for number in numbers]
+        items = load_items(data, numbers)
         feature_set.add(stack_images(items), numbers)
         for item in items:
             labels[item["number"]] = item["label"]
@@ -191,7 +197,8 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
                          f"{len(train)}, or leave it out")
     x, y = labelled_features(train, n, features, rank, world, batch)
     x_test, y_test = labelled_features(val, hold_out, features, rank, world, batch)
-    accuracy = metrics.linear_probe(x, y, x_test, y_test, train.num_classes, seed=seed)
+    accuracy = runtime.on_rank_0(
+        lambda: metrics.linear_probe(x, y, x_test, y_test, train.num_classes, seed=seed))
     return dict(probe=encoder.name, n=n, held_out=hold_out, accuracy=accuracy)
 
 
@@ -313,6 +320,7 @@ def reconstruct_all(args, rank, world, device):
     if len(by_source) == 1:
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
+                    tf32=runtime.uses_tf32(device),
                     reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features
 

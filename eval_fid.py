@@ -77,7 +77,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
 
     results = dict(n=n, labels="balanced", guidance=args.guidance,
                    sampling_steps=args.sampling_steps, solver=args.solver)
-    results |= metrics.compare(reference, fake)
+    results |= runtime.on_rank_0(lambda: metrics.compare(reference, fake))
     right_colour, right_class, unsure = (runtime.all_sum(counts) / n).tolist()
     if is_verified:
         results["right_colour"] = right_colour
@@ -344,6 +344,7 @@ def evaluate_model(args, features, rank, world, device):
                                   args.dtype, features, statistics)
     results |= dict(guidance_interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
+                    tf32=runtime.uses_tf32(device),
                     reference=" ".join(reference.specs), reference_split=reference.split)
     return results, features, statistics
 
@@ -403,7 +404,7 @@ def evaluate_samples(args, features, rank, world):
                                args.batch)
     fake = metrics.measure_images(samples, n, features, KEEP_SAMPLES, rank, world, args.batch)
     results = dict(n=n, samples=" ".join(args.samples), reference=" ".join(args.data))
-    results |= metrics.compare(reference, fake)
+    results |= runtime.on_rank_0(lambda: metrics.compare(reference, fake))
     return results, features, reference
 
 

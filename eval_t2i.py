@@ -306,7 +306,7 @@ def main(args):
     results = evaluate_prompts(t2i, rae, args, n, rank, world)
     results |= dict(solver=args.solver, guidance_interval=list(args.interval),
                     release_grid=args.release_grid, weights=args.weights, checkpoint=args.ckpt,
-                    seed=args.seed, dtype=args.dtype)
+                    seed=args.seed, dtype=args.dtype, tf32=runtime.uses_tf32(device))
     results |= metrics.environment(device)
     if rank == 0:
         metrics.report(results, time.time() - start, args.out)

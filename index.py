@@ -2,7 +2,7 @@
 
 The listing of a folder, a tar or a .jsonl that may be large is written to an index, a file in
 ~/.cache/nanorae or in the folder that NANORAE_CACHE names (if that is empty, nothing is written).
-Whoever reads the images later maps the index into memory: it takes no time, and all processes share
+Whoever reads the images later maps the index into memory, in milliseconds; all processes share
 its pages. It can be deleted at any time. An index is only used if the path has the size and the
 time of modification with which it was listed; of a folder, all its subfolders, and the captions
 beside its images where they are read. Within a process, a path is listed once.
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from listing import ListedImage, PassedOver, check_path, list_images, walk
-from runtime import Lock, process_rank, write_whole
+from runtime import Lock, process_rank, world_size, write_whole
 
 FORMAT = "nanoRAE index 1"
 # Of fewer images, which are listed in 0.15 s, no index is written.
@@ -64,6 +64,7 @@ class ImageTable:
         self.rows = content[header_end:rows_end].view(ROW)
         self.text = content[rows_end:text_end]
         self.stamps = content[text_end:]
+        self.may_be_kept = len(self.stamps) > len("[]")
 
     def __len__(self):
         return len(self.rows)
@@ -104,17 +105,16 @@ class ImageTable:
 
     def is_current(self):
         """Whether all that was read has the size and the time of modification that it had then."""
-        if self.header["real_path"] != os.path.realpath(self.path):
+        if not self.may_be_kept or self.header["real_path"] != os.path.realpath(self.path):
             return False
-        stamps = json.loads(self.stamps.tobytes())
-        try:
-            for name, size, modified in stamps:
+        for name, size, modified in json.loads(self.stamps.tobytes()):
+            try:
                 state = os.stat(join(self.path, name))
-                if (state.st_size, state.st_mtime_ns) != (size, modified):
-                    return False
-        except OSError:
-            return False
-        return len(stamps) > 0                    # there are none if it must not be kept
+            except OSError:
+                return False
+            if (state.st_size, state.st_mtime_ns) != (size, modified):
+                return False
+        return True
 
 
 def join(path, name):
@@ -141,8 +141,20 @@ def open_table(path, with_conversations):
         table = list_in_turn(path, with_conversations, file)
     if table is None:
         table = list_table(path, with_conversations)
-    listed[path, with_conversations] = table
+    if table.may_be_kept:
+        listed[path, with_conversations] = table
     return table
+
+
+def open_tables(paths, with_conversations):
+    """Return the ImageTables of paths, in their order; see open_table.
+
+    The processes of a run begin at different paths, so that they share the work of listing them.
+    """
+    start = len(paths) * process_rank() // world_size()
+    opened = [open_table(path, with_conversations) for path in paths[start:] + paths[:start]]
+    first = len(paths) - start
+    return opened[first:] + opened[:first]
 
 
 def count_images(paths, at_most, with_conversations):
@@ -266,7 +278,7 @@ def list_in_turn(path, with_conversations, file):
         if table is not None:
             return table
         table = list_table(path, with_conversations)
-        if not table.is_current():                # it must not be kept
+        if not table.may_be_kept:
             return table
         try:
             write_whole(file, lambda f: f.write(table.content))

@@ -33,8 +33,9 @@ accuracy            Of a linear classifier of an encoder's mean token (RAE, tabl
 Few images bias a Fréchet distance upwards, by about 1/n: compare numbers of the same n only, and
 see extrapolate_distance(). Inception is TensorFlow's graph of 2015, with TensorFlow's resizing,
 which other implementations of FID replace: their numbers differ.
-Moments are summed in fp64: batches and processes change a number only by fp32's rounding of
-features. samples_sha1 and reference_sha1 identify the pixels that were compared.
+Features are computed in fp32, not TF32, and moments summed in fp64: batches and processes change
+a number only by fp32's rounding of features. samples_sha1 and reference_sha1 identify the pixels
+that were compared.
 """
 import hashlib
 import math
@@ -49,7 +50,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from scipy import ndimage
 from torchvision.models import Inception3, inception
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -84,7 +84,7 @@ class FeatureNetwork(nn.Module):
     distance_name, kernel_name: keys of the Fréchet and the kernel distance in results.
     has_logits: True if it also has logits(features b c) of classes, for the Inception Score.
     forward: images uint8 b H W 3, on any device -> features b c and spatial features b s, or None
-        if it has none; fp32, on the CPU.
+        if it has none; fp32, on the network's device.
     """
     distance_name = "frechet_distance"
     kernel_name = "kernel_distance"
@@ -220,7 +220,7 @@ class InceptionFeatures(FeatureNetwork):
         maps = self.network(x)
         features = maps["pooled"].flatten(1)                               # b 2048
         spatial = rearrange(maps["spatial"][:, :7], "b c h w -> b (h w c)")    # b 2023
-        return features.cpu(), spatial.cpu()
+        return features, spatial
 
     def logits(self, features):                                            # b 2048
         return (features.to(self.fc.device) @ self.fc.T).cpu()             # b 1008
@@ -260,7 +260,7 @@ class DINOv2Features(FeatureNetwork):
         x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
         x = resize_images(x, self.image_size)                              # b 3 224 224
         features = self.vit(self.normalise(x))                             # b c
-        return features.cpu(), None
+        return features, None
 
 
 class EncoderFeatures(FeatureNetwork):
@@ -279,7 +279,7 @@ class EncoderFeatures(FeatureNetwork):
         x = rearrange(images, "b h w c -> b c h w").to(weight.device).float() / 255
         x = resize_images(x, self.encoder.image_size)                      # b 3 S S
         features = self.encoder.encode(x).mean((2, 3))                     # b c
-        return features.cpu(), None
+        return features, None
 
 
 def feature_network(name, inception_path=None):
@@ -320,7 +320,7 @@ class Moments:
     """Mean and covariance of features, streamed in fp64: the same for all batches and processes.
 
     n: number of features. mean: f. scatter: f f, sum of the outer products of centred features.
-    cov: f f, the scatter over n - 1.
+    cov: f f, the scatter over n - 1. They are where the features are, after merge() on the CPU.
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
         computing sample variances"
     """
@@ -330,12 +330,12 @@ class Moments:
 
     def clear(self):
         self.n = 0
-        self.mean = 0.0
-        self.scatter = 0.0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self.scatter = torch.zeros((), dtype=torch.float64)
 
     def add(self, features):                                               # b f
         check_finite(features)
-        features = features.double()
+        features = in_fp64(features)
         mean = features.mean(0)                                            # f
         centred = features - mean                                          # b f
         self.combine(len(features), mean, centred.T @ centred)
@@ -353,7 +353,7 @@ class Moments:
 
     def merge(self):
         """Combine the moments of all processes; afterwards all have the same."""
-        parts = runtime.gather((self.n, self.mean, self.scatter))
+        parts = runtime.gather((self.n, self.mean.cpu(), self.scatter.cpu()))
         self.clear()
         for n, mean, scatter in parts:
             self.combine(n, mean, scatter)
@@ -363,6 +363,13 @@ class Moments:
         if self.n < 2:
             raise ValueError(f"{self.n} image is too few for a covariance; give at least 2")
         return self.scatter / (self.n - 1)
+
+
+def in_fp64(x):
+    """A tensor in fp64: on its device or, since Apple's GPUs have no fp64, on the CPU."""
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.double()
 
 
 def check_finite(features):
@@ -397,18 +404,19 @@ class FeatureSet:
         self.image_size = None
 
     def add(self, images, numbers):
-        """Add images, uint8 b H W 3 on the CPU, with their numbers: b ints that never repeat."""
-        features, spatial = self.network(images)
+        """Add images, uint8 b H W 3, with their numbers: b ints that never repeat."""
+        with runtime.full_precision():
+            features, spatial = self.network(images)   # a GPU begins, and the CPU goes on
+        for image in images.cpu().numpy():
+            self.sha1_sum += int.from_bytes(hashlib.sha1(image.tobytes()).digest(), "big")
         self.pooled.add(features)
         if spatial is not None:
             self.spatial.add(spatial)
         numbers = torch.tensor(list(numbers))                              # b
         is_kept = numbers < self.keep                                      # b
         self.kept_numbers.append(numbers[is_kept])
-        self.kept_features.append(features[is_kept])
+        self.kept_features.append(features.cpu()[is_kept])
         self.image_size = tuple(images.shape[1:3])
-        for image in images.numpy():
-            self.sha1_sum += int.from_bytes(hashlib.sha1(image.tobytes()).digest(), "big")
 
     def merge(self):
         """Combine the sets of all processes; afterwards all have the same. Returns itself."""
@@ -441,8 +449,10 @@ def check_image_size(size, other, advice="resize one of them"):
                          f"can't be compared; {advice}")
 
 
+@runtime.full_precision()
 def compare(real, fake):
-    """All distances of one FeatureSet to another, after merge(), as a dict.
+    """All distances of one FeatureSet to another, after merge(), as a dict. Of several processes,
+    let one compute them, by runtime.on_rank_0().
 
     Precision, recall and the kernel distance need kept features, sFID spatial ones.
     Raises ValueError if the images differ in size, or a number comes out that is not finite.
@@ -643,6 +653,7 @@ def extrapolate_distance(features, real_mean, real_cov):
     return points, limit
 
 
+@runtime.full_precision()
 def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
     """Accuracy in [0,1] on held-out images of a linear classifier of features.
 
@@ -681,16 +692,20 @@ def psnr(images, others):
 
     images, others: uint8 b H W 3. Returns b, fp64; infinite for equal images.
     """
-    difference = images.double() - others.double()
+    difference = in_fp64(images) - in_fp64(others)
     mse = difference.square().flatten(1).mean(1)                           # b
     return 10 * torch.log10(255 ** 2 / mse)
 
 
-def blur(x):
-    """Gaussian blur of an array b H W 3 by a window of 11 x 11 pixels and sigma 1.5."""
-    x = ndimage.gaussian_filter1d(x, 1.5, axis=1, radius=5)
-    x = ndimage.gaussian_filter1d(x, 1.5, axis=2, radius=5)
-    return x[:, 5:-5, 5:-5]                            # where the whole window is inside the image
+def blur_matrix(n, device):
+    """The matrix n-10 n, fp64, whose product with n pixels is their blur by a Gaussian window of 11
+    pixels and sigma 1.5, where the whole window is inside the image.
+    """
+    first = torch.arange(n - 10, device=device)        # pixel of each window
+    offset = torch.arange(n, device=device) - first[:, None] - 5           # n-10 n, from its centre
+    weights = torch.exp(-offset.double() ** 2 / (2 * 1.5 ** 2))
+    weights = torch.where(offset.abs() <= 5, weights, 0.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def ssim(images, others):
@@ -703,19 +718,22 @@ def ssim(images, others):
     Raises ValueError for images of less than 11 pixels a side.
     Source: Wang et al. 2004, equation 13, with its constants
     """
-    a = images.numpy().astype(np.float64)
-    b = others.numpy().astype(np.float64)
-    if min(a.shape[1:3]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {a.shape[1]} x "
-                         f"{a.shape[2]}")
+    a = in_fp64(rearrange(images, "b h w c -> b c h w"))
+    b = in_fp64(rearrange(others, "b h w c -> b c h w"))
+    height, width = a.shape[2:]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {height} x {width}")
+    # A Gaussian window of 11 x 11 pixels is the product of one over columns and one over rows.
+    blur_columns = blur_matrix(height, a.device)                           # h-10 h
+    blur_rows = blur_matrix(width, a.device).T                             # w w-10
+    moments = torch.stack([a, b, a * a + b * b, a * b])                    # 4 b c h w
+    mean_a, mean_b, mean_squares, mean_product = blur_columns @ moments @ blur_rows
+    var_sum = mean_squares - mean_a ** 2 - mean_b ** 2
+    cov = mean_product - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = blur(a), blur(b)
-    var_a = blur(a * a) - mean_a ** 2
-    var_b = blur(b * b) - mean_b ** 2
-    cov = blur(a * b) - mean_a * mean_b
     numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    denominator = (mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)
-    return torch.from_numpy(numerator / denominator).flatten(1).mean(1)
+    denominator = (mean_a ** 2 + mean_b ** 2 + c1) * (var_sum + c2)
+    return (numerator / denominator).flatten(1).mean(1)
 
 
 def load_lpips():

@@ -28,9 +28,9 @@ class EpochOrder:
         self.length = length
         self.seed = seed
         self.source = source
-        # The part of the order that is being loaded; it is too large to keep all of it.
-        self.part = None
-        self.indices = None
+        # The part of the order that is being loaded, and its indices: all of it is too large to
+        # keep. They are one pair, since threads that load may be in two parts.
+        self.loaded = None, None
 
     def index_of(self, number):
         """Return which image is number = 0, 1, ... without end."""
@@ -38,16 +38,17 @@ class EpochOrder:
         buffer = 0
         if self.length > AT_ONCE:
             buffer, position = divmod(position, BUFFER)
-        if self.part != (epoch, buffer):
-            self.indices = self.shuffle(epoch, buffer)
-            self.part = (epoch, buffer)
-        return int(self.indices[position])
+        part, indices = self.loaded
+        if part != (epoch, buffer):
+            indices = self.shuffle(epoch, buffer)
+            self.loaded = (epoch, buffer), indices
+        return int(indices[position])
 
     def shuffle(self, epoch, buffer):
         """Return the images of a buffer of an epoch in their order, or of the whole epoch."""
         rng = np.random.default_rng((self.seed, epoch, 1, self.source))
         if self.length <= AT_ONCE:
-            return rng.permutation(self.length).astype(np.int32)
+            return permutation(rng, self.length)
         pieces = rng.permutation(self.length // PIECE)
         shift = rng.integers(self.length)
 
@@ -59,6 +60,13 @@ class EpochOrder:
         indices = (indices + shift) % self.length
         rng = np.random.default_rng((self.seed, epoch, 1, self.source, buffer))
         return rng.permutation(indices)
+
+
+def permutation(rng, n):
+    """Return rng.permutation(n) in 4 bytes a number, not 8."""
+    numbers = np.arange(n, dtype=np.int32)
+    rng.shuffle(numbers)
+    return numbers
 
 
 class AllBut:
@@ -87,7 +95,7 @@ def split_images(n, hold_out):
     """
     rng = np.random.default_rng(0)
     if n <= AT_ONCE:
-        order = rng.permutation(n).astype(np.int32)
+        order = permutation(rng, n)
         return order[hold_out:], order[:hold_out]
     held_out = {}                                 # as a set that keeps the order
     while len(held_out) < hold_out:

@@ -46,14 +46,20 @@ except ImportError:                # Windows has no such locks
     fcntl = None
 
 
+AMPERE = (8, 0)      # capability from which on GPUs compute in bf16 and TF32
+
+
 def default_dtype():
     """"bf16" where its matmuls are faster than those of fp32: on GPUs from Ampere on (capability
-    8.0; a T4 or V100 only emulates it), and on CPUs with AMX."""
+    8.0; a T4 or V100 only emulates it), and on CPUs with AMX or AVX512-BF16. On others, as those
+    with AVX2 alone, and on Apple's GPUs "fp32".
+    """
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    if has_amx is not None and has_amx():
-        return "bf16"
+        return "bf16" if torch.cuda.get_device_capability() >= AMPERE else "fp32"
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # private: a version may lack it
+        if is_supported is not None and is_supported():
+            return "bf16"
     return "fp32"
 
 
@@ -71,6 +77,23 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+# How long the processes of a run wait for each other. The longest that one works alone is writing a
+# checkpoint, a few minutes for 50 GB on a slow disk, or drawing a preview, minutes on a CPU.
+PATIENCE = timedelta(minutes=20)
+
+
+def cores_of_machine():
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):               # on Linux a scheduler may have left out some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_process():
+    """This process's part of the CPU cores, at least 1: torchrun starts several on a machine."""
+    return max(1, cores_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup():
     """Join torchrun's process group, if there is one. Returns (rank, world size, device)."""
     rank, world = process_rank(), world_size()
@@ -79,6 +102,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")     # TF32 in fp32 matmuls, as in the release
         backend = "cpu:gloo,cuda:nccl"                 # gloo: for objects gathered on the CPU
+        if not dist.is_nccl_available():               # Windows
+            backend = "gloo"
     elif torch.backends.mps.is_available() and world == 1:
         device = torch.device("mps")                   # Apple's GPU, which has no process group
         backend = "gloo"
@@ -87,13 +112,12 @@ def setup():
         torch.backends.cuda.enable_flash_sdp(False)    # on few tokens plain matmuls are faster
         keep_freed_memory()
         backend = "gloo"
-    if "RANK" in os.environ and not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         check_restarts()
         store, _, _ = next(dist.rendezvous("env://"))  # what torchrun's environment names
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=1))
-        if world > 1:
-            heartbeat.start(store)
+                                timeout=PATIENCE)
+        heartbeat.start(store)
     return rank, world, device
 
 
@@ -130,6 +154,9 @@ def run(main, parse_args):
     try:
         main(parse_args())
         heartbeat.sign_off()
+        # Not after a failure: it could wait for what the other processes will never send.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {one_line(error)}") from None
     except KeyboardInterrupt as stop:                  # with a message where something was kept
@@ -150,8 +177,6 @@ def run(main, parse_args):
         heartbeat.stop()
         if hasattr(signal, "SIGCHLD"):                 # so are its workers: torch has no complaint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def is_of_another_process(error):
@@ -192,6 +217,36 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def all_cores():
+    """Context in which torch computes on all cores of the machine: torchrun gives a process one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, cores_of_machine()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_rank_0(compute):
+    """What compute() returns on rank 0, on all processes. The others wait for it, and leave it all
+    cores. All must call this; a ValueError is raised on all of them.
+    """
+    if not dist.is_initialized():
+        return compute()
+    result, problem = None, None
+    if process_rank() == 0:
+        try:
+            with all_cores():
+                result = compute()
+        except ValueError as error:
+            problem = error
+    result, problem = gather((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
 
 
 def split_numbers(n, batch, rank=0, world=1):
@@ -398,6 +453,29 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+def uses_tf32(device):
+    """Whether fp32 matmuls run as TF32 on a device, with 10 bits of mantissa in place of 23."""
+    if device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Context in which fp32 matmuls and convolutions are not TF32: where numbers are compared with
+    those of others, and where nearly equal ones are subtracted. It is for forward passes.
+    """
+    of_matmuls = torch.get_float32_matmul_precision()
+    of_convolutions = torch.backends.cudnn.allow_tf32      # torch's default is TF32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(of_matmuls)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
+
+
 # Attributes of networks that hold a list of like blocks.
 BLOCKS = ("blocks", "layers", "decoder_layers", "heads")
 
@@ -421,14 +499,17 @@ def compile_blocks(network, backend="inductor"):
 
 
 def data_parallel(model):
-    """The model in DistributedDataParallel, whose buffers are constants: they are not synced."""
+    """The model in DistributedDataParallel, whose buffers are constants: they are not synced.
+
+    Gradients lie in DDP's buckets, so that they take memory once.
+    """
     # Of a 1 x 1 convolution, whose strides are ambiguous: it costs a copy of one small kernel.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers"                      # its name from torch 2.14 on
     if name not in options:
         name = "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False})
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
 
 def sync_gradients(model, now):
@@ -1202,41 +1283,37 @@ def first_not_finite(named_tensors):
 class Snapshot:
     """Copies a state to the CPU, where training does not change it while a thread writes it.
 
-    The memory is kept for the next copy, as long as the tensors stay where they are. That of a CUDA
-    device's tensors is pinned, so that they are copied at the full speed of the bus.
+    The memory is kept for the next state, which must have the same shapes. That of a CUDA device's
+    tensors is pinned, so that they are copied at the full speed of the bus.
     """
     def __init__(self):
-        self.copies = {}                               # of tensors, by their place in memory
+        self.buffers = {}                              # by the place of a tensor in the state
 
     def take(self, state):
-        """A copy of nested dicts, lists, tensors and plain values. Tensors that are one tensor
-        under several names, such as an EMA that is also part of an autoencoder, stay one.
+        """A copy of nested dicts, lists, tensors and plain values. A tensor that is there twice,
+        such as an EMA that is also part of an autoencoder, is copied once.
         """
-        earlier, self.copies = self.copies, {}
-        copied = self.copy(state, earlier)
+        copies = {}                                    # by the id of a tensor
+        copied = self.copy(state, "", copies)
         if torch.cuda.is_available():                  # copies from a GPU come while we go on
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def copy(self, value, earlier):
+    def copy(self, value, place, copies):
         if isinstance(value, torch.Tensor):
-            return self.copy_tensor(value, earlier)
+            if id(value) not in copies:
+                copies[id(value)] = self.copy_tensor(value, place)
+            return copies[id(value)]
         if isinstance(value, dict):
-            return {key: self.copy(item, earlier) for key, item in value.items()}
+            return {key: self.copy(item, f"{place}/{key}", copies) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy(item, earlier) for item in value)
+            return [self.copy(item, f"{place}/{i}", copies) for i, item in enumerate(value)]
         return value
 
-    def copy_tensor(self, tensor, earlier):
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place in self.copies:
-            return self.copies[place]
-        copy = earlier.get(place)
-        if copy is None:
-            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copy.copy_(tensor, non_blocking=tensor.is_cuda)
-        self.copies[place] = copy
-        return copy
+    def copy_tensor(self, tensor, place):
+        if place not in self.buffers:
+            self.buffers[place] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.buffers[place].copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 class Checkpoints:
@@ -1562,6 +1639,9 @@ def peak_memory_gib(device):
     """Peak memory of this process, on its GPU if it has one, in GiB. 0.0: it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if device.type == "mps":
+        # What was freed stays with the driver, so that this is about the peak.
+        return torch.mps.driver_allocated_memory() / 2 ** 30
     try:
         import resource
     except ImportError:                                # Windows
@@ -1615,8 +1695,9 @@ class Log:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.write(dict(args=flags_as_dict(args), commit=git_commit(), torch=torch.__version__,
-                        device=name, peak_flops=self.peak_flops, python=platform.python_version(),
-                        parameters=parameters, data=data.summary(), resumed_at=start))
+                        device=name, peak_flops=self.peak_flops, tf32=uses_tf32(device),
+                        python=platform.python_version(), parameters=parameters,
+                        data=data.summary(), resumed_at=start))
         disable = True if rank > 0 else None           # None: no bar unless on a terminal
         self.bar = tqdm(total=args.steps, initial=start, disable=disable, dynamic_ncols=True)
         self.say(data.describe())

@@ -21,6 +21,7 @@ import shutil
 import time
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
@@ -151,11 +152,48 @@ def noise(shape, seed, indices, step=0):
     """Standard normal noise, len(indices) x shape; that of image i depends on (seed, i, step)
     alone.
     """
-    samples = []
-    for i in indices:
-        rng = np.random.default_rng((seed, i, step))
-        samples.append(rng.standard_normal(shape, np.float32))
-    return torch.from_numpy(np.stack(samples))
+    samples = torch.empty(len(indices), *shape)
+    for i, own_samples in zip(indices, samples.numpy(), strict=True):
+        fill_with_noise(own_samples, seed, i, step)
+    return samples
+
+
+def fill_with_noise(array, seed, i, step):
+    """Fill an fp32 array with the noise of image i, see noise()."""
+    rng = np.random.default_rng((seed, i, step))
+    rng.standard_normal(dtype=np.float32, out=array)
+
+
+class NoiseAhead:
+    """The noise of one step after the other of a solver, on the device: the same as of noise().
+
+    Threads draw the noise of a step, one image each, while the device computes the step before.
+    threads: ThreadPoolExecutor. last_step: the last one that needs noise.
+    """
+    def __init__(self, threads, shape, seed, indices, last_step, device):
+        self.threads, self.shape, self.seed, self.indices = threads, shape, seed, indices
+        self.last_step, self.device = last_step, device
+        self.begin(0)
+
+    def begin(self, step):
+        """Let the threads draw the noise of a step."""
+        self.step = step
+        # Pinned memory is copied to a CUDA device without a wait.
+        self.samples = torch.empty(len(self.indices), *self.shape,
+                                   pin_memory=self.device.type == "cuda")
+        self.drawing = []
+        for i, own_samples in zip(self.indices, self.samples.numpy(), strict=True):
+            self.drawing.append(
+                self.threads.submit(fill_with_noise, own_samples, self.seed, i, step))
+
+    def __call__(self, step):
+        """The noise of a step, len(indices) x shape. Steps must come in turn: 0, 1, 2, ..."""
+        assert step == self.step
+        wait_for(self.drawing)
+        samples = self.samples
+        if step < self.last_step:
+            self.begin(step + 1)
+        return samples.to(self.device, non_blocking=True)
 
 
 def sampling_times(model, args):
@@ -172,11 +210,6 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: dict whose
     keys are times of the solver, rounded to fp32; its values become the states x_t b c h w there.
     """
-    def noise_of_step(k):
-        shape = (model.in_channels, model.grid, model.grid)
-        return noise(shape, args.seed, indices, k).to(y.device)
-
-    x = noise_of_step(0)                                                # b c h w
     null = model.null_condition(y)
     if weak:
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
@@ -187,9 +220,15 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     if states:
         velocity = recorded(velocity, states)
     times = sampling_times(model, args)
-    with runtime.progress_bar(evaluations(args), "velocity") as bar:
+    is_stochastic = args.solver == "euler_maruyama"
+    last_step = evaluations(args) if is_stochastic else 0               # that needs noise
+    shape = (model.in_channels, model.grid, model.grid)                 # c h w
+    with (ThreadPoolExecutor(runtime.cores_of_process()) as threads,
+          runtime.progress_bar(evaluations(args), "velocity") as bar):
+        noise_of_step = NoiseAhead(threads, shape, args.seed, indices, last_step, y.device)
+        x = noise_of_step(0)                                            # b c h w
         velocity = counted(velocity, bar)
-        if args.solver == "euler_maruyama":
+        if is_stochastic:
             x = euler_maruyama(velocity, x, times, noise_of_step)
         else:
             x = SOLVERS[args.solver](velocity, x, times)
@@ -830,7 +869,8 @@ def is_drawn(path):
 def draw_files(files, draw_images, batch, rank=0, world=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
+    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part. Threads write
+    the files of a batch while the next one is drawn.
     """
     batches = []
     for numbers in runtime.split_numbers(len(files), batch, rank, world):
@@ -838,12 +878,23 @@ def draw_files(files, draw_images, batch, rank=0, world=1):
         if missing:
             batches.append(missing)
     with says_what_is_kept(files):
-        for numbers in runtime.progress_bar(batches, "batches"):
-            images = draw_images(numbers).numpy()
-            for i, pixels in zip(numbers, images, strict=True):
-                save_png(Image.fromarray(pixels), files[i])
+        with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+            writing = []
+            for numbers in runtime.progress_bar(batches, "batches"):
+                images = draw_images(numbers).numpy()
+                wait_for(writing)                      # no more than two batches are in memory
+                writing = []
+                for i, pixels in zip(numbers, images, strict=True):
+                    writing.append(threads.submit(save_png, Image.fromarray(pixels), files[i]))
+            wait_for(writing)
         if world > 1:
             dist.barrier()
+
+
+def wait_for(tasks):
+    """Wait for the tasks of a ThreadPoolExecutor. Raises what one of them has raised."""
+    for task in tasks:
+        task.result()
 
 
 @contextlib.contextmanager

@@ -385,8 +385,11 @@ def lpips_distance(vgg, maps, target_maps):
 
 
 def gram_matrix(x):                                                     # b c h w
-    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3."""
-    with torch.autocast(x.device.type, enabled=False):                  # differences are small
+    """G = F F^T / (c h w) of each image, where F is c x (h w). Source: arXiv 1603.08155, eq. 3.
+
+    In fp32 and not TF32, since matrices that are nearly equal are to be subtracted.
+    """
+    with torch.autocast(x.device.type, enabled=False), runtime.full_precision():
         x = rearrange(x.float(), "b c h w -> b c (h w)")
         return x @ x.mT / x[0].numel()                                  # b c c
 
@@ -1075,18 +1078,19 @@ def main(args, data=None):
     rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
 
     def save(step, is_stop):
+        state = networks.state()
         packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
-                          latent_var=latent_var, decoder=networks.ema[0].state_dict())
+                          latent_var=latent_var, decoder=state["ema"])
         if encoder.trainable:                               # its latents have changed
             packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
             packed_rae["encoder_weights"] = networks.ema[1].state_dict()
         flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
         checkpoints.save(
-            step, is_stop, **networks.state(), rae=packed_rae, args=flags,
+            step, is_stop, **state, rae=packed_rae, args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)
 
     def draw_preview():
-        return reconstruction_picture(rae, load_images(val_data, range(12)))
+        return reconstruction_picture(rae, load_images(val_data, range(12)), args.dtype)
 
     def evaluate(step):
         for source, name in enumerate(val_data.domains):

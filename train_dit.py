@@ -55,7 +55,8 @@ RECIPES = {
     # arXiv 2510.11690 and its release: 1251 steps an epoch, constant for 40 epochs, linear to 800.
     "rae": dict(PUBLISHED_TRAINING, **sample.PAPER_SAMPLING, steps=800 * 1251, batch=1024,
                 lr_end=0.1, warmup=0, decay_start=40 * 1251, decay_end=800 * 1251, clip=1.0,
-                dtype="fp32", shift_base=4096, prediction="v"),
+                dtype="fp32", shift_base=4096, prediction="v",
+                save_every=5000, preview_every=5000),       # four epochs: they cost seconds
 }
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
@@ -336,7 +337,7 @@ def main(args, data=None):
 
     def draw_preview():
         labels = list(range(min(36, data.num_classes)))
-        images = sample.generate(ema, rae, labels + labels, args)
+        images = sample.generate(ema, rae, labels + labels, args, dtype=args.dtype)
         return sample.draw_grid(images, data.class_names[:36])
 
     def evaluate(step):

@@ -66,7 +66,8 @@ FROM_SCRATCH = dict(plan=40, regression=1.0)
 TINY_LATENTS = dict(shift_base=340, prediction="x0")
 # Tables 8 and 9 of arXiv 2601.16208. The warm-up is 1.34% and 3% of the steps.
 PAPER = dict(sample.PAPER_SAMPLING, lr_end=0.0, ema=0.0, time_law="logit_normal", draws=1,
-             shift_base=4096, prediction="v")
+             shift_base=4096, prediction="v",
+             save_every=1000, preview_every=1000)           # 1.5 hours on 8 GPUs, see BENCH.md
 RECIPES = {
     "pretrain": dict(PAPER, batch=2048, steps=30_000, lr=5e-4, llm_lr=5e-5, warmup=402,
                      context=512),
@@ -648,7 +649,7 @@ def main(args, data=None, conversation=None):
 
     def draw_preview():
         try:
-            images = sample.generate_prompts(ema.eval(), rae, prompts, drawing)
+            images = sample.generate_prompts(ema.eval(), rae, prompts, drawing, dtype=args.dtype)
         finally:
             t2i.train()                                     # it is the EMA itself with --ema 0
         return sample.draw_grid(images, prompts)

@@ -1,9 +1,11 @@
 """Time and memory of data with very many images, on files that this script makes and deletes.
 
     python tests/bench_data.py --kind tar --n 1000000
+    python tests/bench_data.py --kind tar --n 20000 --shards 3650       # 73 million
 
 kind: tar (of 512 n bytes), jsonl (of 70 n bytes) or folder (n files in 1,000 class folders). The
-images are empty: they are listed and chosen, but not decoded. Indexes go to a temporary folder.
+images are empty: they are listed and chosen, but not decoded. All shards are links to one file,
+whose index is mapped for each of them. Indexes go to a temporary folder.
 """
 import argparse
 import io
@@ -95,7 +97,7 @@ def measure_worker(source):
 
 
 def main(args):
-    print(f"{args.kind} of {args.n:,} images; {os.cpu_count()} CPUs")
+    print(f"{args.shards} x {args.kind} of {args.n:,} images; {os.cpu_count()} CPUs")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         os.environ["NANORAE_CACHE"] = f"{folder}/cache"
         suffix = "" if args.kind == "folder" else f".{args.kind}"
@@ -103,6 +105,11 @@ def main(args):
         write = {"tar": write_tar, "jsonl": write_jsonl, "folder": write_folder}[args.kind]
         write(path, args.n)
         os.utime(path, (0, 0))                    # what is new has no index yet
+
+        paths = [str(path)]
+        for shard in range(1, args.shards):
+            paths.append(f"{folder}/{shard:05}{suffix}")
+            os.symlink(path, paths[-1])
 
         memory_before = resident_bytes()
         first_seconds, _ = seconds(open_data, str(path), 256)
@@ -114,9 +121,9 @@ def main(args):
             print(f"index: {size / 1e6:.1f} MB, {size / args.n:.0f} bytes an image")
 
         index.listed.clear()                      # as in another process
-        count_seconds, _ = seconds(count_sources, str(path), args.n)
-        train_seconds, train = seconds(open_data, str(path), 256, 0, "centre", False, "train", 1000)
-        val_seconds, _ = seconds(open_data, str(path), 256, 0, "centre", False, "val", 1000)
+        count_seconds, _ = seconds(count_sources, paths, args.n * args.shards)
+        train_seconds, train = seconds(open_data, paths, 256, 0, "centre", False, "train", 1000)
+        val_seconds, _ = seconds(open_data, paths, 256, 0, "centre", False, "val", 1000)
         print(f"with the index: count_sources {count_seconds:.3f} s, then open_data of train "
               f"{train_seconds:.3f} s, of val {val_seconds:.3f} s")
         identity_seconds, _ = seconds(train.identity)
@@ -130,5 +137,6 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=["tar", "jsonl", "folder"], default="tar")
     parser.add_argument("--n", type=int, default=1_000_000, help="Number of images")
+    parser.add_argument("--shards", type=int, default=1, help="Number of times that it is read")
     parser.add_argument("--dir", help="Folder for the files; default: that of the system")
     main(parser.parse_args())

@@ -1328,6 +1328,16 @@ def test_folder_with_and_without_classes(tmp_path):
 
 
 # ---------------------------------------------------------------- images to be measured
+def test_threads_load_images_in_their_order_and_of_their_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "cores_of_process", lambda: 8)
+    write_images(tmp_path, 24, classes=0)
+    data = open_data(str(tmp_path), 8)
+    numbers = list(range(20, 80)) + list(range(10))               # of four epochs
+    expected = torch.stack([data[k]["image"] for k in numbers]).permute(0, 2, 3, 1)
+    for _ in range(5):
+        assert torch.equal(load_images(data, numbers), expected)
+
+
 def test_load_images_refuses_broken_and_unequal_ones(tmp_path):
     write_images(tmp_path / "whole", 4, size=(8, 8))
     write_images(tmp_path / "unequal", 2, size=(8, 8))

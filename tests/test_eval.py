@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import eval_decoder
 import eval_fid
@@ -169,6 +170,24 @@ def test_ssim_on_known_pairs():
     noise = torch.randint(-40, 40, images.shape)
     noisy = (images.int() + noise).clamp(0, 255).byte()
     assert 0.2 < ssim(images, noisy).mean() < 0.999
+
+
+def test_ssim_is_that_of_scipys_gaussian_window():
+    smooth = torch.linspace(0, 250, 40)[:, None, None].expand(40, 23, 3)
+    images = torch.stack([smooth, torch.randint(0, 256, (40, 23, 3))]).byte()
+    others = torch.where(torch.rand(images.shape) < 0.2, images + 5, images)
+
+    def blur(x):
+        x = ndimage.gaussian_filter(x, (0, 1.5, 1.5, 0), radius=(0, 5, 5, 0))
+        return x[:, 5:-5, 5:-5]
+
+    a, b = images.double().numpy(), others.double().numpy()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    structure = (2 * (blur(a * b) - blur(a) * blur(b)) + c2) / (
+        blur(a * a) - blur(a) ** 2 + blur(b * b) - blur(b) ** 2 + c2)
+    luminance = (2 * blur(a) * blur(b) + c1) / (blur(a) ** 2 + blur(b) ** 2 + c1)
+    expected = (luminance * structure).reshape(2, -1).mean(1)
+    np.testing.assert_allclose(ssim(images, others), expected, rtol=1e-9)
 
 
 def test_ssim_refuses_images_smaller_than_its_window():

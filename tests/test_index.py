@@ -170,6 +170,11 @@ def test_a_path_is_listed_once_in_a_process(tmp_path, monkeypatch):
     assert paths == [path] and len(train) == 4 and len(val) == 2
     assert not (tmp_path / "cache").exists()
 
+    os.utime(path)                                # what is new is listed by each call, once
+    for _ in range(2):
+        open_data(path, 8)
+    assert paths == [path] * 3
+
 
 def add_file(path):
     write_images(Path(path) / "c1", 1, classes=0, first=9)
@@ -310,7 +315,7 @@ def test_processes_of_a_run_share_the_shards_that_are_to_be_listed(tmp_path, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     listed = count_listings(monkeypatch)
     data = open_data(paths, 8)
-    assert listed == [paths[i] for i in (1, 4, 0, 2, 3)]
+    assert listed == [paths[i] for i in (1, 2, 3, 4, 0)]
     assert [image.path for image in data.sources[0].all_images] == paths
 
 

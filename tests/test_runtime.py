@@ -1,17 +1,23 @@
 """What every script needs around its loop. Run: python -m pytest tests/test_runtime.py"""
+import json
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 import runtime
 import sample
+from conftest import torchrun
 from llm import Qwen2
+from metrics import EncoderFeatures, FeatureSet
 from model import Decoder, build_dit
 from release import load_encoder
 from runtime import LossByTime, MeanByGroup, compile_blocks, split_numbers
-from train_decoder import Discriminator
+from train_decoder import Discriminator, gram_matrix
 
 CPU = torch.device("cpu")
 
@@ -101,11 +107,137 @@ def test_gpus_before_ampere_compute_in_fp32(capability, dtype, monkeypatch):
     assert runtime.default_dtype() == dtype
 
 
+@pytest.mark.parametrize("has_amx, has_avx512_bf16, dtype", [
+    (True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")])
+def test_cpus_compute_in_bf16_if_they_have_instructions_for_it(has_amx, has_avx512_bf16, dtype,
+                                                               monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    assert runtime.default_dtype() == dtype
+
+
+def test_cpus_of_which_torch_does_not_say_what_they_have_compute_in_fp32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert runtime.default_dtype() == "fp32"
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The backends and timeouts of the process groups that setup() would join."""
+    groups = []
+    monkeypatch.setattr(dist, "init_process_group",
+                        lambda backend, timeout: groups.append((backend, timeout)))
+    return groups
+
+
 @pytest.mark.parametrize("world, device", [("1", "mps"), ("2", "cpu")])
-def test_apple_gpus_are_used_by_single_processes(world, device, monkeypatch):
+def test_apple_gpus_are_used_by_single_processes(world, device, joined, monkeypatch):
+    """They have no process group: not even one of a single process, as of torchrun."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", world)
     assert runtime.setup()[2].type == device
+    assert len(joined) == int(world) - 1
+
+
+@pytest.mark.parametrize("has_nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_windows_with_gpus_has_gloo_alone(has_nccl, backend, joined, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with runtime.full_precision():                     # setup() changes the precision
+        runtime.setup()
+    assert joined == [(backend, runtime.PATIENCE)]
+
+
+def test_memory_of_apple_gpus_is_what_the_driver_holds(monkeypatch):
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2 ** 30)
+    assert runtime.peak_memory_gib(torch.device("mps")) == 3.0
+
+
+# ---------------------------------------------------------------------------- precision
+class Precisions(TorchFunctionMode):
+    """Context that collects the precision of all fp32 matmuls, linear layers, convolutions."""
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_product = function.__name__ in ("matmul", "__matmul__", "linear", "conv2d")
+        if is_product and args[0].dtype == torch.float32:
+            self.found.add((torch.get_float32_matmul_precision(),
+                            torch.backends.cudnn.allow_tf32))
+        return function(*args, **(kwargs or {}))
+
+
+FULL, WITH_TF32 = ("highest", False), ("high", True)
+
+
+@pytest.fixture
+def with_tf32():
+    """The settings that setup() makes on GPUs."""
+    with runtime.full_precision():                     # restores what was before
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        yield
+
+
+def test_features_and_gram_matrices_are_fp32(with_tf32):
+    features = FeatureSet(EncoderFeatures(load_encoder("tiny")))
+    images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    with Precisions() as of_metrics:
+        features.add(images, range(2))
+    with Precisions() as of_loss:
+        gram_matrix(torch.rand(1, 3, 4, 4))
+    with Precisions() as of_others:
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert of_metrics.found == of_loss.found == {FULL}
+    assert of_others.found == {WITH_TF32}
+
+
+def test_full_precision_ends_with_an_error(with_tf32):
+    with pytest.raises(KeyError), runtime.full_precision():
+        raise KeyError
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == WITH_TF32
+
+
+@pytest.mark.parametrize("capability, has_tf32", [((7, 5), False), ((8, 0), True)])
+def test_whether_matmuls_are_tf32_is_known(capability, has_tf32, with_tf32, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert runtime.uses_tf32(gpu) == has_tf32
+    assert not runtime.uses_tf32(CPU)
+    with runtime.full_precision():
+        assert not runtime.uses_tf32(gpu)
+
+
+# ---------------------------------------------------------------------------- end of a script
+@pytest.mark.parametrize("problem, leaves", [
+    (None, True), (ValueError("no"), False), (KeyboardInterrupt(), False)])
+def test_only_a_run_that_succeeds_leaves_its_process_group(problem, leaves, monkeypatch):
+    """To leave it after a failure could take as long as the other processes are silent."""
+    left = []
+    handlers = {number: signal.getsignal(number) for number in runtime.stop_signals()}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)     # which run() replaces
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+
+    def main(args):
+        if problem is not None:
+            raise problem
+
+    try:
+        if problem is None:
+            runtime.run(main, lambda: None)
+        else:
+            with pytest.raises(SystemExit):
+                runtime.run(main, lambda: None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert bool(left) == leaves
 
 
 def test_memory_is_unknown_without_the_module_resource(monkeypatch):
@@ -258,3 +390,41 @@ def test_data_that_changed_since_the_checkpoint_are_told(now, told):
 @pytest.mark.parametrize("resumed", [{"data": OLD}, {}, None], ids=["same", "older", "new run"])
 def test_data_that_did_not_change_need_no_word(resumed):
     assert runtime.describe_change(resumed, OLD, hold_out=3) is None
+
+
+# ---------------------------------------------------------------------------- one for all
+def refuse():
+    raise ValueError("there is no number")
+
+
+def compute_on_rank_0(folder):
+    """What a process of two sees: results, threads of torch, and the message of an error."""
+    rank, _, _ = runtime.setup()
+
+    def compute():
+        return dict(rank=rank, threads=torch.get_num_threads())
+
+    seen = runtime.on_rank_0(compute)
+    try:
+        runtime.on_rank_0(refuse)
+    except ValueError as error:
+        seen["error"] = str(error)
+    seen["threads_afterwards"] = torch.get_num_threads()
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def test_rank_0_computes_for_all_on_all_cores_and_its_errors_reach_all(tmp_path):
+    torchrun(SimpleNamespace(main=compute_on_rank_0, parse_args=lambda argv: tmp_path))
+    expected = dict(rank=0, threads=runtime.cores_of_machine(), error="there is no number",
+                    threads_afterwards=1)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "cores_of_machine", lambda: 16)
+    assert runtime.cores_of_process() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert runtime.cores_of_process() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert runtime.cores_of_process() == 1

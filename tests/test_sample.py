@@ -5,7 +5,9 @@ Run: python -m pytest tests/test_sample.py
 import argparse
 import itertools
 import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -503,6 +505,69 @@ def test_an_npz_holds_what_numpy_writes(tmp_path):
     assert np.array_equal(arrays["arr_0"], images)
     assert arrays["labels"].tolist() == [0, 1, 2]
     assert arrays["names"].tolist() == ["7", "8", "9"]
+
+
+# ---------------------------------------------------------------------------- threads
+def test_threads_draw_the_noise_of_the_next_step_before_it_is_asked_for():
+    shape, indices, cpu = (3, 4, 4), [5, 2, 9], torch.device("cpu")
+    with ThreadPoolExecutor(2) as threads:
+        ahead = sample.NoiseAhead(threads, shape, 7, indices, last_step=2, device=cpu)
+        for step in range(3):
+            sample.wait_for(ahead.drawing)
+            samples = ahead.samples
+            assert ahead(step).data_ptr() == samples.data_ptr()
+            assert torch.equal(samples, sample.noise(shape, 7, indices, step))
+        assert ahead.samples.data_ptr() == samples.data_ptr()          # none after the last step
+
+
+def test_noise_is_what_numpy_draws_for_seed_image_and_step():
+    samples = sample.noise((2, 3), 7, [5, 2], step=4)
+    for own_samples, i in zip(samples.numpy(), (5, 2), strict=True):
+        expected = np.random.default_rng((7, i, 4)).standard_normal((2, 3), np.float32)
+        assert np.array_equal(own_samples, expected)
+
+
+def drawn_in_batches(monkeypatch, tmp_path, in_second_batch):
+    """Draw four images, two at a time, onto a disk that writes none before the second batch begins.
+
+    in_second_batch: function that is called there. Returns their paths.
+    """
+    second_has_begun = threading.Event()
+    original = sample.save_png
+
+    def save_late(image, path):
+        assert second_has_begun.wait(20)
+        original(image, path)
+
+    def draw_images(numbers):
+        if numbers[0] == 2:
+            second_has_begun.set()
+            in_second_batch()
+        return torch.full((2, 8, 8, 3), numbers[0], dtype=torch.uint8)
+
+    monkeypatch.setattr(sample, "save_png", save_late)
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    sample.draw_files(files, draw_images, batch=2)
+    return files
+
+
+def test_files_are_written_while_the_next_batch_is_drawn(monkeypatch, tmp_path):
+    files = drawn_in_batches(monkeypatch, tmp_path, in_second_batch=lambda: None)
+    assert [np.asarray(Image.open(file)).max() for file in files] == [0, 0, 2, 2]
+
+
+def test_whoever_stops_while_files_are_written_is_told_of_all_of_them(monkeypatch, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="2 of 4 images are kept"):
+        drawn_in_batches(monkeypatch, tmp_path, in_second_batch=stop)
+
+
+def test_a_file_that_a_thread_can_not_write_ends_the_run(monkeypatch, tmp_path):
+    (tmp_path / "0.png.tmp").mkdir()                   # which can not be written to
+    with pytest.raises(OSError, match="0.png.tmp"):
+        drawn_in_batches(monkeypatch, tmp_path, in_second_batch=lambda: None)
 
 
 @pytest.fixture

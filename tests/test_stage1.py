@@ -296,7 +296,14 @@ def test_lambda_balances_both_losses_at_the_last_layer(tmp_path):
     assert abs(ratio - 0.75) < 0.01
 
 
-def test_a_plain_step_decodes_each_micro_batch_once(tmp_path, monkeypatch):
+@pytest.fixture
+def no_flops(monkeypatch):
+    """FLOPs are not counted, since counting runs each network once."""
+    nothing = train_decoder.ImageFlops(0, 0, 0)
+    monkeypatch.setattr(train_decoder, "count_image_flops", lambda *_: nothing)
+
+
+def test_a_plain_step_decodes_each_micro_batch_once(no_flops, tmp_path, monkeypatch):
     """Only a step with the GAN decodes twice."""
     calls = []
     original = train_decoder.build_decoder
@@ -331,7 +338,8 @@ def test_the_discriminators_schedule_covers_its_own_life(tmp_path):
     assert ["gan_lambda" in record for record in records] == [False] * 6 + [True] * 6
 
 
-def test_nan_in_the_discriminator_alone_leaves_the_decoder_training(tmp_path, monkeypatch, capsys):
+def test_nan_in_the_discriminator_alone_leaves_the_decoder_training(no_flops, tmp_path, monkeypatch,
+                                                                    capsys):
     original = Discriminator.forward
     calls = []
 

@@ -1075,6 +1075,7 @@ def test_the_recipe_of_pretraining_is_the_papers(tmp_path):
     assert (args.width, args.depth, args.heads, args.head_width) == (2048, 32, 32, 0)
     assert (args.context, args.connector) == (512, "linear")
     assert (args.solver, args.sampling_steps) == ("euler", 50)
+    assert (args.save_every, args.preview_every) == (1000, 1000)
 
 
 def test_the_recipe_of_finetuning_is_the_papers(tmp_path):

@@ -702,7 +702,8 @@ def test_named_sizes(tmp_path):
 # arXiv 2510.11690: 800 epochs of 1251 steps, the learning rate constant for 40 of them.
 RAE_RECIPE = dict(steps=1_000_800, batch=1024, lr=2e-4, lr_end=0.1, decay_start=50_040,
                   decay_end=1_000_800, ema=0.9995, dtype="fp32", time_law="logit_normal",
-                  label_std=0.02, solver="euler", sampling_steps=50)
+                  label_std=0.02, solver="euler", sampling_steps=50,
+                  save_every=5000, preview_every=5000)
 
 
 def test_recipe_of_the_paper(tmp_path):
