@@ -11,6 +11,7 @@ A checkpoint of such a run is OUT/last.pt, with everything but the weights and t
 folder that it names, OUT/weights_STEP/, into which each process has written its own pieces.
 Sources: FSDP, arXiv 2304.11277; torch.distributed.fsdp.fully_shard; torch.distributed.checkpoint.
 """
+import contextlib
 import os
 import pickle
 import re
@@ -105,13 +106,6 @@ def copy_weights(target, source):
     """
     for own, value in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
         own.copy_(value)
-
-
-def broadcast(value):
-    """The value of rank 0, plain types, on all processes."""
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]
 
 
 # ---------------------------------------------------------------------------- state
@@ -377,7 +371,9 @@ def remove_unnamed(out, in_use=()):
                if re.fullmatch(r"weights_\d{7,}", path.name) and path not in in_use]
     if not folders:
         return
-    named = [folder_of(Path(out) / "last.pt"), folder_of(Path(out) / "previous.pt")]
+    named = [folder_of(Path(out) / "last.pt")]
+    with contextlib.suppress(ValueError):              # a copy of last.pt may have been cut short
+        named.append(folder_of(Path(out) / "previous.pt"))
     for folder in folders:
         if folder not in named:
             shutil.rmtree(folder, ignore_errors=True)

@@ -448,23 +448,22 @@ def build_sharded(args, flags, rae, init, resumed, device):
     """
     latent_shape = list(rae.latent_mean.shape)              # c h w
     is_in_pieces = resumed is not None and "weights" in resumed
-    whole = None
-    if runtime.process_rank() == 0 and not is_in_pieces:
+    whole = None                                       # the T2I, on rank 0
+
+    def build_whole():
+        nonlocal whole
         whole = build_model(args, flags, latent_shape, init)
         load_weights(whole, init, resumed, args)
-    description = init
-    if init is None:
-        if whole is not None:
-            description = dict(llm=whole.llm.config, tokenizer=whole.tokenizer.json)
-        description = dict(sharding.broadcast(description), latent_shape=latent_shape)
+        return dict(llm=whole.llm.config, tokenizer=whole.tokenizer.json, latent_shape=latent_shape)
 
+    description = resumed if is_in_pieces else runtime.on_rank_0(build_whole)
     mesh = sharding.make_mesh(device)
 
     def build_empty():
         return release.build_empty(lambda: build_model(args, flags, latent_shape, description))
 
     def spread(t2i):
-        # The layers of the language model run twice a step, for the two kinds of conversation.
+        # The language model runs twice, for the two kinds of conversation: see T2I.forward.
         sharding.shard(t2i, mesh, args.dtype, blocks=t2i.dit.blocks, kept=t2i.llm.layers)
         sharding.give_memory(t2i, device)
         return t2i

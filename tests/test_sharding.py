@@ -28,6 +28,7 @@ from conftest import (
     run_on_one_thread,
     run_script,
 )
+from t2i import load_t2i
 
 FLAGS = ["--width", 32, "--depth", 1, "--heads", 2,
          "--head_width", 48, "--head_depth", 1, "--head_heads", 3,
@@ -115,6 +116,8 @@ def test_other_scripts_take_the_converted_file_and_name_the_command(runs, capsys
     command = f"python sharding.py --ckpt {path} --out model.pt"
     with pytest.raises(ValueError, match=command):
         run_script(sample, "--ckpt", path, "--prompt", "a star", "--out", runs / "x.png")
+    with pytest.raises(FileNotFoundError, match=command):
+        load_t2i(sharding.folder_of(path))
     with pytest.raises(SystemExit):
         train_t2i.parse_args(["--init", str(path), "--out", str(runs / "tuned")])
     assert command in capsys.readouterr().err
