@@ -113,11 +113,23 @@ def setup():
         keep_freed_memory()
         backend = "gloo"
     if world > 1 and not dist.is_initialized():
+        check_restarts()
         store, _, _ = next(dist.rendezvous("env://"))  # what torchrun's environment names
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=PATIENCE)
         heartbeat.start(store)
     return rank, world, device
+
+
+def check_restarts():
+    """Raise ValueError if torchrun would restart the processes with the store that they had before.
+
+    In it they may find the addresses of processes that have ended, as happens with torch 2.14.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(f"torchrun --max_restarts {restarts} needs a new store for each start; "
+                         f"set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun")
 
 
 def keep_freed_memory():
@@ -155,8 +167,10 @@ def run(main, parse_args):
         if is_of_another_process(error):
             ignore_stop_signals()                      # torchrun asks to stop while this waits
             cause = str(error).splitlines()[0]
-            raise SystemExit(f"error: a connection between processes of this run was lost: "
-                             f"{heartbeat.describe_silent()} ({cause})") from None
+            say_in_handler(f"error: a connection between processes of this run was lost: "
+                           f"{heartbeat.describe_silent()} ({cause})")
+            heartbeat.let_others_end()
+            raise SystemExit(1) from None
         raise
     finally:
         ignore_stop_signals()                          # the process is ending anyway
@@ -257,7 +271,7 @@ class Heartbeat:
 
     def __init__(self):
         self.store = None                              # of all processes; None: there is only one
-        self.has_store = True                          # it answered the last time
+        self.has_store = True                          # it answers
         self.hosts = []                                # of the ranks
         self.counts = []                               # of the ranks' beats, as the store has them
         self.silence = []                              # of the ranks, in beats of this process
@@ -277,16 +291,15 @@ class Heartbeat:
     def run(self):
         """What the thread does."""
         while not self.is_over.wait(self.SECONDS):
-            self.has_store = False
-            unanswered = threading.Timer(self.LIMIT * self.SECONDS, self.end_process)
+            unanswered = threading.Timer(self.LIMIT * self.SECONDS, self.end_without_store)
             unanswered.daemon = True
             unanswered.start()
             try:
                 self.beat()
             except dist.DistError:                     # the store is gone: the timer will say it,
-                return                                 # unless this process ends before, too
+                self.has_store = False                 # unless this process ends before, too
+                return
             unanswered.cancel()
-            self.has_store = True
             if max(self.silence) > self.LIMIT:
                 self.end_process()
 
@@ -316,14 +329,27 @@ class Heartbeat:
 
     def describe_silent(self):
         """Wait until processes that have ended just now must have fallen silent, and name them."""
-        if self.store is not None:
-            time.sleep((self.SUSPECT + 1) * self.SECONDS)
+        if self.store is None:
+            return ("they did not find each other; between nodes, GLOO_SOCKET_IFNAME must name the "
+                    "network interface")
+        time.sleep((self.SUSPECT + 1) * self.SECONDS)
         return self.describe(self.SUSPECT)
+
+    def let_others_end(self):
+        """Rank 0, which may hold the store, ends last, so that the others can still look at it."""
+        if process_rank() == 0:
+            time.sleep(3 * self.SECONDS)
+
+    def end_without_store(self):
+        """Called by a timer when the store has not answered for the time of the limit."""
+        self.has_store = False
+        self.end_process()
 
     def end_process(self):
         """Called in a thread, since the main thread may wait in a collective that never ends."""
         say_in_handler(f"error: {self.describe(self.LIMIT)}; rank {process_rank()} ends, since it "
                        f"cannot go on alone")
+        self.let_others_end()
         os._exit(1)
 
     def sign_off(self):
@@ -1061,27 +1087,29 @@ def check_unchanged(args, stored, fixed):
                              f"{advice}")
 
 
-def check_same_run(args, resumed):
-    """Raise ValueError unless all processes have the same flags and go on from the same step.
+def check_same_run(args, resumed, data):
+    """Raise ValueError unless all processes have the same flags and images, and go on from the same
+    step: on several nodes the command is given several times, and the disks may differ.
 
-    On several nodes the command is given several times, and the disks may differ. resumed: the
-    checkpoint, or None.
+    resumed: the checkpoint, or None. data: ImageData.identity().
     """
     flags = flags_as_dict(args)
-    flags.pop("workers")                               # depends on the node's cores, and may differ
-    flags["step"] = resumed["step"] if resumed else 0
-    of_ranks = gather((platform.node(), flags))
-    first_host, first = of_ranks[0]
-    for rank, (host, own) in enumerate(of_ranks):
-        different = [name for name in own if own[name] != first.get(name)]
-        if own["step"] != first["step"]:
-            raise ValueError(f"rank {rank} on {host} would go on from step {own['step']}, and rank "
-                             f"0 on {first_host} from step {first['step']}: {args.out}/last.pt "
-                             f"must be the same file on all nodes; share the disk, or copy it")
-        if different:
-            name = different[0]
-            raise ValueError(f"rank {rank} on {host} has --{name} {own[name]}, and rank 0 on "
-                             f"{first_host} {first.get(name)}; give all nodes the same command")
+    flags.pop("workers")                               # may follow the cores of a node
+    step = resumed["step"] if resumed else 0
+    of_ranks = gather((platform.node(), step, flags, data))
+    first_host, first_step, first_flags, first_data = of_ranks[0]
+    for rank, (host, step, flags, data) in enumerate(of_ranks):
+        name, first = f"rank {rank} on {host}", f"rank 0 on {first_host}"
+        if step != first_step:
+            raise ValueError(f"{name} would go on from step {step} and {first} from {first_step}; "
+                             f"all nodes read {args.out}/last.pt: share its disk, or copy it")
+        for flag, value in flags.items():
+            if value != first_flags.get(flag):
+                raise ValueError(f"{name} has --{flag} {value} and {first} "
+                                 f"{first_flags.get(flag)}; give all nodes the same command")
+        if data != first_data:
+            raise ValueError(f"{name} has other images in --data than {first}; share the disk, or "
+                             f"copy the images once more")
 
 
 def default_warmup(steps):

@@ -996,7 +996,6 @@ def main(args, data=None):
     rank, world, device = runtime.setup()
     lock = runtime.lock(args.out, is_folder=True)
     resumed = load_resumed(args, "train_decoder.py") if args.resume else None
-    runtime.check_same_run(args, resumed)
 
     # ---------------------------------------------------------------- data
     statistics_data = data
@@ -1008,6 +1007,7 @@ def main(args, data=None):
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None

@@ -274,7 +274,6 @@ def main(args, data=None):
     lock = runtime.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
     resumed = release.load_resumed(args, "train_dit.py") if args.resume else None
-    runtime.check_same_run(args, resumed)
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
     packed_rae = choose_autoencoder(args, resumed, init)
     channels, grid, _ = packed_rae["latent_var"].shape
@@ -285,6 +284,7 @@ def main(args, data=None):
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]

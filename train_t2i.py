@@ -627,7 +627,6 @@ def main(args, data=None, conversation=None):
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
     resumed = release.load_resumed(args, "train_t2i.py") if args.resume else None
-    runtime.check_same_run(args, resumed)
     init = resumed
     if args.init and not resumed:
         init = read_t2i(args.init, args.release_dir)
@@ -648,6 +647,7 @@ def main(args, data=None, conversation=None):
                          chat=conversation)
     check_batch(data, args.batch)
     identity = data.identity()
+    runtime.check_same_run(args, resumed, identity)
     change_of_data = runtime.describe_change(resumed, identity, 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:

@@ -27,17 +27,16 @@ def fast_heartbeat(monkeypatch):
     monkeypatch.setattr(runtime.Heartbeat, "SECONDS", 0.2)             # a limit of 2.4 s
 
 
-def start_group(main, folder, world=2):
-    """Start main(rank) in so many processes. Their stderr goes to folder/RANK."""
+def start_group(main, world=2):
+    """Start main(rank) in so many processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(world):
         script = SimpleNamespace(main=lambda args, rank=rank: main(rank), parse_args=lambda argv: 0)
-        children.append(start(script, errors=folder / str(rank), RANK=str(rank),
-                              WORLD_SIZE=str(world), MASTER_ADDR="localhost",
-                              MASTER_PORT=str(port)))
+        children.append(start(script, RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="localhost", MASTER_PORT=str(port)))
     return children
 
 
@@ -57,7 +56,7 @@ def compute(seconds=0.1):
 
 
 # ---------------------------------------------------------------------------- a process vanishes
-def test_who_was_killed_is_named(tmp_path):
+def test_who_was_killed_is_named(capfd):
     def main(rank):
         runtime.setup()
         compute()
@@ -65,17 +64,16 @@ def test_who_was_killed_is_named(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         compute()
 
-    assert wait_for(start_group(main, tmp_path, world=3)) == [1, -signal.SIGKILL, 1]
-    for rank in ("0", "2"):
-        message = (tmp_path / rank).read_text()
-        assert re.search(f"no sign of life for 1 s from rank 1 on {HOST}: killed,", message)
-        assert "rank 0 on" not in message and "rank 2 on" not in message
+    assert wait_for(start_group(main, world=3)) == [1, -signal.SIGKILL, 1]
+    messages = capfd.readouterr().err
+    assert len(re.findall(f"no sign of life for 1 s from rank 1 on {HOST}: killed,", messages)) == 2
+    assert "rank 0 on" not in messages and "rank 2 on" not in messages
 
 
 @pytest.mark.parametrize("frozen, named", [
     (1, f"no sign of life for 2 s from rank 1 on {HOST}"),
     (0, f"rank 0 on {HOST}, or the torchrun there, has not answered for 2 s")])
-def test_who_is_frozen_is_named(frozen, named, tmp_path, capfd):
+def test_who_is_frozen_is_named(frozen, named, capfd):
     def main(rank):
         runtime.setup()
         compute()
@@ -83,7 +81,7 @@ def test_who_is_frozen_is_named(frozen, named, tmp_path, capfd):
             os.kill(os.getpid(), signal.SIGSTOP)
         compute()
 
-    children = start_group(main, tmp_path)
+    children = start_group(main)
     other = 1 - frozen
     children[other].join(60)
     children[frozen].kill()                            # as torchrun does
@@ -91,7 +89,7 @@ def test_who_is_frozen_is_named(frozen, named, tmp_path, capfd):
     assert re.search(named, capfd.readouterr().err)
 
 
-def test_a_process_may_work_long_and_end_early_or_late(tmp_path, capfd):
+def test_a_process_may_work_long_and_end_early_or_late(capfd):
     def main(rank):
         runtime.setup()
         compute()
@@ -101,17 +99,17 @@ def test_a_process_may_work_long_and_end_early_or_late(tmp_path, capfd):
         if rank == 0:                                  # rank 1 has signed off
             time.sleep(3)
 
-    assert wait_for(start_group(main, tmp_path)) == [0, 0]
+    assert wait_for(start_group(main)) == [0, 0]
     assert "sign of life" not in capfd.readouterr().err
 
 
-def test_a_run_that_is_suspended_as_a_whole_goes_on(tmp_path):
+def test_a_run_that_is_suspended_as_a_whole_goes_on():
     def main(rank):
         runtime.setup()
         for _ in range(10):
             compute()
 
-    children = start_group(main, tmp_path)
+    children = start_group(main)
     time.sleep(0.8)
     for child in children:
         os.kill(child.pid, signal.SIGSTOP)
@@ -136,7 +134,8 @@ def train_and_be_killed(argv):
     run_in_child(train_dit, argv, None, False, {})
 
 
-def test_a_run_that_torchrun_starts_again_ends_with_the_same_weights(tmp_path):
+def test_a_run_that_torchrun_starts_again_ends_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     flags = [*DIT_FLAGS, "--micro_batch", "4", "--steps", "6", "--dtype", "fp32"]
     command = [*flags, "--auto_resume", "--out", str(tmp_path / "killed")]
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1,
@@ -161,6 +160,13 @@ def test_restarts_need_a_command_that_resumes(tmp_path, monkeypatch, capsys):
     assert not train_dit.parse_args(["--auto_resume", "--out", str(tmp_path)]).resume
 
 
+def test_restarts_need_a_new_store(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of"):
+        runtime.check_restarts()
+
+
 def test_auto_resume_and_overwrite_contradict_each_other(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_dit.parse_args(["--auto_resume", "--overwrite", "--out", str(tmp_path)])
@@ -170,31 +176,41 @@ def test_auto_resume_and_overwrite_contradict_each_other(tmp_path, capsys):
 # ---------------------------------------------------------------------------- nodes that differ
 def as_gathered(monkeypatch, others):
     """Let gather() return this process's value and those of another one, a function of it."""
-    monkeypatch.setattr(runtime, "gather", lambda value: [value, others(value)])
+    monkeypatch.setattr(runtime, "gather", lambda value: [value, others(*value)])
 
 
-def test_nodes_with_other_checkpoints_are_refused(tmp_path, monkeypatch):
-    args = train_dit.parse_args(["--out", str(tmp_path)])
-    as_gathered(monkeypatch, lambda value: ("n1", dict(value[1], step=0)))
-    with pytest.raises(ValueError, match="rank 1 on n1 would go on from step 0, and rank 0 on .* "
-                                         "from step 500: .*last.pt must be the same file"):
-        runtime.check_same_run(args, dict(step=500))
-
-
-def test_nodes_with_other_flags_are_refused_but_for_their_workers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others, message", [
+    (lambda host, step, flags, data: ("n1", 0, flags, data),
+     "rank 1 on n1 would go on from step 0 and rank 0 on .* from 500; all nodes read .*last.pt"),
+    (lambda host, step, flags, data: ("n1", step, dict(flags, lr=0.25), data),
+     "rank 1 on n1 has --lr 0.25 and rank 0 on .* 0.5; give all nodes the same command"),
+    (lambda host, step, flags, data: ("n1", step, flags, {"": 5}),
+     "rank 1 on n1 has other images in --data than rank 0 on")],
+    ids=["checkpoint", "flags", "data"])
+def test_nodes_that_do_not_fit_are_refused(others, message, tmp_path, monkeypatch):
     args = train_dit.parse_args(["--out", str(tmp_path), "--lr", "0.5"])
-    as_gathered(monkeypatch, lambda value: ("n1", dict(value[1], lr=0.25)))
-    with pytest.raises(ValueError, match="rank 1 on n1 has --lr 0.25, and rank 0 on .* 0.5; give"):
-        runtime.check_same_run(args, None)
+    as_gathered(monkeypatch, others)
+    with pytest.raises(ValueError, match=message):
+        runtime.check_same_run(args, dict(step=500), {"": 7})
 
-    as_gathered(monkeypatch, lambda value: value)
-    runtime.check_same_run(args, None)
+
+def test_nodes_may_have_other_numbers_of_workers(tmp_path, monkeypatch):
+    values = []
+
+    def gather_so_far(value):
+        values.append(value)
+        return values
+
+    monkeypatch.setattr(runtime, "gather", gather_so_far)
+    for workers in ("2", "9"):
+        args = train_dit.parse_args(["--out", str(tmp_path), "--workers", workers])
+        runtime.check_same_run(args, None, {"": 7})
 
 
 def test_a_disk_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     with runtime.locked(tmp_path / "samples.npz"):
-        as_gathered(monkeypatch, lambda value: value)
+        as_gathered(monkeypatch, lambda host, sees_lock: ("n1", sees_lock))
         runtime.check_shared(tmp_path / "samples.npz")
-        as_gathered(monkeypatch, lambda value: ("n1", False))
+        as_gathered(monkeypatch, lambda host, sees_lock: ("n1", False))
         with pytest.raises(ValueError, match="samples.npz is not on a disk that n1 shares with"):
             runtime.check_shared(tmp_path / "samples.npz")

@@ -126,8 +126,13 @@ def test_cpus_of_which_torch_does_not_say_what_they_have_compute_in_fp32(monkeyp
 def joined(monkeypatch):
     """The backends and timeouts of the process groups that setup() would join."""
     groups = []
-    monkeypatch.setattr(dist, "init_process_group",
-                        lambda backend, timeout: groups.append((backend, timeout)))
+
+    def join(backend, store, rank, world_size, timeout):
+        groups.append((backend, timeout))
+
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([("a store", 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(runtime.heartbeat, "start", lambda store: None)
     return groups
 
 

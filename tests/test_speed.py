@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_speed.py
 """
 import contextlib
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
+import growth
 import release
 import runtime
 import train_decoder
@@ -199,3 +202,35 @@ def test_on_an_unknown_device_there_is_no_mfu(tmp_path, monkeypatch, capsys):
     assert first["peak_flops"] is None
     assert records[-1]["mfu"] is None
     assert "MFU" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- tests/bench.py
+def test_a_row_of_the_benchmark(capsys):
+    a = torch.randn(64, 64)
+    row = bench.Row("product", lambda: a @ a, lambda: (a @ a, a @ a), images=3, flops=2 * 64 ** 3,
+                    compare=lambda: (a + 0.1 * a.abs().max(), a))
+    bench.report(row, "fp32", CPU, 2, time.perf_counter)
+    cells = capsys.readouterr().out.strip("| \n").split(" | ")
+    assert cells[:2] == ["product", "fp32"] and cells[-1] == "1e-01"
+    assert cells[-2].endswith("x ours")
+
+    bench.report(row._replace(theirs="no --peer"), "fp32", CPU, 1, time.process_time)
+    assert "| no --peer |  |" in capsys.readouterr().out
+
+
+def test_official_modules_come_without_their_packages(tmp_path):
+    (tmp_path / "__init__.py").write_text("import a_package_that_is_not_installed")
+    (tmp_path / "layers.py").write_text("WIDTH = 3")
+    (tmp_path / "network.py").write_text("from .layers import WIDTH")
+    assert bench.import_official(tmp_path, "network").WIDTH == 3
+    with pytest.raises(ImportError, match="no_such"):
+        bench.import_official(tmp_path, "no_such")
+
+
+def test_the_growth_is_taken_apart():
+    points = []
+    for flops, size in ((1e9, 1e6), (2e9, 5e6), (8e9, 9e6), (3e9, 40e6)):
+        points.append(dict(flops=flops, bytes=size, seconds=flops / 1e11 + size / 1e9 + 0.002))
+    (per_flop, per_byte, constant), errors = growth.fit(points)
+    assert [1 / per_flop, 1 / per_byte, constant] == pytest.approx([1e11, 1e9, 0.002])
+    assert abs(errors).max() < 1e-6
