@@ -1278,6 +1278,8 @@ class Updates:
 
 def first_not_finite(named_tensors):
     """Name of the first of (name, tensor) pairs that is not finite, or None: one wait for a GPU."""
+    if not named_tensors:                              # the weights lie elsewhere, see sharding.py
+        return None
     are_finite = torch.stack([tensor.isfinite().all() for _, tensor in named_tensors])
     for (name, _), is_finite in zip(named_tensors, are_finite.tolist(), strict=True):
         if not is_finite:
