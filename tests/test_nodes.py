@@ -141,7 +141,11 @@ def test_a_run_that_torchrun_starts_again_ends_with_the_same_weights(tmp_path, m
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1,
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           monitor_interval=0.1, start_method="fork")
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     elastic_launch(config, train_and_be_killed)(command)
+    for number, handler in handlers.items():           # it leaves its own ones behind
+        signal.signal(number, handler)
     torchrun(train_dit, *flags, "--out", tmp_path / "straight")
 
     killed, straight = load_last(tmp_path / "killed"), load_last(tmp_path / "straight")
