@@ -171,6 +171,11 @@ def run(main, parse_args):
                            f"{heartbeat.describe_silent()} ({cause})")
             heartbeat.let_others_end()
             raise SystemExit(1) from None
+        if "not currently implemented for the MPS device" in str(error):
+            operator = re.search("'(.*?)'", str(error))[1]
+            raise SystemExit(f"error: this version of torch has no {operator} for Apple's GPUs; "
+                             f"set PYTORCH_ENABLE_MPS_FALLBACK=1, which leaves it to the CPU, or "
+                             f"try a newer version") from None
         raise
     finally:
         ignore_stop_signals()                          # the process is ending anyway
@@ -1781,7 +1786,7 @@ class Log:
         self.bar.update(step - self.bar.n)
         speed = f"{images_per_second:.0f} img/s"
         if mfu is not None:
-            speed += f" | {100 * mfu:.0f}% MFU"
+            speed += f" | {100 * mfu:.1f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
                  f"| {speed} | {gib:.1f} GiB | {time_left(seconds_left)} left")
         self.flops = 0
