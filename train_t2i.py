@@ -510,8 +510,9 @@ def make_optimizer(t2i, args):
     return torch.optim.AdamW(groups, args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
 
 
-# On the CPU, and as a whole even if the run was started again with --shard.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# As a whole even if the run was started again with --shard. They stay on the device: Checkpoints
+# copies them.
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def whole_state(t2i, ema, optimizer):

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_sharding.py
 """
 import argparse
 import errno
+import functools
 import multiprocessing
 import os
 import pickle
@@ -177,12 +178,24 @@ def test_nodes_only_exchange_their_pieces_of_the_gradients():
 
 
 # ---------------------------------------------------------------------------- checkpoints
-@pytest.fixture
-def group():
-    """A group of this process alone."""
+def join_group():
+    """Make this process a group of its own."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+
+
+def in_group(test):
+    """The test in another process, which is a group of its own: after it, this one could not fork
+    any more.
+    """
+    @functools.wraps(test)
+    def launched(**fixtures):
+        def main(_):
+            join_group()
+            test(**fixtures)
+
+        launch(1, main)
+
+    return launched
 
 
 class SmallRun:
@@ -222,7 +235,8 @@ def set_all(state, value):
         tensor.detach().fill_(value)
 
 
-def test_a_checkpoint_is_of_its_step_though_training_goes_on(group, tmp_path, monkeypatch):
+@in_group
+def test_a_checkpoint_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch):
     may_write = threading.Event()
     write_data = FileSystemWriter.write_data
 
@@ -246,7 +260,8 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(group, tmp_path, mo
     assert largest_difference(saved, run.state()) == 0
 
 
-def test_training_goes_on_when_the_disk_is_full(group, tmp_path, monkeypatch):
+@in_group
+def test_training_goes_on_when_the_disk_is_full(tmp_path, monkeypatch):
     def fail(self, *args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -268,7 +283,7 @@ def test_training_goes_on_when_the_disk_is_full(group, tmp_path, monkeypatch):
 
 
 def save_and_be_killed(out):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    join_group()
     run = SmallRun(out)
     run.save_and_wait(2)
 
@@ -280,15 +295,18 @@ def save_and_be_killed(out):
     run.save_and_wait(4)
 
 
-def test_a_process_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path, request):
+def test_a_process_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
     context = multiprocessing.get_context("fork")
     child = context.Process(target=save_and_be_killed, args=(tmp_path,))
     child.start()
     child.join()
     assert child.exitcode == 9
     assert (tmp_path / "weights_0000004" / "__0_0.distcp").exists()
+    go_on_after_a_kill(tmp_path=tmp_path)
 
-    request.getfixturevalue("group")                   # after the fork
+
+@in_group
+def go_on_after_a_kill(tmp_path):
     run = SmallRun(tmp_path)
     run.checkpoints.begin(2)
     saved = run.copy()
@@ -300,7 +318,8 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_checkpoint_before(t
     assert not list(tmp_path.glob("*"))
 
 
-def test_a_run_that_diverges_gets_the_checkpoint_before_back(group, tmp_path):
+@in_group
+def test_a_run_that_diverges_gets_the_checkpoint_before_back(tmp_path):
     run = SmallRun(tmp_path)
     run.save_and_wait(2)
     run.save(4)
@@ -312,7 +331,8 @@ def test_a_run_that_diverges_gets_the_checkpoint_before_back(group, tmp_path):
     sharding.read_into(run.state(), tmp_path / "weights_0000002")
 
 
-def test_weights_that_are_not_finite_are_not_saved(group, tmp_path):
+@in_group
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     run = SmallRun(tmp_path)
     with torch.no_grad():
         run.model[1].bias[0] = float("nan")
@@ -344,7 +364,8 @@ def cut_short(folder):
     (put_code_into_index, "no index that can be read safely.*system is no part of an index"),
     (cut_short, "weights_0000002 can't be read"),
 ])
-def test_folders_that_cannot_be_read(group, tmp_path, spoil, message):
+@in_group
+def test_folders_that_cannot_be_read(tmp_path, spoil, message):
     run = SmallRun(tmp_path)
     run.save_and_wait(2)
     spoil(tmp_path / "weights_0000002")
@@ -352,7 +373,8 @@ def test_folders_that_cannot_be_read(group, tmp_path, spoil, message):
         sharding.read_into(run.state(), tmp_path / "weights_0000002")
 
 
-def test_folders_that_do_not_fit(group, tmp_path):
+@in_group
+def test_folders_that_do_not_fit(tmp_path):
     run = SmallRun(tmp_path)
     set_all({"bias": run.model[1].bias}, float("nan"))
     folder = tmp_path / "weights_0000002"
