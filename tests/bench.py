@@ -5,8 +5,8 @@
     python tests/bench.py --model DiTDH-XL --encoder dinov2-b --batch 32        a GPU
 
 Each row is measured in turns: ours, the official module with the same weights, a matmul. Times are
-medians; behind +- stands half of the range of the middle half. All weights are random, so nothing
-is downloaded. FLOPs are counted by runtime.count_flops.
+medians; behind +- stands half of the range of the middle half (of fewer than four: of all). All
+weights are random, so nothing is downloaded. FLOPs are counted by runtime.count_flops.
 """
 import argparse
 import functools
