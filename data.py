@@ -923,7 +923,8 @@ def check_array(path, shape, dtype):
 
 def check_compressed(path, size, compressed_size):
     """Raises: ValueError if compressed images would take too much memory, or can't be that many"""
-    limit = memory_of_machine() // 2              # the rest is for models and features
+    memory = memory_of_machine() or 8 * 10**9
+    limit = memory // 2                           # the rest is for models and features
     if size > limit:
         raise ValueError(f"{path} has {size / 1e9:,.1f} GB of compressed images, of which at most "
                          f"{limit / 1e9:,.1f} GB can be read; {SAVE_UNCOMPRESSED}")
@@ -947,9 +948,9 @@ def read_into_array(file, size):
 
 
 def memory_of_machine():
-    """Return the bytes of memory that this machine has; 8 GB where they are unknown (Windows)."""
+    """Return the bytes of memory that this machine has; None where they are unknown (Windows)."""
     if not hasattr(os, "sysconf"):
-        return 8 * 10**9
+        return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -43,6 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import runtime
+import sharding
 from baselines import VAE, DiffusersVAE, Pixels, random_vit
 from llm import Qwen2, Tokenizer
 from model import (
@@ -557,6 +558,8 @@ def check_source(path_or_name, script):
         if name in others and not Path(name).exists():
             raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
                              f"of {script} is needed, or one of {' '.join(names)}")
+    if (Path(name) / ".metadata").is_file():
+        raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
     if Path(name).is_dir():
         raise FileNotFoundError(f"{name} is a folder; name the checkpoint in it, such as "
                                 f"{Path(name) / 'last.pt'}")

@@ -171,6 +171,11 @@ def run(main, parse_args):
                            f"{heartbeat.describe_silent()} ({cause})")
             heartbeat.let_others_end()
             raise SystemExit(1) from None
+        if "not currently implemented for the MPS device" in str(error):
+            operator = re.search("'(.*?)'", str(error))[1]
+            raise SystemExit(f"error: this version of torch has no {operator} for Apple's GPUs; "
+                             f"set PYTORCH_ENABLE_MPS_FALLBACK=1, which leaves it to the CPU, or "
+                             f"try a newer version") from None
         raise
     finally:
         ignore_stop_signals()                          # the process is ending anyway
@@ -1273,6 +1278,8 @@ class Updates:
 
 def first_not_finite(named_tensors):
     """Name of the first of (name, tensor) pairs that is not finite, or None: one wait for a GPU."""
+    if not named_tensors:                              # the weights lie elsewhere, see sharding.py
+        return None
     are_finite = torch.stack([tensor.isfinite().all() for _, tensor in named_tensors])
     for (name, _), is_finite in zip(named_tensors, are_finite.tolist(), strict=True):
         if not is_finite:
@@ -1573,7 +1580,7 @@ def count_flops(function, *inputs):
     it, but for the linear layers; so a batch of one is best.
     """
     counter = FlopCounter()
-    with counter:
+    with torch.compiler.set_stance("force_eager"), counter:            # not what compiling makes
         function(*inputs)
     return Flops(counter.weights, counter.activations)
 

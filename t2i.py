@@ -20,6 +20,7 @@ from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
 import runtime
+import sharding
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
 from release import (
@@ -456,6 +457,8 @@ def read_t2i(path, folder=None):
         check_source(path, "train_t2i.py")
         state = runtime.load_checkpoint(path)
     check_checkpoint(state, "train_t2i.py", path)
+    if "weights" in state:
+        raise ValueError(sharding.how_to_convert(path))
     return state
 
 

@@ -10,6 +10,7 @@ Writes OUT/last.pt (all that sampling and an exact resume need), OUT/log.jsonl, 
 """
 import argparse
 import copy
+import os
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +22,14 @@ import metrics
 import release
 import runtime
 import sample
-from data import batches, check_amounts, check_batch, fit_defaults, open_data
+from data import (
+    batches,
+    check_amounts,
+    check_batch,
+    fit_defaults,
+    memory_of_machine,
+    open_data,
+)
 from eval_fid import evaluate_generation
 from model import (
     DIT_SIZES,
@@ -194,6 +202,25 @@ def check_flags(args):
 
 
 # ---------------------------------------------------------------------------- data
+def check_cache(n, channels, grid):
+    """Raise ValueError if this machine has no memory for the cached latents of n images."""
+    memory = memory_of_machine()
+    if memory is None:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size()))   # of this machine
+    image_bytes = 2 * channels * grid ** 2                  # in half precision
+    # Each process holds all latents, and twice while it puts those of all processes together.
+    needed = 2 * n * image_bytes * processes
+    limit = memory * 3 // 4                                 # the rest is for models and images
+    if needed > limit:
+        fitting = limit // (2 * image_bytes * processes)
+        raise ValueError(
+            f"--cache {n} takes {needed / 1e9:,.1f} GB of memory, and this machine has "
+            f"{memory / 1e9:,.1f} GB, of which a quarter is for the rest: the latents of an image "
+            f"take {image_bytes / 1e3:,.0f} kB, twice, in each of {processes} processes; give at "
+            f"most --cache {fitting}, or leave it out, to encode every batch")
+
+
 def encode_cache(data, rae, args, rank, world, device):
     """Latents n c h w, in half precision, and labels n of the first --cache images."""
     unit = args.micro_batch * world
@@ -277,6 +304,7 @@ def main(args, data=None):
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
     packed_rae = choose_autoencoder(args, resumed, init)
     channels, grid, _ = packed_rae["latent_var"].shape
+    check_cache(args.cache, channels, grid)
 
     # ---------------------------------------------------------------- data
     if data is None:

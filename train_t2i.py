@@ -11,6 +11,7 @@
 The data are conversations about one image each: "<image>" in the assistant's turn is to be drawn,
 in the user's turn it is to be understood. The model is in t2i.py.
 Writes OUT/last.pt (all that sampling and an exact resume need), OUT/log.jsonl, OUT/preview_*.png.
+With --shard, weights and moments lie beside last.pt, in a folder that it names: see sharding.py.
 """
 import argparse
 import copy
@@ -22,18 +23,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 
 import metrics
 import release
 import runtime
 import sample
+import sharding
 from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_t2i import evaluate_prompts, has_shapes
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
@@ -187,7 +189,8 @@ def add_training_flags(p):
     p.add_argument("--decay_end", type=at_least(0),
                    help="Step at which the decay ends (default: steps).")
     p.add_argument("--shard", action="store_true", default=None,
-                   help="Spread weights and optimizer over the processes (FSDP2).")
+                   help="Spread weights, EMA and optimizer over the processes of a node (FSDP2). "
+                        "No previews then, since one process cannot draw.")
     p.add_argument("--recompute", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, slower.")
     p.add_argument("--compile", action="store_true", default=None,
@@ -427,11 +430,64 @@ def make_ema(t2i, args):
     return copy.deepcopy(t2i).requires_grad_(False).eval()
 
 
-def shard(t2i):
-    """Spread the weights over the processes, block by block. Moves them to the device."""
-    for block in [*t2i.llm.layers, *t2i.dit.blocks]:
-        fully_shard(block)
-    fully_shard(t2i)
+def load_weights(t2i, init, resumed, args):
+    """Load the weights of the resumed run, or those of --init, if there are any."""
+    if resumed:
+        release.load_release(t2i, resumed["model"], "the resumed model")
+    elif init:
+        weights = init["ema"] if "ema" in init else init["model"]
+        release.load_release(t2i, weights, f"--init {args.init}")
+
+
+def build_sharded(args, flags, rae, init, resumed, device):
+    """The T2I to train and its EMA, spread over the processes, with the weights they start from;
+    and the Flops of the T2I.
+
+    Only rank 0 ever has a T2I as a whole, on the CPU. If the weights are in pieces already, in the
+    folder of a resumed run, nobody has, and they are yet to be read from there.
+    """
+    latent_shape = list(rae.latent_mean.shape)              # c h w
+    is_in_pieces = resumed is not None and "weights" in resumed
+    whole = None                                       # the T2I, on rank 0
+
+    def build_whole():
+        nonlocal whole
+        whole = build_model(args, flags, latent_shape, init)
+        load_weights(whole, init, resumed, args)
+        return dict(llm=whole.llm.config, tokenizer=whole.tokenizer.json, latent_shape=latent_shape)
+
+    description = resumed if is_in_pieces else runtime.on_rank_0(build_whole)
+    mesh = sharding.make_mesh(device)
+
+    def build_empty():
+        return release.build_empty(lambda: build_model(args, flags, latent_shape, description))
+
+    def spread(t2i):
+        # The language model runs twice, for the two kinds of conversation: see T2I.forward.
+        sharding.shard(t2i, mesh, args.dtype, blocks=t2i.dit.blocks, kept=t2i.llm.layers)
+        sharding.give_memory(t2i, device)
+        return t2i
+
+    with FakeTensorMode(allow_non_fake_inputs=True):   # tensors of shapes alone
+        like_t2i = build_model(args, flags, latent_shape, description)
+        flops = Flops(like_t2i.eval(), rae, args)
+    t2i = build_empty()
+    if args.compile:
+        runtime.compile_blocks(t2i)
+    spread(t2i)
+    if not is_in_pieces:
+        sharding.broadcast_weights(t2i, whole, device)
+    if args.ema == 0:
+        return t2i, t2i, flops
+
+    ema = spread(build_empty()).requires_grad_(False).eval()
+    if resumed and not is_in_pieces:                   # a checkpoint of a run without --shard
+        if whole is not None:
+            release.load_release(whole, resumed["ema"], "the resumed EMA")
+        sharding.broadcast_weights(ema, whole, device)
+    else:
+        sharding.copy_weights(ema, t2i)
+    return t2i, ema, flops
 
 
 # ---------------------------------------------------------------------------- optimiser
@@ -454,12 +510,13 @@ def make_optimizer(t2i, args):
     return torch.optim.AdamW(groups, args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
 
 
-# Weights and optimizer as they are without --shard, on the CPU.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# As a whole even if the run was started again with --shard. They stay on the device: Checkpoints
+# copies them.
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def whole_state(t2i, ema, optimizer):
-    """State dicts for a checkpoint, gathered from all processes. ema may be the T2I itself."""
+    """State dicts for a checkpoint of one file. ema may be the T2I itself."""
     state = dict(model=get_model_state_dict(t2i, options=WHOLE))
     if ema is not t2i:
         state["ema"] = get_model_state_dict(ema, options=WHOLE)
@@ -600,23 +657,21 @@ def main(args, data=None, conversation=None):
     # ---------------------------------------------------------------- model
     rae = release.unpack_rae(packed_rae).to(device)
     torch.manual_seed(args.seed)
-    t2i = build_model(args, flags, latent_shape, init)
-    if resumed:
-        release.load_release(t2i, resumed["model"], "the resumed model")
-    elif init:
-        weights = init["ema"] if "ema" in init else init["model"]
-        release.load_release(t2i, weights, f"--init {args.init}")
-    ema = make_ema(t2i, args)
-    if resumed and args.ema:
-        release.load_release(ema, resumed["ema"], "the resumed EMA")
-    flops = Flops(ema, rae, args)
+    if args.shard:
+        t2i, ema, flops = build_sharded(args, flags, rae, init, resumed, device)
+    else:
+        t2i = build_model(args, flags, latent_shape, init)
+        load_weights(t2i, init, resumed, args)
+        ema = make_ema(t2i, args)
+        if resumed and args.ema:
+            release.load_release(ema, resumed["ema"], "the resumed EMA")
+        flops = Flops(ema, rae, args)
+        if args.compile:
+            runtime.compile_blocks(t2i)
+        t2i.to(device)
+        ema.to(device)
     if args.compile:
-        runtime.compile_blocks(t2i)
         runtime.compile_blocks(rae.encoder)
-    for module in [t2i, ema] if args.ema else [t2i]:
-        if args.shard:
-            shard(module)
-        module.to(device)
     step_model = t2i
     if world > 1 and not args.shard:
         step_model = runtime.data_parallel(t2i)
@@ -626,20 +681,30 @@ def main(args, data=None, conversation=None):
     start = 0
     asked = init.get("asked", 0) if init else 0             # images it was asked about so far
     if resumed:
-        load_moments(t2i, optimizer, resumed["opt"])
         start = resumed["step"]
+        if "weights" in resumed:
+            sharding.empty_moments(optimizer)
+            state = sharding.training_state(t2i, ema, optimizer)
+            sharding.read_into(state, Path(args.out) / resumed["weights"])
+        else:
+            load_moments(t2i, optimizer, resumed["opt"])
     parameters = sum(p.numel() for p in t2i.parameters())
     log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock,
-                                      in_background=device.type != "cpu")
+    make_checkpoints = sharding.Checkpoints if args.shard else runtime.Checkpoints
+    checkpoints = make_checkpoints(args, rank, log, lock, in_background=device.type != "cpu")
     checkpoints.begin(start)
+    if rank == 0 and not args.shard:
+        sharding.remove_unnamed(args.out)                   # of an earlier run with --shard
     log.warn(change_of_data)
     runtime.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     losses = Losses(args, device)
 
     def save(step, is_stop):
-        state = whole_state(t2i, ema, optimizer)            # all processes take part
+        if args.shard:
+            state = dict(pieces=sharding.training_state(t2i, ema, optimizer))
+        else:
+            state = whole_state(t2i, ema, optimizer)
         checkpoints.save(
             step, is_stop, **state, asked=asked, rae=packed_rae, args=flags, llm=t2i.llm.config,
             tokenizer=t2i.tokenizer.json, latent_shape=latent_shape, data=identity)

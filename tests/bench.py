@@ -62,6 +62,8 @@ def parse_args(argv=None):
                    help="Images in each call (default: 4, on a GPU 32).")
     p.add_argument("--repeats", type=runtime.at_least(1), default=5,
                    help="Calls of each, after one to warm up (default: 5).")
+    p.add_argument("--compile", action="store_true",
+                   help="Compile the blocks of our DiT in its training rows.")
     p.add_argument("--cpu_seconds", action="store_true",
                    help="Seconds of the CPU in place of the clock, for a busy machine without a "
                         "GPU; with OMP_NUM_THREADS=1, since waiting threads would count.")
@@ -330,6 +332,8 @@ def dit_rows(args, device):
     size = DIT_SIZES[args.model]
     model = randomise_zeros(build_dit({**size, "class_dropout": 0.1}, CHANNELS, GRID, CLASSES))
     model = model.to(device).eval()            # no class dropout, so that both do the same
+    if args.compile:
+        runtime.compile_blocks(model)
     theirs = official_dit(args.peer, model, size)
     x0, y, t, eps = dit_inputs(args.batch, device)
 

@@ -3,11 +3,13 @@
     python tests/bench_data.py --kind tar --n 1000000
     python tests/bench_data.py --kind tar --n 20000 --shards 3650       # 73 million
 
-kind: tar (of 512 n bytes), jsonl (of 70 n bytes) or folder (n files in 1,000 class folders). The
-images are empty: they are listed and chosen, but not decoded. All shards are links to one file,
-whose index is mapped for each of them. Indexes go to a temporary folder.
+kind: tar (of 512 n bytes), jsonl (of 70 n bytes), folder (n files in 1,000 class folders) or
+captions (the same with n .txt, as of stage 3). The images are empty: they are listed and chosen,
+but not decoded. All shards are links to one file, whose index is mapped for each of them. Indexes
+go to a temporary folder.
 """
 import argparse
+import functools
 import io
 import json
 import multiprocessing
@@ -55,10 +57,24 @@ def write_folder(path, n):
         os.utime(folder, (0, 0))
 
 
-def seconds(call, *arguments):
+def write_captions(path, n):
+    write_folder(path, n)
+    for i in range(n):
+        caption = (path / image_name(i)).with_suffix(".txt")
+        caption.write_text(f"photograph number {i}")
+        os.utime(caption, (0, 0))
+    for folder in path.iterdir():
+        os.utime(folder, (0, 0))
+
+
+def no_chat(scene, rng):
+    """A function of scenes, of which there are none: it says that conversations are wanted."""
+
+
+def seconds(call, *arguments, **options):
     """Time a call. Returns: seconds, what the call returns"""
     start = time.perf_counter()
-    result = call(*arguments)
+    result = call(*arguments, **options)
     return time.perf_counter() - start, result
 
 
@@ -96,14 +112,16 @@ def measure_worker(source):
           f"resident {resident / 1e6:.0f} MB")
 
 
+WRITE = {"tar": write_tar, "jsonl": write_jsonl, "folder": write_folder, "captions": write_captions}
+
+
 def main(args):
     print(f"{args.shards} x {args.kind} of {args.n:,} images; {os.cpu_count()} CPUs")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         os.environ["NANORAE_CACHE"] = f"{folder}/cache"
-        suffix = "" if args.kind == "folder" else f".{args.kind}"
+        suffix = f".{args.kind}" if args.kind in ("tar", "jsonl") else ""
         path = Path(folder) / f"images{suffix}"
-        write = {"tar": write_tar, "jsonl": write_jsonl, "folder": write_folder}[args.kind]
-        write(path, args.n)
+        WRITE[args.kind](path, args.n)
         os.utime(path, (0, 0))                    # what is new has no index yet
 
         paths = [str(path)]
@@ -112,7 +130,9 @@ def main(args):
             os.symlink(path, paths[-1])
 
         memory_before = resident_bytes()
-        first_seconds, _ = seconds(open_data, str(path), 256)
+        chat = no_chat if args.kind == "captions" else None
+        open_images = functools.partial(open_data, size=256, hold_out=1000, chat=chat)
+        first_seconds, _ = seconds(open_images, str(path))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory_before
         print(f"open_data, which lists: {first_seconds:.2f} s, "
               f"{1e6 * first_seconds / args.n:.1f} us an image; peak {peak / 1e6:.0f} MB")
@@ -121,9 +141,9 @@ def main(args):
             print(f"index: {size / 1e6:.1f} MB, {size / args.n:.0f} bytes an image")
 
         index.listed.clear()                      # as in another process
-        count_seconds, _ = seconds(count_sources, paths, args.n * args.shards)
-        train_seconds, train = seconds(open_data, paths, 256, 0, "centre", False, "train", 1000)
-        val_seconds, _ = seconds(open_data, paths, 256, 0, "centre", False, "val", 1000)
+        count_seconds, _ = seconds(count_sources, paths, args.n * args.shards, chat is not None)
+        train_seconds, train = seconds(open_images, paths, split="train")
+        val_seconds, _ = seconds(open_images, paths, split="val")
         print(f"with the index: count_sources {count_seconds:.3f} s, then open_data of train "
               f"{train_seconds:.3f} s, of val {val_seconds:.3f} s")
         identity_seconds, _ = seconds(train.identity)
@@ -135,7 +155,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=["tar", "jsonl", "folder"], default="tar")
+    parser.add_argument("--kind", choices=list(WRITE), default="tar")
     parser.add_argument("--n", type=int, default=1_000_000, help="Number of images")
     parser.add_argument("--shards", type=int, default=1, help="Number of times that it is read")
     parser.add_argument("--dir", help="Folder for the files; default: that of the system")

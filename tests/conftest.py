@@ -19,6 +19,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import runtime  # noqa: E402
+import sharding  # noqa: E402
+
+runtime.Heartbeat.SECONDS = 1.0                # processes that have lost others end in seconds
 
 
 @pytest.fixture(autouse=True)
@@ -105,25 +108,51 @@ def start(script, *argv, errors=None, session=False, **environment):
 
 def torchrun(script, *argv):
     """Run a script in two processes, as torchrun does; both must succeed within five minutes."""
+    argv = [str(flag) for flag in argv]
+    launch(2, script.main, lambda: script.parse_args(argv))
+
+
+def launch(processes, main, parse_args=lambda: None):
+    """Call main(parse_args()) in forked processes of one group; all must succeed within five
+    minutes.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    group = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     children = []
-    for rank in ("0", "1"):
-        children.append(start(script, *argv, RANK=rank, LOCAL_RANK=rank, **group))
+    context = multiprocessing.get_context("fork")
+    for rank in range(processes):
+        environment = dict(group, RANK=str(rank), LOCAL_RANK=str(rank))
+        child = context.Process(target=run_in_group, args=(environment, main, parse_args))
+        child.start()
+        children.append(child)
     for child in children:
         child.join(300)
     for child in children:
-        if child.is_alive():                           # it may wait forever for the other one
+        if child.is_alive():                           # it may wait forever for another one
             child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+    assert [child.exitcode for child in children] == [0] * processes
+
+
+def run_in_group(environment, main, parse_args):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    runtime.run(main, parse_args)
 
 
 # ------------------------------------------------------------------------ what a run has written
 def load_last(folder):
     """The checkpoint of the run in a folder."""
     return torch.load(Path(folder) / "last.pt", weights_only=True)
+
+
+def load_pieces(folder):
+    """All tensors of the last checkpoint of a run with --shard, with the optimizer's moments."""
+    weights = sharding.folder_of(Path(folder) / "last.pt")
+    state = {name: torch.empty(shape) for name, shape in sharding.read_index(weights).items()}
+    sharding.load(state, weights)
+    return state
 
 
 def read_log(folder):

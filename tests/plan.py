@@ -58,6 +58,11 @@ def make_parser():
     p.add_argument("--overlap", type=float, default=0.6,
                    help="Share of the computation during which the network works unnoticed: about "
                         "that of the backward pass, which is 2/3 or, if recomputed, 3/4.")
+    p.add_argument("--gather_bytes", type=int, default=BF16, choices=(BF16, FP32),
+                   help="Bytes of a weight that is gathered; 4: without mixed precision in FSDP.")
+    p.add_argument("--micro_batch", type=int,
+                   help="Images of a GPU and pass, text to image; None: 32 if activations are "
+                        "recomputed, else 8.")
     p.add_argument("--gpus_a_node", type=int, default=8, help="GPUs of a node.")
     p.add_argument("--image_kb", type=float, default=110, help="Mean kB of an image file.")
     p.add_argument("--decode_ms", type=float, default=5.3,
@@ -133,7 +138,7 @@ class Counts(NamedTuple):
     """What is counted of a model. FLOPs and activations: of an image."""
     parameters: int          # trained
     frozen: int              # parameters of the encoder
-    largest_block: int       # parameters of it, which sharding gathers at a time
+    gathered: int            # parameters that are whole at a time if they are sharded
     encoding: int            # FLOPs of the encoder
     flops: int               # of forward and backward pass
     saved: int               # bytes that autograd keeps for the backward pass, with bf16 matmuls
@@ -159,6 +164,14 @@ def count_saved(model, module, batch, dtype=torch.bfloat16):
     return graph.bytes()
 
 
+def count_gathered(model, module):
+    """Parameters that a process holds whole at a time if blocks are sharded one by one: the block
+    that computes, the next one, and all that lies outside of blocks.
+    """
+    sizes = [count_parameters(block) for block in model.blocks(module)]
+    return count_parameters(module) - sum(sizes) + 2 * max(sizes)
+
+
 def count(model, recompute=False):
     """The Counts of a Model. recompute: whether activations within blocks are recomputed."""
     with torch.device("meta"), torch.no_grad():
@@ -174,7 +187,7 @@ def count(model, recompute=False):
         saved = count_saved(model, module, 4) - count_saved(model, module, 2)
     return Counts(
         parameters=count_parameters(module), frozen=count_parameters(encoder),
-        largest_block=max(count_parameters(block) for block in model.blocks(module)),
+        gathered=count_gathered(model, module),
         encoding=encoding, flops=flops, saved=saved // 2)
 
 
@@ -204,16 +217,16 @@ class Network(NamedTuple):
         return 2 * self.gather_seconds(size, nodes)
 
 
-def network_seconds(mode, counts, network, micro_batches):
+def network_seconds(mode, counts, network, micro_batches, gather_bytes=BF16):
     """Seconds for which the network works in a step of so many micro-batches.
 
     mode: "DDP": fp32 gradients, once a step. "sharded": over all GPUs (FSDP); in every micro-batch,
-    the weights in bf16 are gathered for the forward pass and for the backward pass, and fp32
-    gradients reduced and scattered once a step. "hybrid": the same within each node, then the
-    shards' gradients are averaged over the nodes (HSDP).
+    the weights are gathered for the forward pass and for the backward pass, and fp32 gradients
+    reduced and scattered once a step. "hybrid": the same within each node, then the shards'
+    gradients are averaged over the nodes (HSDP). gather_bytes: of a weight that is gathered.
     """
     gradients = FP32 * counts.parameters
-    weights = BF16 * counts.parameters
+    weights = gather_bytes * counts.parameters
     if mode == "DDP":
         return network.reduce_seconds(gradients, network.nodes)
     nodes = 1 if mode == "hybrid" else network.nodes
@@ -238,12 +251,15 @@ class Plan(NamedTuple):
     checkpoint: float        # bytes
 
 
-def plan(counts, mode, network, batch, micro_batch, steps, flops_a_second, has_ema, overlap):
-    """The Plan of a training. flops_a_second: of a GPU, as used. overlap: see the flags."""
+def plan(counts, mode, network, batch, micro_batch, steps, flops_a_second, has_ema, overlap,
+         gather_bytes=BF16):
+    """The Plan of a training. flops_a_second: of a GPU, as used. overlap, gather_bytes: see the
+    flags.
+    """
     gpus = network.nodes * network.gpus
     micro_batches = batch // (gpus * micro_batch)
     compute = batch / gpus * (counts.flops + counts.encoding) / flops_a_second
-    communication = network_seconds(mode, counts, network, micro_batches)
+    communication = network_seconds(mode, counts, network, micro_batches, gather_bytes)
     step = compute + max(0.0, communication - overlap * compute)
 
     # Weights, gradients, AdamW's two means, perhaps the EMA.
@@ -252,8 +268,8 @@ def plan(counts, mode, network, batch, micro_batch, steps, flops_a_second, has_e
         state = state / gpus
     elif mode == "hybrid":
         state = state / network.gpus
-    if mode != "DDP":                                  # two blocks at a time are whole, in bf16,
-        state += 2 * counts.largest_block * (BF16 + FP32)          # with fp32 gradients
+    if mode != "DDP":                                  # these are whole, with fp32 gradients
+        state += counts.gathered * (BF16 + FP32)
     memory = state + FP32 * counts.frozen + micro_batch * counts.saved
     seconds = steps * step
     return Plan(
@@ -293,8 +309,9 @@ def make_network(args, gpus, links):
 def print_checkpoint(args, result, nodes):
     seconds = result.checkpoint / (args.disk * 1e9)
     print(f"a checkpoint has {result.checkpoint / 1e9:.1f} GB: {seconds:.0f} s through one process "
-          f"at {args.disk} GB/s, {seconds / nodes:.1f} s if {nodes} nodes write their shards to "
-          f"disks of their own")
+          f"at {args.disk} GB/s")
+    if nodes > 1:
+        print(f"{seconds / nodes:.1f} s if each of {nodes} nodes writes its part to its own disk")
 
 
 def print_classes(args):
@@ -325,13 +342,13 @@ def print_text(args, sizes=(64, 128, 256, 512)):
         print(HEADER)
         for gpus in sizes:
             largest = recipe["batch"] // gpus
-            micro_batch = min(largest, 32 if recompute else 8)
+            micro_batch = min(largest, args.micro_batch or (32 if recompute else 8))
             for links in args.links:
                 network = make_network(args, gpus, links)
                 for mode in ("sharded", "hybrid"):
                     result = plan(counts, mode, network, recipe["batch"], micro_batch,
                                   recipe["steps"], args.compiled * args.peak * TERA, False,
-                                  args.overlap)
+                                  args.overlap, args.gather_bytes)
                     print_plan(args, mode, network, links, micro_batch, "compiled", result)
     print_checkpoint(args, result, network.nodes)
 

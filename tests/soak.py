@@ -63,6 +63,7 @@ SCENARIOS = {
     "train_decoder, 2 processes": Scenario(train_decoder, [*DECODER, "--workers", 1], 2),
     "train_t2i": Scenario(train_t2i, [*T2I, "--workers", 1], 1),
     "train_t2i, 2 processes": Scenario(train_t2i, [*T2I, "--workers", 1], 2),
+    "train_t2i --shard, 2 processes": Scenario(train_t2i, [*T2I, "--workers", 1, "--shard"], 2),
     "train_t2i, 2 processes, saved by a thread": Scenario(train_t2i, [*T2I, "--workers", 1], 2,
                                                           True),
     "sample": Scenario(sample, SAMPLING, 1),
@@ -182,6 +183,8 @@ def is_equal(scenario, folder, reference):
             return False
         return all(is_same_image(a, b) for a, b in zip(images, others, strict=True))
     state, other = conftest.load_last(folder), conftest.load_last(reference)
+    if "--shard" in scenario.flags:
+        state, other = conftest.load_pieces(folder), conftest.load_pieces(reference)
     return conftest.largest_difference(state, other) == 0
 
 
@@ -196,7 +199,8 @@ def is_same_image(path, other):
 def leftovers(folder):
     """Files of a complete run that should not be there."""
     patterns = ("*.tmp", "*.parts", "previous.pt", ".images.lock")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return found + sorted(folder.glob("weights_*"))[:-1]               # the last is last.pt's
 
 
 # ---------------------------------------------------------------------------- the soak

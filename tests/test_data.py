@@ -33,6 +33,7 @@ from data import (
     open_data,
     resize_images,
     square,
+    start_worker,
     to_rgb,
 )
 from listing import PassedOver, walk
@@ -1729,6 +1730,25 @@ def test_data_can_be_pickled_for_systems_that_spawn_workers(folder):
     data[0]
     copy = pickle.loads(pickle.dumps(data))
     assert all(copy[k]["image"].equal(data[k]["image"]) for k in range(10))
+
+
+@pytest.mark.parametrize("platform, context", [
+    ("linux", "fork"), ("darwin", None), ("win32", None)])
+def test_workers_are_forked_on_linux_alone(platform, context, monkeypatch):
+    options = {}
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("data.DataLoader", lambda *_, **given: options.update(given))
+    batches(open_data("shapes", 16), 4, 4, workers=1)
+    assert options["multiprocessing_context"] == context
+
+
+def test_workers_start_without_what_windows_lacks(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.delattr(os, "setpgrp")
+    monkeypatch.delattr(signal, "SIGUSR1")
+    start_worker(os.getppid(), 0)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
 
 
 # ---------------------------------------------------------------- real photographs

@@ -48,7 +48,7 @@ def test_every_program_is_found():
     programs = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
                 if "__main__" in path.read_text("utf-8")]
     assert sorted(path.relative_to(ROOT).as_posix() for path in programs) == SCRIPTS
-    assert len(SCRIPTS) == 13
+    assert len(SCRIPTS) == 14
 
 
 @every_script

@@ -1,10 +1,14 @@
 """Encoder, decoder, RAE, DiT, DiTDH and flow matching. Run: python -m pytest tests/test_model.py"""
+import argparse
+import contextlib
 import copy
 import math
 import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
 import release
@@ -22,8 +26,12 @@ from model import (
     build_decoder,
     build_dit,
     flow_matching_loss,
+    sample_times,
     time_shift,
+    time_weight,
 )
+from runtime import LossByTime
+from sample import SOLVERS, cfg, sampling_times
 
 SMALL = dict(in_channels=8, grid=4, width=32, depth=2, heads=2, num_classes=5)
 SMALL_HEAD = dict(head_width=48, head_depth=2, head_heads=3)
@@ -375,3 +383,39 @@ def test_tokens_lie_together_in_memory(head):
             inputs[0].is_contiguous()))
     model(torch.randn(2, 8, 4, 4), torch.rand(2), torch.tensor([0, 1]))
     assert are_together == [True for _ in model.blocks]
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses fp64 on the device meta, as Apple's GPUs do, which it stands for."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, f"{function} has no fp64 on this device"
+        return output
+
+
+def test_training_and_sampling_have_no_fp64_on_the_device(tiny_encoder, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **options: contextlib.nullcontext())
+    device = torch.device("meta")
+    rae = RAE(copy.deepcopy(tiny_encoder), Decoder(192, 4, 16, 32, 1, 2, 64)).to(device)
+    dit = small_model(head=True, in_channels=192, width=192, head_width=192).to(device)
+    optimizer = torch.optim.AdamW(dit.parameters(), fused=False)       # fused ones know no meta
+    y = torch.tensor([0, 1], device=device)
+    args = argparse.Namespace(sampling_steps=2, release_grid=False)
+    with NoDoubles():
+        x0 = rae.encode(torch.rand(2, 3, 64, 64, device=device))
+        t = sample_times(2, "logit_normal", x0[0].numel(), 4096, device)
+        loss = time_weight(t) * flow_matching_loss(dit, x0, y, t, torch.randn_like(x0))
+        loss.mean().backward()
+        LossByTime(device).add(t, loss)
+        optimizer.step()
+        velocity = cfg(dit, y, dit.null_condition(y), 1.0)
+        for solver in SOLVERS.values():
+            x = solver(velocity, torch.randn_like(x0), sampling_times(dit, args))
+        assert rae.decode(x).shape == (2, 3, 64, 64)
+
+
+def test_fp64_on_the_device_is_noticed():
+    with NoDoubles(), pytest.raises(AssertionError, match="no fp64"):
+        torch.ones(2, device="meta").double()

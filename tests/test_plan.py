@@ -39,7 +39,7 @@ def test_recomputed_activations_cost_a_forward_pass_and_save_memory(kept):
 
 
 NETWORK = plan.Network(nodes=4, gpus=8, inside=400e9, between=100e9)
-COUNTS = plan.Counts(parameters=10 ** 9, frozen=0, largest_block=0, encoding=0, flops=3e12, saved=0)
+COUNTS = plan.Counts(parameters=10 ** 9, frozen=0, gathered=0, encoding=0, flops=3e12, saved=0)
 
 
 def test_a_ring_carries_all_but_the_own_part():
@@ -53,9 +53,11 @@ def test_collectives_of_each_way_to_spread_a_model():
     """4 GB of fp32 gradients, 2 GB of bf16 weights, two micro-batches."""
     ddp = plan.network_seconds("DDP", COUNTS, NETWORK, 2)
     sharded = plan.network_seconds("sharded", COUNTS, NETWORK, 2)
+    in_fp32 = plan.network_seconds("sharded", COUNTS, NETWORK, 2, gather_bytes=4)
     hybrid = plan.network_seconds("hybrid", COUNTS, NETWORK, 2)
     assert ddp == pytest.approx(2 * 4e9 * 3 / 4 / 100e9)
     assert sharded == pytest.approx((4 * 2e9 + 4e9) * 3 / 4 / 100e9)
+    assert in_fp32 == pytest.approx((4 * 4e9 + 4e9) * 3 / 4 / 100e9)
     assert hybrid == pytest.approx((4 * 2e9 + 4e9) * 7 / 8 / 400e9 + 2 * 4e9 * 3 / 4 / 100e9)
 
 

@@ -219,30 +219,53 @@ def test_whether_matmuls_are_tf32_is_known(capability, has_tf32, with_tf32, monk
 
 
 # ---------------------------------------------------------------------------- end of a script
-@pytest.mark.parametrize("problem, leaves", [
-    (None, True), (ValueError("no"), False), (KeyboardInterrupt(), False)])
-def test_only_a_run_that_succeeds_leaves_its_process_group(problem, leaves, monkeypatch):
-    """To leave it after a failure could take as long as the other processes are silent."""
-    left = []
+@pytest.fixture
+def own_handlers(monkeypatch):
+    """Brings back the handlers that run() replaces, since it expects the process to end."""
     handlers = {number: signal.getsignal(number) for number in runtime.stop_signals()}
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)     # which run() replaces
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    handlers[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
+
+def run_and_fail(problem):
+    """What a script says that ends with an exception; None: it succeeds."""
     def main(args):
         if problem is not None:
             raise problem
 
     try:
-        if problem is None:
-            runtime.run(main, lambda: None)
-        else:
-            with pytest.raises(SystemExit):
-                runtime.run(main, lambda: None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        runtime.run(main, lambda: None)
+    except SystemExit as ending:
+        return str(ending)
+
+
+@pytest.mark.parametrize("problem, leaves", [
+    (None, True), (ValueError("no"), False), (KeyboardInterrupt(), False)])
+def test_only_a_run_that_succeeds_leaves_its_process_group(problem, leaves, own_handlers,
+                                                               monkeypatch):
+    """To leave it after a failure could take as long as the other processes are silent."""
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    run_and_fail(problem)
     assert bool(left) == leaves
+
+
+def test_what_apple_gpus_lack_is_said_in_a_sentence(own_handlers):
+    """The message is torch's."""
+    error = NotImplementedError(
+        "The operator 'aten::lerp' is not currently implemented for the MPS device. If you want "
+        "this op to be considered for addition please comment on ...")
+    assert run_and_fail(error).startswith(
+        "error: this version of torch has no aten::lerp for Apple's GPUs; set PYTORCH_ENABLE_MPS")
+
+
+def test_windows_has_fewer_signals(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    assert runtime.stop_signals() == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_memory_is_unknown_without_the_module_resource(monkeypatch):

@@ -25,9 +25,7 @@ from conftest import (
     largest_difference,
     load_last,
     read_log,
-    run_on_one_thread,
     run_script,
-    torchrun,
 )
 from data import open_data
 from eval_t2i import count_right_answers
@@ -846,29 +844,6 @@ def test_the_language_model_can_be_frozen(tmp_path, monkeypatch):
         if name.startswith("llm."):
             assert torch.equal(value, state["ema"][name])
     assert moved == {"dit", "latent_queries", "mm_projector", "diff_head_projector", "regression"}
-
-
-def test_two_processes_and_shards_equal_one_process(tmp_path):
-    """One process of 4 x 2, two of 2 x 2, two that share the weights, stopped and resumed."""
-    common = [*FLAGS, "--micro_batch", 2, "--dtype", "fp32", "--llm_lr", 1e-3]
-    shard = ["--shard", "--out", tmp_path / "shard"]
-    run_on_one_thread(train_t2i, *common, "--steps", 4, "--out", tmp_path / "one")
-    torchrun(train_t2i, *common, "--steps", 4, "--out", tmp_path / "two")
-    torchrun(train_t2i, *common, *shard, "--steps", 2, "--preview_every", 2, "--recompute")
-    torchrun(train_t2i, *common, *shard, "--steps", 4, "--resume")
-
-    one = load_last(tmp_path / "one")
-    record_of_one = read_log(tmp_path / "one")[-1]
-    for name in ("two", "shard"):
-        other = load_last(tmp_path / name)
-        for key in ("model", "ema", "rae"):
-            assert largest_difference(one[key], other[key]) < 2e-5, (name, key)
-        assert other["asked"] == one["asked"]
-        assert list(other["opt"]["state"]) == list(one["opt"]["state"])
-        record = read_log(tmp_path / name)[-1]
-        for key in ("loss", "grad", "cross_entropy", "flow"):
-            assert record[key] == pytest.approx(record_of_one[key], rel=1e-4), (name, key)
-    assert not list((tmp_path / "shard").glob("*.png"))
 
 
 def test_data_and_conversation_of_a_lesson_replace_the_flags(tmp_path):

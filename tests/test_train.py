@@ -615,6 +615,23 @@ def test_the_cache_holds_the_latents_of_the_first_images_each_with_its_label():
     assert len(drawn) > 80                             # 160 draws of 120 miss a quarter of them
 
 
+# DINOv2-B's latents at 256 px take 393 kB; a process holds them twice while it collects them.
+@pytest.mark.parametrize("processes, fitting", [(1, 122_070), (8, 15_258)])
+def test_a_cache_that_memory_has_no_room_for_is_refused(processes, fitting, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(train_dit, "memory_of_machine", lambda: 128 * 10 ** 9)
+    train_dit.check_cache(fitting, channels=768, grid=16)
+    with pytest.raises(ValueError, match=f"in each of {processes} processes; give at most --cache "
+                                         f"{fitting}, or leave it out"):
+        train_dit.check_cache(1_281_167, channels=768, grid=16)
+
+
+def test_a_cache_is_not_refused_where_memory_is_unknown(monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr("os.sysconf")
+    train_dit.check_cache(10 ** 9, channels=768, grid=16)
+
+
 @pytest.mark.parametrize("prediction, expected_gradient", [
     ("x0", 0.5 * 2.1 ** 2 * 7 + 0.5 * 1.6 ** 2 * 0.01),                # (10 t (1-t))^2
     ("v", 0.5 * 7 + 0.5 * 0.01),
