@@ -1,6 +1,6 @@
 """Speed of encoder, trainers and sampling, beside the fastest matmul and the official modules.
 
-    python tests/bench.py                                   DiTDH-S, decoder B: 2 cores, 5 minutes
+    python tests/bench.py                                   DiTDH-S, decoder B, on a CPU
     python tests/bench.py --peer ../RAE                     beside github.com/bytetriper/RAE
     python tests/bench.py --model DiTDH-XL --encoder dinov2-b --batch 32        a GPU
 
@@ -58,10 +58,10 @@ def parse_args(argv=None):
                    help="Size of the decoder (default: B, on a GPU XL).")
     p.add_argument("--encoder", default="dinov2-b" if on_gpu else "dinov2-s",
                    help="Encoder, of 256 px (default: dinov2-s, on a GPU dinov2-b).")
-    p.add_argument("--batch", type=runtime.at_least(1), default=32 if on_gpu else 4,
-                   help="Images in each call (default: 4, on a GPU 32).")
-    p.add_argument("--repeats", type=runtime.at_least(1), default=5,
-                   help="Calls of each, after one to warm up (default: 5).")
+    p.add_argument("--batch", type=runtime.at_least(1), default=32 if on_gpu else 2,
+                   help="Images in each call (default: 2, on a GPU 32).")
+    p.add_argument("--repeats", type=runtime.at_least(1), default=3,
+                   help="Calls of each, after one to warm up (default: 3).")
     p.add_argument("--compile", action="store_true",
                    help="Compile the blocks of our DiT in its training rows.")
     p.add_argument("--cpu_seconds", action="store_true",
