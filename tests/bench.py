@@ -1,12 +1,12 @@
 """Speed of encoder, trainers and sampling, beside the fastest matmul and the official modules.
 
-    python tests/bench.py                                   DiTDH-S, decoder B: 2 cores, 5 minutes
+    python tests/bench.py                                   DiTDH-S, decoder B, on a CPU
     python tests/bench.py --peer ../RAE                     beside github.com/bytetriper/RAE
     python tests/bench.py --model DiTDH-XL --encoder dinov2-b --batch 32        a GPU
 
 Each row is measured in turns: ours, the official module with the same weights, a matmul. Times are
-medians; behind +- stands half of the range of the middle half. All weights are random, so nothing
-is downloaded. FLOPs are counted by runtime.count_flops.
+medians; behind +- stands half of the range of the middle half (of fewer than four: of all). All
+weights are random, so nothing is downloaded. FLOPs are counted by runtime.count_flops.
 """
 import argparse
 import functools
@@ -58,10 +58,12 @@ def parse_args(argv=None):
                    help="Size of the decoder (default: B, on a GPU XL).")
     p.add_argument("--encoder", default="dinov2-b" if on_gpu else "dinov2-s",
                    help="Encoder, of 256 px (default: dinov2-s, on a GPU dinov2-b).")
-    p.add_argument("--batch", type=runtime.at_least(1), default=32 if on_gpu else 4,
-                   help="Images in each call (default: 4, on a GPU 32).")
-    p.add_argument("--repeats", type=runtime.at_least(1), default=5,
-                   help="Calls of each, after one to warm up (default: 5).")
+    p.add_argument("--batch", type=runtime.at_least(1), default=32 if on_gpu else 2,
+                   help="Images in each call (default: 2, on a GPU 32).")
+    p.add_argument("--repeats", type=runtime.at_least(1), default=3,
+                   help="Calls of each, after one to warm up (default: 3).")
+    p.add_argument("--compile", action="store_true",
+                   help="Compile the blocks of our DiT in its training rows.")
     p.add_argument("--cpu_seconds", action="store_true",
                    help="Seconds of the CPU in place of the clock, for a busy machine without a "
                         "GPU; with OMP_NUM_THREADS=1, since waiting threads would count.")
@@ -330,6 +332,8 @@ def dit_rows(args, device):
     size = DIT_SIZES[args.model]
     model = randomise_zeros(build_dit({**size, "class_dropout": 0.1}, CHANNELS, GRID, CLASSES))
     model = model.to(device).eval()            # no class dropout, so that both do the same
+    if args.compile:
+        runtime.compile_blocks(model)
     theirs = official_dit(args.peer, model, size)
     x0, y, t, eps = dit_inputs(args.batch, device)
 

@@ -88,6 +88,19 @@ def test_forward_passes_count_as_in_torch():
 
 
 @pytest.mark.filterwarnings("ignore:--.*width .* is below")
+def test_compiled_blocks_count_without_being_compiled():
+    dit = tiny_dit().eval()
+    inputs = (latents(), torch.rand(1), torch.zeros(1, dtype=torch.long))
+    flops = runtime.count_flops(dit, *inputs)
+
+    def refuse(graph, example_inputs):
+        raise AssertionError("compiled")
+
+    runtime.compile_blocks(dit, backend=refuse)
+    assert runtime.count_flops(dit, *inputs) == flops
+
+
+@pytest.mark.filterwarnings("ignore:--.*width .* is below")
 @pytest.mark.parametrize("cache", [0, 8])
 def test_a_step_of_the_dit_counts_as_in_torch(cache):
     """Activations that are recomputed count once. What needs no gradient is neglected."""
