@@ -1010,6 +1010,10 @@ def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=
     if batch % (micro_batch * world) != 0:
         raise ValueError(f"--batch {batch} must be a multiple of --micro_batch {micro_batch} x "
                          f"{world} processes; lower --micro_batch")
+    accumulation = batch // (micro_batch * world)
+    prefetch_factor = None                        # micro-batches that each worker has ready
+    if workers > 0:                               # together at least a step's, and one more each
+        prefetch_factor = math.ceil(accumulation / workers) + 1
     # fork starts workers in 0.1 s, other methods in 4 to 10 s; it is only safe on Linux.
     use_fork = workers > 0 and sys.platform == "linux"
     loader = DataLoader(
@@ -1017,6 +1021,7 @@ def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=
         batch_sampler=micro_batch_numbers(batch, micro_batch, start, stop, rank, world),
         collate_fn=collate,
         num_workers=workers,
+        prefetch_factor=prefetch_factor,
         worker_init_fn=functools.partial(start_worker, os.getpid()),
         generator=torch.Generator(),              # leaves the global random state alone
         multiprocessing_context="fork" if use_fork else None)

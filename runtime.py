@@ -146,6 +146,22 @@ def keep_freed_memory():
     libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+def has_own_memory(device):
+    """Whether a device copies from the CPU's memory. Apple's GPU shares that."""
+    return device.type not in ("cpu", "mps")
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU on the device, without waiting until it is there.
+
+    Python goes on while CUDA copies, if the memory is pinned: the system may not move it. A copy of
+    other memory would wait for all that the device has yet to do.
+    """
+    if not has_own_memory(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def run(main, parse_args):
     """Run a script. What the user can mend ends in one line, without a traceback."""
     for number in stop_signals():
@@ -557,27 +573,30 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def optimizer_step(optimizers, model, clip, loss, step, lr):
+def optimizer_step(optimizers, model, clip, lr):
     """Clip the gradients, update the weights unless a gradient is not finite, zero the gradients.
 
-    clip: largest norm of all gradients together; 0: no clipping. loss: for the message only.
+    optimizers: on a GPU AdamW(fused=True), or others that leave everything as it is if their
+    attribute found_inf is 1. It is a scalar there, so that Python need not wait for the gradients.
+    clip: largest norm of all gradients together; 0: no clipping.
     lr: learning rate of every parameter group, times the group's own "lr_scale" if it has one.
-    Returns the norm of the gradients before clipping, a float. All processes do the same, since
-    their gradients are averaged already.
+    Returns the norm of the gradients before clipping, a scalar on the device. All processes do the
+    same, since their gradients are averaged already.
     """
     max_norm = clip if clip > 0 else math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if hasattr(grad_norm, "full_tensor"):              # FSDP: each process holds a shard
         grad_norm = grad_norm.full_tensor()
-    grad_norm = float(grad_norm)
-    if math.isfinite(grad_norm):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+    is_left_out = ~grad_norm.isfinite()
+    # On a CPU Python need not wait for it, and on Apple's GPUs AdamW does not read found_inf.
+    is_skipped = not has_own_memory(grad_norm.device) and bool(is_left_out)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if has_own_memory(grad_norm.device):
+            optimizer.found_inf = is_left_out.float()
+        if not is_skipped:
             optimizer.step()
-    elif process_rank() == 0:
-        print(f"step {step}: not finite, update left out: loss {loss}, grad {grad_norm}, lr {lr}",
-              file=sys.stderr)
     model.zero_grad(set_to_none=True)
     return grad_norm
 
@@ -980,7 +999,16 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-RUN_DEFAULTS = dict(seed=0, workers=1, batch=64, micro_batch=None, dtype=DTYPE,
+def default_workers():
+    """Loader processes of each process: where a GPU computes, its part of the cores, at most 12; on
+    CPUs, whose cores compute, 1.
+    """
+    if not torch.cuda.is_available():
+        return 1
+    return min(12, cores_of_process())
+
+
+RUN_DEFAULTS = dict(seed=0, workers=default_workers(), batch=64, micro_batch=None, dtype=DTYPE,
                     resume=False, auto_resume=False, overwrite=False, wandb=None)
 
 
@@ -988,7 +1016,9 @@ def add_run_flags(p):
     """The flags of a run and its optimizer, which all training scripts share."""
     p.add_argument("--out", help="Folder that the run writes to.")
     p.add_argument("--seed", type=at_least(0), help="Seed of weights, data order and noise.")
-    p.add_argument("--workers", type=at_least(0), help="Data loader processes for each process.")
+    p.add_argument("--workers", type=at_least(0),
+                   help="Data loader processes for each process (default: 1; with a GPU its part "
+                        "of the machine's cores, at most 12).")
     p.add_argument("--batch", type=at_least(1),
                    help="Images per optimizer step, over all processes.")
     p.add_argument("--micro_batch", type=at_least(1),
@@ -1266,9 +1296,9 @@ class Updates:
         self.recent = deque(maxlen=self.RECENT)        # True: that update was left out
         self.left_out = 0                              # in a row, up to now
 
-    def add(self, *grad_norms):
-        """Note the norms of the gradients of a step, of which none may be infinite or nan."""
-        is_left_out = not all(math.isfinite(norm) for norm in grad_norms)
+    def add(self, grad_norm):
+        """Note the norm of the gradients of a step, a float; infinite or nan: it was left out."""
+        is_left_out = not math.isfinite(grad_norm)
         self.recent.append(is_left_out)
         self.left_out = self.left_out + 1 if is_left_out else 0
 
@@ -1329,6 +1359,8 @@ class Checkpoints:
     A checkpoint is only written if the gradients of its last step and its weights are finite. What
     its last update did to the loss is only known after the next step. Until then, the checkpoint
     before it is kept as OUT/previous.pt, to be brought back if the run diverges.
+    The norm of a step's gradients is read after the next step was started, so that the device has
+    work while Python waits for it; before a checkpoint, all are read.
     All processes call the same methods; rank 0 writes. lock: that of OUT, held as long as this
     object. in_background: whether training goes on while a thread writes a copy of the state, as it
     should on a GPU, which would wait otherwise. A run that ends or stops writes at once.
@@ -1338,6 +1370,7 @@ class Checkpoints:
         self.save_every, self.log_every = args.save_every, args.log_every
         self.rank, self.log, self.lock = rank, log, lock
         self.updates = Updates()
+        self.unread = deque()                          # of steps: (number, norm, loss)
         self.saved_step = None                         # by this process
         self.is_behind = False                         # the last checkpoint could not be written
         self.has_previous = False
@@ -1369,18 +1402,33 @@ class Checkpoints:
             self.previous.unlink(missing_ok=True)
         self.has_previous = self.previous.exists()
 
-    def check(self, done, *grad_norms):
-        """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
-        self.updates.add(*grad_norms)
-        is_left_out = self.updates.left_out > 0
-        if not is_left_out:                            # the loss of the saved weights is finite
-            self.is_judged = True
-        if self.writing is None or self.writing.done():
-            self.finish()
-        is_end = done == self.steps                    # which cannot be saved, if it was left out
-        if self.updates.have_diverged() or is_left_out and is_end:
-            self.finish()
-            self.stop_diverged()
+    def check(self, done, *grad_norms, loss=None):
+        """Note the gradients of step `done`, and look at those of the step before.
+
+        grad_norms: numbers, or scalars on the device, of which none may be infinite or nan. loss:
+        for the message only. Raises ValueError if the run has diverged.
+        """
+        self.unread.append((done, sum(grad_norms), loss))      # finite, if all norms are
+        self.read_norms(keep=0 if done == self.steps else 1)
+
+    def read_norms(self, keep=0):
+        """Look at the gradients of all steps but the last `keep`. Raises as check()."""
+        while len(self.unread) > keep:
+            done, grad_norm, loss = self.unread.popleft()
+            grad_norm = float(grad_norm)               # waits for the device
+            self.updates.add(grad_norm)
+            is_left_out = self.updates.left_out > 0
+            if is_left_out and self.rank == 0:
+                print(f"step {done - 1}: not finite, update left out: loss {loss}, "
+                      f"grad {grad_norm}", file=sys.stderr)
+            if not is_left_out:                        # the loss of the saved weights is finite
+                self.is_judged = True
+            if self.writing is None or self.writing.done():
+                self.finish()
+            is_end = done == self.steps                # which cannot be saved, if it was left out
+            if self.updates.have_diverged() or is_left_out and is_end:
+                self.finish()
+                self.stop_diverged()
 
     def finish(self):
         """Wait for the thread, if it writes a checkpoint, and say what prevented it. Then delete
@@ -1430,13 +1478,14 @@ class Checkpoints:
 
     def is_due(self, done, is_stop=False):
         """Whether to write a checkpoint after step `done`, the same on all processes."""
-        if self.updates.left_out > 0:
-            return False
+        is_due = done % self.save_every == 0 or done == self.steps or is_stop
         if done % self.log_every == 0:
             self.is_behind = gather(self.is_behind)[0]     # rank 0 alone knows how its thread ended
-            if self.is_behind:
-                return True
-        return done % self.save_every == 0 or done == self.steps or is_stop
+            is_due = is_due or self.is_behind
+        if not is_due:
+            return False
+        self.read_norms()
+        return self.updates.left_out == 0
 
     def save(self, done, is_stop=False, **state):
         """Write OUT/last.pt after step `done`. state: what else it is to contain.
@@ -1444,6 +1493,7 @@ class Checkpoints:
         If that fails, as on a full disk, the run goes on from memory, and is_due() after the next
         line of the log. Raises OSError if it fails when the run ends.
         """
+        self.read_norms()                              # those to come judge this checkpoint
         self.finish()                                  # the one before may still be being written
         problem = None
         is_last = is_stop or done == self.steps
@@ -1764,10 +1814,14 @@ class Log:
 
         The first of them waits for the loader workers, the second shows the pace.
         """
+        if step > self.start + 2:
+            return
+        if self.device.type == "cuda":                 # which may not have computed them yet
+            torch.cuda.synchronize(self.device)
         seconds = time.time() - self.start_time
         if step == self.start + 1:
             self.first_seconds = seconds
-        elif step == self.start + 2:
+        else:
             pace = seconds - self.first_seconds
             self.say(f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s; at "
                      f"its pace the other {self.steps - step} take "
@@ -1775,7 +1829,11 @@ class Log:
             self.write(dict(first_step_seconds=self.first_seconds, second_step_seconds=pace))
 
     def step(self, step, loss, grad_norm, lr, **more):
-        """Report the state after `step` steps. loss: a mean over processes. more: not printed."""
+        """Report the state after `step` steps. loss: a mean over processes. more: not printed.
+
+        grad_norm: of optimizer_step().
+        """
+        grad_norm = float(grad_norm)
         seconds = max(time.time() - self.last_time, 1e-9)
         images_per_second = (step - self.last_step) * self.batch / seconds
         seconds_left = (self.steps - step) * self.batch / images_per_second

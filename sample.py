@@ -113,8 +113,12 @@ def guide(v, v_base, scale, t, interval):                               # [S3]
 
 def needs_guidance(scale, t, interval):
     """Whether guidance acts at any of the times t b."""
+    if scale == 1:
+        return False
+    if interval[0] <= 0 and interval[1] >= 1:           # at all times: no need to look at t, for
+        return True                                     # which Python would wait for the device
     inside = (interval[0] <= t) & (t <= interval[1])
-    return scale != 1 and bool(inside.any())
+    return bool(inside.any())
 
 
 def cfg(model, y, null, scale, interval=(0, 1)):
@@ -178,9 +182,9 @@ class NoiseAhead:
     def begin(self, step):
         """Let the threads draw the noise of a step."""
         self.step = step
-        # Pinned memory is copied to a CUDA device without a wait.
+        # From pinned memory it is copied without a wait, see runtime.to_device().
         self.samples = torch.empty(len(self.indices), *self.shape,
-                                   pin_memory=self.device.type == "cuda")
+                                   pin_memory=runtime.has_own_memory(self.device))
         self.drawing = []
         for i, own_samples in zip(self.indices, self.samples.numpy(), strict=True):
             self.drawing.append(

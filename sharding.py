@@ -273,9 +273,9 @@ class Checkpoints:
             self.newest = folder_of(self.files.last)
         self.remove_old()
 
-    def check(self, done, *grad_norms):
-        """Note the gradients of step `done`. Raises ValueError if the run has diverged."""
-        self.files.check(done, *grad_norms)
+    def check(self, done, *grad_norms, loss=None):
+        """As of runtime.Checkpoints. Raises ValueError if the run has diverged."""
+        self.files.check(done, *grad_norms, loss=loss)
         if self.writing is not None:
             num_ready = runtime.all_sum(torch.tensor(float(self.writing.future.done())))
             if num_ready == runtime.world_size():
@@ -286,8 +286,10 @@ class Checkpoints:
         """Whether to write a checkpoint after step `done`, the same on all processes."""
         if self.files.is_due(done, is_stop):
             return True
-        is_sane = self.files.updates.left_out == 0
-        return self.is_behind and done % self.log_every == 0 and is_sane
+        if not self.is_behind or done % self.log_every != 0:
+            return False
+        self.files.read_norms()
+        return self.files.updates.left_out == 0
 
     def save(self, done, is_stop, pieces, **small):
         """Begin to write a checkpoint after step `done`; at the end of a run, wait for it.

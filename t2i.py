@@ -12,6 +12,7 @@ Shapes: b batch, l text tokens, n = h*w queries, c latent channels, d width of t
 Source: [Scale-RAE] arXiv 2601.16208; modules and parameters are named as in its release.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -95,6 +96,60 @@ def tokenize(tokenizer, conversations, n, context=None, answer=True):
     return ids, labels, tasks, num_cut
 
 
+class Conversations(NamedTuple):
+    """Those conversations of a batch that all draw an image, or all do not, as T2I reads them.
+
+    Made on the CPU, where the tokens are. On a GPU, Python would have to wait for each number here.
+    If there are none, the first token of the batch stands in, because DDP and FSDP need every
+    parameter in every step on every process. It has nothing to learn, so its loss is 0.
+    """
+    rows: torch.Tensor       # r, which conversations of the batch
+    ids: torch.Tensor        # r l
+    tasks: torch.Tensor      # r
+    slots: torch.Tensor      # positions in r*l of the image slots
+    learned: torch.Tensor    # positions in r*l of the tokens before those to learn
+    targets: torch.Tensor    # the tokens to learn
+    is_stand_in: bool
+
+    def to(self, device):
+        *tensors, is_stand_in = self
+        moved = [runtime.to_device(tensor, device) for tensor in tensors]
+        return Conversations(*moved, is_stand_in)
+
+
+def split_tasks(ids, labels, tasks):
+    """The Conversations of a batch that draw nothing, and those that draw.
+
+    ids, labels: b l; tasks: b; as tokenize() returns them. The two kinds run apart, since they
+    differ in length: this saves padding.
+    """
+    is_drawing = tasks != UNDERSTAND                                    # b
+    asked = take_conversations(ids, labels, tasks, ~is_drawing)
+    drawn = take_conversations(ids, labels, tasks, is_drawing)
+    return asked, drawn
+
+
+def take_conversations(ids, labels, tasks, is_taken):
+    """The Conversations of the rows of a batch where is_taken, b bool. The others: split_tasks."""
+    rows = is_taken.nonzero()[:, 0]                                     # r
+    is_stand_in = len(rows) == 0
+    if is_stand_in:
+        rows = torch.zeros(1, dtype=torch.long)
+        length = 1
+    else:
+        length = int((ids[rows] != PAD).sum(1).max())
+    ids = ids[rows, :length]                                            # r l
+    next_tokens = labels[rows, 1:length]                                # r l-1
+    row, column = (next_tokens != NO_LABEL).nonzero(as_tuple=True)
+    return Conversations(rows, ids, tasks[rows], image_slots(ids), learned=row * length + column,
+                         targets=next_tokens[row, column], is_stand_in=is_stand_in)
+
+
+def image_slots(ids):
+    """Positions in b*l of the image slots of conversations, ids b l."""
+    return (ids == IMAGE).flatten().nonzero()[:, 0]
+
+
 # ---------------------------------------------------------------------------- model
 class T2I(nn.Module):
     """A language model that reads prompts and images, and a DiT that draws from its states.
@@ -130,74 +185,48 @@ class T2I(nn.Module):
         self.regression = nn.Linear(d, dit.in_channels) if regression else None
 
     # ------------------------------------------------------------------------ training
-    def forward(self, ids, labels, latents, tasks, t, eps):
+    def forward(self, asked, drawn, latents, t, eps):
         """The three losses of a batch of conversations, each about one image.
 
-        ids, labels: b l; tasks: b; as tokenize() returns them.
+        asked, drawn: Conversations of split_tasks(), on the device.
         latents: b c h w, of the images that are to be drawn or understood.
         t: k times in [0,1]. eps: standard normal noise k c h w. k is a multiple of the number r of
         rows that draw: row i is drawn at t[i], t[i + r] and so on.
         Returns the cross-entropy, summed over all tokens to learn; the squared error of the
         regression, r; the flow matching loss, k. If no row draws, r is 1 and the last two are 0.
         """
-        is_drawing = tasks != UNDERSTAND                                # b
-        # The two kinds run apart, since they differ in length: this saves padding.
-        answer_loss, _ = self.language_model_pass(ids, labels, ~is_drawing, latents)
-        plan_loss, states = self.language_model_pass(ids, labels, is_drawing)       # -, r*n d
+        answer_loss, _ = self.language_model_pass(asked, latents[asked.rows])
+        plan_loss, states = self.language_model_pass(drawn)             # -, r*n d
         states = rearrange(states, "(r n) d -> r n d", n=self.n)        # r n d
-
-        any_drawn = bool(is_drawing.any())
-        if any_drawn:
-            x0 = latents[is_drawing]                                    # r c h w
-            tasks = tasks[is_drawing]                                   # r
-        else:                            # a stand-in, as in language_model_pass
-            x0 = latents[:1]                                            # 1 c h w
-            tasks = tasks[:1]                                           # 1
+        x0 = latents[drawn.rows]                                        # r c h w
         error = self.regression_error(states, x0)                       # r
 
         draws = len(t) // len(x0)
-        conditions = self.connect(states, tasks)                        # r n e
+        conditions = self.connect(states, drawn.tasks)                  # r n e
         conditions = conditions.repeat(draws, 1, 1)                     # k n e
         x0 = x0.repeat(draws, 1, 1, 1)                                  # k c h w
         flow_loss = flow_matching_loss(self.dit, x0, conditions, t, eps)            # k
 
-        if not any_drawn:
+        if drawn.is_stand_in:
             error = 0 * error
             flow_loss = 0 * flow_loss
         return answer_loss + plan_loss, error, flow_loss
 
-    def language_model_pass(self, ids, labels, rows, latents=None):
-        """Language modelling loss and image states of some conversations of a batch.
+    def language_model_pass(self, conversations, latents=None):
+        """Language modelling loss and image states of Conversations.
 
-        ids, labels: b l. rows: b, bool, which conversations.
-        latents: b c h w of images to understand; None: the images are to be drawn.
+        latents: r c h w of images to understand; None: the images are to be drawn.
         Returns the cross-entropy, summed over the tokens to learn, and the final states in image
-        slots, r*n d.
-
-        It runs even for no rows, because DDP and FSDP need every parameter in every step on every
-        process. The first token of the batch then stands in: it has nothing to learn, so its loss
-        is 0, and its state is repeated in place of the queries'.
+        slots, r*n d; of a stand-in its state, in place of each of the queries'.
         """
-        any_rows = bool(rows.any())
-        if any_rows:
-            length = int((ids[rows] != PAD).sum(1).max())
-        else:
-            rows = torch.arange(1, device=ids.device)                   # the first row alone
-            length = 1
-        ids = ids[rows, :length]                                        # r l
-        labels = labels[rows, :length]                                  # r l
-        if latents is not None:
-            latents = latents[rows]                                     # r c h w
+        hidden = self.llm(self.embed(conversations.ids, conversations.slots, latents))  # r l d
+        hidden = hidden.flatten(0, 1)                                   # r*l d
+        logits = self.llm.logits(hidden[conversations.learned])         # tokens vocab
+        loss = F.cross_entropy(logits.float(), conversations.targets, reduction="sum")
 
-        hidden = self.llm(self.embed(ids, latents))                     # r l d
-        target = labels[:, 1:]                                          # r l-1, the next token
-        is_learned = target != NO_LABEL                                 # r l-1
-        logits = self.llm.logits(hidden[:, :-1][is_learned])            # tokens vocab
-        loss = F.cross_entropy(logits.float(), target[is_learned], reduction="sum")
-
-        if any_rows:
-            return loss, hidden[ids == IMAGE]                           # -, r*n d
-        return loss, hidden[0].expand(self.n, -1)                       # -, n d
+        if conversations.is_stand_in:
+            return loss, hidden.expand(self.n, -1)                      # -, n d
+        return loss, hidden[conversations.slots]                        # -, r*n d
 
     def regression_error(self, states, x0):                             # r n d, r c h w
         """Mean squared error of the latents as predicted from the states of the queries: r.
@@ -211,21 +240,23 @@ class T2I(nn.Module):
         return (prediction - target).square().mean((1, 2))              # r
 
     # ------------------------------------------------------------------------ in and out
-    def embed(self, ids, latents=None):                                 # b l, b c h w
+    def embed(self, ids, slots, latents=None):                          # b l, s, b c h w
         """Embeddings b l d of conversations, images included.
 
-        In image slots stand the projected latents b c h w of an image that is to be understood or,
-        without latents, the queries of one that is to be drawn.
+        slots: image_slots(ids). There stand the projected latents b c h w of an image that is to be
+        understood or, without latents, the queries of one that is to be drawn.
         """
-        is_slot = ids == IMAGE                                          # b l
         embeddings = self.llm.embed_tokens(ids.clamp(min=0))            # b l d
         if latents is None:
             images = self.latent_queries.expand(len(ids), -1, -1)       # b n d
         else:
             tokens = rearrange(latents, "b c h w -> b (h w) c")         # b n c
             images = self.mm_projector(tokens).float()                  # b n d
-        has_image = is_slot.any(1)                                      # b: some are text only
-        return embeddings.masked_scatter(is_slot[:, :, None], images[has_image])    # b l d
+        # A conversation has n slots, or none if it is text only.
+        row = slots // ids.shape[1]                                     # s
+        token = torch.arange(len(slots), device=slots.device) % self.n  # s
+        filled = embeddings.flatten(0, 1).index_copy(0, slots, images[row, token])      # b*l d
+        return filled.view_as(embeddings)                               # b l d
 
     @torch.no_grad()
     def embed_conversations(self, conversations, latents=None, answer=True):
@@ -235,8 +266,9 @@ class T2I(nn.Module):
         """
         device = self.latent_queries.device
         ids, labels, tasks, _ = tokenize(self.tokenizer, conversations, self.n, answer=answer)
+        slots = image_slots(ids).to(device)
         ids, labels, tasks = ids.to(device), labels.to(device), tasks.to(device)
-        return self.embed(ids, latents), ids, labels, tasks
+        return self.embed(ids, slots, latents), ids, labels, tasks
 
     def connect(self, states, tasks):                                   # b n d, b
         """Conditions of the DiT from the states of the queries; null where there is no prompt."""
@@ -388,7 +420,7 @@ def answer_logits(t2i, latents, prompts):
     for question, length, answer in zip(ids, lengths, answers, strict=True):
         sequences.append(torch.cat([question[:length], answer]))
     ids = pad_sequence(sequences, batch_first=True, padding_value=PAD)  # b l+m
-    hidden = t2i.llm(t2i.embed(ids, latents))                           # b l+m d
+    hidden = t2i.llm(t2i.embed(ids, image_slots(ids), latents))         # b l+m d
     rows = torch.arange(len(ids), device=ids.device)[:, None]           # b 1
     steps = torch.arange(answers.shape[1], device=ids.device)           # m
     before = lengths[:, None] - 1 + steps                               # b m

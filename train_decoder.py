@@ -584,8 +584,11 @@ class Muon(torch.optim.Muon):
     torch.optim.Muon computes in bf16, which takes 20 to 40 times as long on CPUs that have only
     AVX2; all arguments are its own. The update is scaled to the size of AdamW's, so that both take
     one learning rate.
+    found_inf: as optimizer_step() sets it, a scalar; if it is 1, a step changes nothing.
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
     """
+    found_inf = torch.tensor(0.0)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -596,15 +599,18 @@ class Muon(torch.optim.Muon):
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        running_mean = state["momentum_buffer"]
-        running_mean.lerp_(weight.grad, 1 - momentum)                   # m n
+        running_mean = state["momentum_buffer"].lerp(weight.grad, 1 - momentum)         # m n
         update = weight.grad.lerp(running_mean, momentum)               # m n, Nesterov momentum
         update = orthogonalise(update)                                  # m n
         # An orthogonal m n matrix has a root mean square of 1 / sqrt(max(m, n)), AdamW's updates of
         # about 0.2.
         scale = 0.2 * max(weight.shape) ** 0.5
-        weight.mul_(1 - lr * weight_decay)
-        weight.sub_(update, alpha=scale * lr)
+        new_weight = weight * (1 - lr * weight_decay)                   # m n
+        new_weight.sub_(update, alpha=scale * lr)
+        is_left_out = self.found_inf > 0
+        state["momentum_buffer"].copy_(
+            torch.where(is_left_out, state["momentum_buffer"], running_mean))
+        weight.copy_(torch.where(is_left_out, weight, new_weight))
 
 
 def orthogonalise(x):
@@ -773,7 +779,7 @@ class Trainer:
     def prepare(self, micro_batches):
         """Turn what data.batches yields into MicroBatches on the device, one at a time."""
         for step, micro, images, _, _ in micro_batches:
-            images = images.to(self.device).float() / 255               # b 3 H W
+            images = runtime.to_device(images, self.device).float() / 255               # b 3 H W
             is_last = micro // self.world == self.accumulation - 1
             yield MicroBatch(step, micro, resize_images(images, self.args.size),
                              resize_images(images, self.decoder.image_size), is_last)
@@ -923,7 +929,7 @@ class LossMeter:
     def add_l1_by_source(self, first, l1):
         """Add the L1 distances b of images first, first + 1, ... of the data."""
         sources = [self.data.source_of(first + i) for i in range(len(l1))]
-        self.l1_by_source.add(torch.tensor(sources, device=self.device), l1)
+        self.l1_by_source.add(runtime.to_device(torch.tensor(sources), self.device), l1)
 
     def last(self, name):
         """The last value of a loss, of this process."""
@@ -1038,7 +1044,7 @@ def main(args, data=None):
     if args.gan > 0:
         heads = networks.discriminator.heads
         disc_optimizers = [torch.optim.AdamW(heads.parameters(), args.disc_lr, betas=(0.9, 0.95),
-                                             weight_decay=0.0)]
+                                             weight_decay=0.0, fused=device.type != "cpu")]
     all_optimizers = optimizers + disc_optimizers
     start = 0
     if resumed:
@@ -1118,17 +1124,16 @@ def main(args, data=None):
             average_gradients(encoder.backbone)             # DDP does so for the decoder alone
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end,
                                          shape="cosine")
-        grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip,
-                                           meter.last("loss"), step, lr)
+        grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip, lr)
         runtime.update_ema(networks.ema, networks.trained, args.ema, step)
         disc_grad_norm = 0.0
         if train_discriminator:
             average_gradients(heads)
             disc_grad_norm = runtime.optimizer_step(disc_optimizers, heads, args.clip,
-                                                    meter.last("disc"), step, disc_lr(args, step))
+                                                    disc_lr(args, step))
 
         done = step + 1
-        checkpoints.check(done, grad_norm, disc_grad_norm)
+        checkpoints.check(done, grad_norm, disc_grad_norm, loss=meter.last("loss"))
         is_end = done == args.steps
         is_stop = runtime.stop_request.was_made()
         log.first_steps(done)

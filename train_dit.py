@@ -384,7 +384,8 @@ def main(args, data=None):
     for step, micro_batches in runtime.stop_request.catching(groupby(stream, key=itemgetter(0))):
         for _, micro, x0, labels, _ in micro_batches:
             is_last = micro // world == accumulation - 1
-            x0, labels = x0.to(device).float(), labels.to(device)
+            x0 = runtime.to_device(x0, device).float()
+            labels = runtime.to_device(labels, device)
             if not args.cache:                                          # still images, b 3 H W
                 with runtime.autocast(device, args.dtype):
                     x0 = rae.encode(x0 / 255).float()                   # b c h w, unit variance
@@ -402,12 +403,11 @@ def main(args, data=None):
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
                                          args.lr_end)
-        grad_norm = runtime.optimizer_step([optimizer], model, args.clip, loss.detach().mean(),
-                                           step, lr)
+        grad_norm = runtime.optimizer_step([optimizer], model, args.clip, lr)
         runtime.update_ema(ema, model, args.ema, step)
 
         done = step + 1
-        checkpoints.check(done, grad_norm)
+        checkpoints.check(done, grad_norm, loss=loss.detach().mean())
         is_end = done == args.steps
         is_stop = runtime.stop_request.was_made()
         log.first_steps(done)

@@ -42,7 +42,16 @@ from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
 from runtime import at_least
 from shapes import converse
-from t2i import DRAW_UNCONDITIONED, PAD, UNDERSTAND, build_t2i, read_t2i, tokenize
+from t2i import (
+    DRAW_UNCONDITIONED,
+    PAD,
+    UNDERSTAND,
+    Conversations,
+    build_t2i,
+    read_t2i,
+    split_tasks,
+    tokenize,
+)
 
 TOKENIZER = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
 OBJECTS = (1, 1, 2, 2, 3, 4)     # in a scene of the built-in world: the simple ones more often
@@ -302,22 +311,21 @@ class MicroBatch(NamedTuple):
     """What a process computes in one forward and backward pass."""
     number: int              # within the step, over all processes
     images: torch.Tensor     # b 3 H W, uint8
-    ids: torch.Tensor        # b l
-    labels: torch.Tensor     # b l
-    tasks: torch.Tensor      # b
+    asked: Conversations     # those that draw nothing
+    drawn: Conversations     # those that draw their image
     num_tokens: int          # to learn
     num_drawn: int           # images to draw
     num_understood: int      # images to understand
     num_cut: int             # conversations that were cut to the context
 
     def to(self, device):
-        return self._replace(images=self.images.to(device), ids=self.ids.to(device),
-                             labels=self.labels.to(device), tasks=self.tasks.to(device))
+        return self._replace(images=runtime.to_device(self.images, device),
+                             asked=self.asked.to(device), drawn=self.drawn.to(device))
 
     def without_prompts(self):
         """The same, but what is to be drawn is drawn whatever its prompt."""
-        tasks = torch.where(self.tasks == UNDERSTAND, UNDERSTAND, DRAW_UNCONDITIONED)
-        return self._replace(tasks=tasks)
+        tasks = torch.full_like(self.drawn.tasks, DRAW_UNCONDITIONED)
+        return self._replace(drawn=self.drawn._replace(tasks=tasks))
 
 
 def make_micro_batch(number, images, conversations, tokenizer, n, context):
@@ -325,8 +333,9 @@ def make_micro_batch(number, images, conversations, tokenizer, n, context):
     ids, labels, tasks, num_cut = tokenize(tokenizer, conversations, n, context)
     is_drawing = tasks != UNDERSTAND                                    # b
     has_image = (ids == IMAGE).any(1)                                   # b
+    asked, drawn = split_tasks(ids, labels, tasks)
     return MicroBatch(
-        number, images, ids, labels, tasks,
+        number, images, asked, drawn,
         num_tokens=int((labels != NO_LABEL).sum()),
         num_drawn=int(is_drawing.sum()),
         num_understood=int((has_image & ~is_drawing).sum()),
@@ -548,21 +557,21 @@ class Losses:
         self.args = args
         self.by_time = runtime.LossByTime(device)
         self.sums = torch.zeros(2, device=device)          # cross-entropy, regression error
-        self.counts = torch.zeros(2, device=device)        # tokens, images
-        self.num_cut = torch.zeros(1, device=device)
+        self.counts = torch.zeros(2)                       # tokens, images; on the CPU, where
+        self.num_cut = torch.zeros(1)                      # they are known
 
     def add(self, micro, t, cross_entropy, error, flow):
         """Add the losses of a micro-batch, as T2I returns them, with flow matching at times t."""
         if micro.num_drawn > 0:          # else the flow is that of a stand-in
             self.by_time.add(t, flow)
         self.sums += torch.stack([cross_entropy.detach(), error.detach().sum()])
-        self.counts += torch.tensor([micro.num_tokens, micro.num_drawn], device=self.counts.device)
+        self.counts += torch.tensor([micro.num_tokens, micro.num_drawn])
         self.num_cut += micro.num_cut
 
     def write(self, log, step, grad_norm, lr, context):
         """Write the means over all processes to the log, and start again."""
         flow, loss_by_t = self.by_time.means()
-        sums, counts = runtime.all_mean(self.sums), runtime.all_mean(self.counts)
+        sums, counts = runtime.all_mean(self.sums).cpu(), runtime.all_mean(self.counts)
         cross_entropy, error = (sums / counts.clamp(min=1e-9)).tolist()
         num_cut = round(float(runtime.all_sum(self.num_cut)))
         loss = cross_entropy + self.args.flow_weight * flow + self.args.regression * error
@@ -608,7 +617,8 @@ class Flops:
 
     def of(self, micro):
         """FLOPs of a micro-batch on the CPU."""
-        lengths = (micro.ids != PAD).sum(1)                                 # b
+        parts = [part for part in (micro.asked, micro.drawn) if not part.is_stand_in]
+        lengths = torch.cat([(part.ids != PAD).sum(1) for part in parts])   # b
         return (len(micro.images) * self.encode
                 + int(lengths.sum()) * self.token
                 + int(lengths.square().sum()) * self.pair
@@ -749,7 +759,7 @@ def main(args, data=None, conversation=None):
             with runtime.sync_gradients(step_model, is_last):
                 with runtime.autocast(device, args.dtype):
                     cross_entropy, error, flow = step_model(                # -, r, k
-                        micro.ids, micro.labels, latents, micro.tasks, t, eps)
+                        micro.asked, micro.drawn, latents, t, eps)
                 if args.prediction == "x0":
                     flow = time_weight(t) * flow                            # k
                 # Cross-entropy + regression |W s - x0|^2 + flow_weight |v - (eps - x0)|^2: means
@@ -763,12 +773,12 @@ def main(args, data=None, conversation=None):
 
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.decay_start, args.decay_end,
                                          args.lr_end, "cosine")
-        grad_norm = runtime.optimizer_step([optimizer], t2i, args.clip, loss.detach(), step, lr)
+        grad_norm = runtime.optimizer_step([optimizer], t2i, args.clip, lr)
         if args.ema:
             runtime.update_ema(ema, t2i, args.ema, step)
 
         done = step + 1
-        checkpoints.check(done, grad_norm)
+        checkpoints.check(done, grad_norm, loss=loss.detach())
         is_end = done == args.steps
         is_stop = runtime.stop_request.was_made()
         log.first_steps(done)

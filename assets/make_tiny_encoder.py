@@ -327,7 +327,7 @@ def main(args):
         loss = error.square().mean()
         loss.backward()
         lr = args.lr * runtime.lr_factor(step, 100, 100, args.steps, 0.01, "cosine")
-        runtime.optimizer_step(optimizers, model, 1.0, loss, step, lr)
+        runtime.optimizer_step(optimizers, model, 1.0, lr)
 
         if step % 500 == 0:
             seconds = time.time() - start

@@ -27,7 +27,7 @@ from data import batches, open_data
 from model import time_shift
 from release import SHIPPED_T2I
 from shapes import ALIGN_QUESTION, REQUESTS, Scene, converse, fulfils, listing, read_scene
-from t2i import UNDERSTAND, answer_score, tokenize
+from t2i import UNDERSTAND, answer_score, split_tasks, tokenize
 
 NUMBERS_OF_OBJECTS = (1, 1, 2, 2, 3, 4)       # of a scene, as train_t2i.py draws them
 SCENE_SEED = 91                               # of the prompts, apart from every training's
@@ -166,7 +166,7 @@ def alignment_loss(teacher, drawn, rows):
     ids, labels, tasks, _ = tokenize(teacher.tokenizer, conversations, teacher.n)
     # Nothing is drawn, so one time and one noise stand in for those of the DiT.
     t, eps = torch.full((1,), 0.5), torch.zeros_like(drawn.latents[:1])
-    loss, _, _ = teacher(ids, labels, drawn.latents[rows], tasks, t, eps)
+    loss, _, _ = teacher(*split_tasks(ids, labels, tasks), drawn.latents[rows], t, eps)
     return loss / (labels >= 0).sum()
 
 
@@ -177,7 +177,7 @@ def ordinary_losses(teacher, rae, conversations, images):
     x0 = rae.encode(images.float() / 255)                               # b c h w
     t = time_shift(torch.rand(num_drawn), x0[0].numel(), teacher.dit.shift_base)
     eps = torch.randn(num_drawn, *x0.shape[1:])
-    cross_entropy, _, flow_loss = teacher(ids, labels, x0, tasks, t, eps)
+    cross_entropy, _, flow_loss = teacher(*split_tasks(ids, labels, tasks), x0, t, eps)
     # times t^2: the error of x0, which the model predicts
     return cross_entropy / (labels >= 0).sum(), (flow_loss * t.square()).mean()
 
@@ -204,7 +204,7 @@ def teach(model, rae, drawn, options):
         cross_entropy, flow_loss = ordinary_losses(teacher, rae, conversations, images)
         (answer_loss + cross_entropy + flow_loss).backward()
         lr = options.lr * runtime.lr_factor(step, 50, 50, options.steps, 0.02, "cosine")
-        runtime.optimizer_step([optimizer], teacher, 1.0, answer_loss, step, lr)
+        runtime.optimizer_step([optimizer], teacher, 1.0, lr)
         runtime.update_ema(model, teacher, 0.99, step)
         losses.append(answer_loss.item())
         bar.update()

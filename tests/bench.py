@@ -311,7 +311,7 @@ def decoder_step_row(args, device, encoder, dtype, gan):
             networks.discriminator.heads.zero_grad(set_to_none=True)
         else:
             trainer.plain_step(batches, train_discriminator=False)
-        runtime.optimizer_step(optimizers, networks.trained, 1.0, 0.0, 0, 1e-4)
+        runtime.optimizer_step(optimizers, networks.trained, 1.0, 1e-4)
         runtime.update_ema(networks.ema, networks.trained, 0.999, 0)
 
     flops = train_decoder.count_image_flops(networks, args_of_run, device).at(0, args_of_run)
@@ -354,7 +354,7 @@ def dit_rows(args, device):
 
     def step():
         flow_matching_loss(model, x0, y, t, eps).mean().backward()
-        runtime.optimizer_step([optimizer], model, 1.0, 0.0, 0, 1e-9)
+        runtime.optimizer_step([optimizer], model, 1.0, 1e-9)
         runtime.update_ema(ema, model, 0.999, 0)
 
     yield Row(f"{args.model}, training step", step, "the official step is not a function",
@@ -414,9 +414,9 @@ def t2i_row(args, device, encoder):
 
     def step():
         latents = rae.encode(micro.images.float() / 255).float()
-        cross_entropy, error, flow = t2i(micro.ids, micro.labels, latents, micro.tasks, t, eps)
+        cross_entropy, error, flow = t2i(micro.asked, micro.drawn, latents, t, eps)
         (cross_entropy / micro.num_tokens + error.mean() + flow.mean()).backward()
-        runtime.optimizer_step([optimizer], t2i, 1.0, 0.0, 0, 1e-9)
+        runtime.optimizer_step([optimizer], t2i, 1.0, 1e-9)
 
     return Row(f"text to image, training step, {args_of_run.draws} draws", step,
                "not in the official code", args.batch, flops)

@@ -1708,6 +1708,18 @@ def test_workers_leave_signals_to_the_main_process(monkeypatch):
     assert texts == [[("user", [signal.SIG_IGN, signal.SIG_DFL, signal.SIG_IGN])]]
 
 
+@pytest.mark.parametrize("workers, for_each", [(0, None), (1, 5), (3, 3), (8, 2)])
+def test_workers_have_the_micro_batches_of_a_step_ready(workers, for_each, monkeypatch):
+    options = {}
+
+    def record_options(*args, **given):
+        options.update(given)
+
+    monkeypatch.setattr(data_module, "DataLoader", record_options)
+    batches(open_data("shapes", 16), batch=8, micro_batch=2, workers=workers)
+    assert options["prefetch_factor"] == for_each
+
+
 def say_number_of_threads(scene, rng):
     """A conversation that holds the number of torch's threads in the process that makes it."""
     return [("user", torch.get_num_threads())]

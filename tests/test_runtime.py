@@ -1,5 +1,6 @@
 """What every script needs around its loop. Run: python -m pytest tests/test_runtime.py"""
 import json
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -398,6 +399,16 @@ def test_json_has_null_for_numbers_that_are_not_finite():
 @pytest.mark.parametrize("steps, warmup", [(4, 0), (60, 6), (1000, 100), (10 ** 6, 100)])
 def test_warm_up_is_a_tenth_of_short_runs(steps, warmup):
     assert runtime.default_warmup(steps) == warmup
+
+
+@pytest.mark.parametrize("has_gpu, cores, processes, workers", [
+    (False, 64, 1, 1), (True, 64, 1, 12), (True, 64, 8, 8), (True, 2, 4, 1)])
+def test_loader_workers_are_the_cores_that_a_gpu_leaves_free(has_gpu, cores, processes, workers,
+                                                             monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert runtime.default_workers() == workers
 
 
 # ---------------------------------------------------------------------------- data that changed

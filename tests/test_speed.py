@@ -157,8 +157,8 @@ def test_a_micro_batch_of_text_to_image_counts_as_in_torch(frozen):
     micro = train_t2i.make_micro_batch(0, torch.zeros(2, 3, 16, 16), [DRAWING, LOOKING], tokenizer,
                                        16, 1000)
     with torch_counter() as counter:
-        losses = t2i(micro.ids, micro.labels, torch.randn(2, 8, 4, 4), micro.tasks,
-                     torch.rand(2), torch.randn(2, 8, 4, 4))
+        losses = t2i(micro.asked, micro.drawn, torch.randn(2, 8, 4, 4), torch.rand(2),
+                     torch.randn(2, 8, 4, 4))
         sum(loss.sum() for loss in losses).backward()
     assert flops.of(micro) == pytest.approx(counter.get_total_flops(), rel=0.03)
 

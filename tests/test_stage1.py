@@ -259,12 +259,15 @@ def record_updates(tmp_path, *flags):
     updates = {}
     original = runtime.optimizer_step
 
-    def recording_step(optimizers, model, clip, loss, step, lr):
+    def recording_step(optimizers, model, clip, lr):
         is_discriminator = isinstance(model[0], DiscriminatorHead)
         name = "discriminator" if is_discriminator else "decoder"
         gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        step = sum(recorded == "decoder" for _, recorded in updates)   # its update comes first
+        if is_discriminator:
+            step -= 1
         updates[step, name] = gradients, lr
-        return original(optimizers, model, clip, loss, step, lr)
+        return original(optimizers, model, clip, lr)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "optimizer_step", recording_step)

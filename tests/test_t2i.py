@@ -51,6 +51,7 @@ from t2i import (
     VERIFIERS,
     build_t2i,
     load_t2i,
+    split_tasks,
     tokenize,
 )
 from test_shapes import answer, holds
@@ -98,9 +99,10 @@ def small_t2i(tokenizer, connector="linear", plan=0, class_dropout=0.0, head=NO_
 def random_batch(tokenizer, conversations, draws=1):
     """The inputs of T2I.forward for these conversations, with random latents, times and noise."""
     ids, labels, tasks, _ = tokenize(tokenizer, conversations, 16)
+    asked, drawn = split_tasks(ids, labels, tasks)
     k = draws * max(1, int((tasks != UNDERSTAND).sum()))
     latents = torch.randn(len(conversations), 8, 4, 4)
-    return dict(ids=ids, labels=labels, latents=latents, tasks=tasks, t=torch.rand(k),
+    return dict(asked=asked, drawn=drawn, latents=latents, t=torch.rand(k),
                 eps=torch.randn(k, 8, 4, 4))
 
 
@@ -366,13 +368,15 @@ def test_losses_equal_those_of_single_conversations(tokenizer):
 @torch.no_grad()
 def test_cross_entropy_is_a_sum_over_the_parts_of_a_batch(tokenizer):
     t2i = small_t2i(tokenizer).eval()
-    batch = random_batch(tokenizer, [DRAWING, LOOKING, TALKING, EMPTY, DRAWING])
+    conversations = [DRAWING, LOOKING, TALKING, EMPTY, DRAWING]
+    batch = random_batch(tokenizer, conversations)
     whole, _, _ = t2i(**batch)
 
     total = 0.0
-    for rows in ([0, 1], [2], [3, 4]):
-        cross_entropy, _, _ = t2i(batch["ids"][rows], batch["labels"][rows], batch["latents"][rows],
-                                  batch["tasks"][rows], batch["t"][:2], batch["eps"][:2])
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        part = random_batch(tokenizer, conversations[rows])
+        part["latents"] = batch["latents"][rows]
+        cross_entropy, _, _ = t2i(**part)
         total += cross_entropy
 
     torch.testing.assert_close(total, whole, atol=1e-3, rtol=1e-5)
@@ -415,9 +419,11 @@ def recorded_passes(monkeypatch):
     passes = []
     forward = T2I.forward
 
-    def recording_forward(t2i, ids, labels, latents, tasks, t, eps):
-        cross_entropy, error, flow = forward(t2i, ids, labels, latents, tasks, t, eps)
-        passes.append(dict(tasks=tasks, num_tokens=int((labels != NO_LABEL).sum()),
+    def recording_forward(t2i, asked, drawn, latents, t, eps):
+        cross_entropy, error, flow = forward(t2i, asked, drawn, latents, t, eps)
+        parts = [part for part in (asked, drawn) if not part.is_stand_in]
+        passes.append(dict(tasks=torch.cat([part.tasks for part in parts]),
+                           num_tokens=sum(len(part.targets) for part in parts),
                            cross_entropy=cross_entropy.detach(), error=error.detach(),
                            flow=flow.detach()))
         return cross_entropy, error, flow

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_train.py
 """
 import argparse
+import copy
 import os
 import shutil
 import signal
@@ -471,11 +472,33 @@ def test_muon_moves_a_matrix_alike_in_all_directions():
 
     model(torch.randn(64, 16, 4, 4)).square().mean().backward()
     gradient = torch.linalg.svdvals(weight.grad)
-    runtime.optimizer_step(optimizers, model, 0.0, torch.tensor(0.0), 0, 1e-2)
+    runtime.optimizer_step(optimizers, model, 0.0, 1e-2)
 
     update = torch.linalg.svdvals(before - weight.detach())
     assert gradient.max() > 5 * gradient.median()
     assert update.max() < 2 * update.median()
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing(name, is_on_gpu, monkeypatch):
+    monkeypatch.setattr(runtime, "has_own_memory", lambda device: is_on_gpu)
+    model = small_decoder()
+    optimizers = train_decoder.make_optimizers(model, name, 1e-2, 0.1)
+
+    def update(factor):
+        (factor * model(torch.randn(4, 16, 4, 4)).square().mean()).backward()
+        norm = runtime.optimizer_step(optimizers, model, 1.0, 1e-2)
+        moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        return norm, copy.deepcopy([model.state_dict(), moments])
+
+    _, after_one = update(1.0)
+    norm, after_nan = update(float("nan"))
+    _, after_two = update(1.0)
+
+    assert norm.isnan()
+    assert largest_difference(after_one, after_nan) == 0
+    assert largest_difference(after_nan, after_two) > 0
 
 
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
