@@ -23,7 +23,7 @@ def cfg(model, y, null, scale, interval=(0, 1)):
     or a number, for text d or n d. The model needs it in the shape of y.
     scale: 1 gives v itself. interval: two times in [0,1].
     Returns: function (x b c h w, t b) -> guided velocity b c h w, as euler and heun take it.
-    Source: arXiv 2207.12598; the interval: 2404.07724. Lines of the solution: 13.
+    Source: arXiv 2207.12598; the interval: 2404.07724. Lines of the solution: 17.
     8 give the same velocity. The others only save time: they run both conditions in one batch, and
     skip the null condition where no sample needs it.
     """
