@@ -17,7 +17,7 @@ import torch.nn as nn
 from einops import rearrange
 
 from model import TINY_VIT
-from runtime import fetch_hub, fetching
+from storage import fetch_hub, fetching
 
 
 class Pixels(nn.Module):

@@ -19,11 +19,13 @@ from einops import rearrange
 from PIL import Image
 
 import metrics
+import progress
 import release
+import run_flags
 import runtime
 from data import load_images, load_items, open_data, resize_images, stack_images
 from metrics import EncoderFeatures, FeatureSet
-from runtime import at_least
+from run_flags import at_least
 from shapes import Text, read_scene
 
 DEFAULTS = dict(batch=72, dtype="fp32", seed=0, lpips=False)
@@ -108,7 +110,7 @@ def evaluate_reconstruction(rae, val, n, rank=0, world=1, batch=72, dtype="fp32"
 
     source_numbers = numbers_of_source(val, source, n)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for positions in runtime.progress_bar(batches, "evaluate"):
+    for positions in progress.progress_bar(batches, "evaluate"):
         numbers = [source_numbers[position] for position in positions]
         x, y = reconstruct(rae, load_images(val, numbers), dtype)          # b 3 S S
         if not torch.isfinite(y).all():
@@ -164,7 +166,7 @@ def labelled_features(data, n, features, rank=0, world=1, batch=72):
     feature_set = FeatureSet(features, keep=n)
     labels = {}                                        # by number
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate"):
+    for numbers in progress.progress_bar(batches, "evaluate"):
         items = load_items(data, numbers)
         feature_set.add(stack_images(items), numbers)
         for item in items:
@@ -204,7 +206,7 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, DEFAULTS)
+    p = run_flags.Parser(__doc__, DEFAULTS)
     p.add_argument("--rae", metavar="CKPT",
                    help="Autoencoder: a checkpoint of train_decoder.py or train_dit.py, or a "
                         f"published one by name: {', '.join(release.PUBLISHED_RAES)} (default: "
@@ -250,7 +252,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raise ValueError for flags that contradict each other. args: None where none was given."""
-    for name in runtime.given_flags(args):
+    for name in run_flags.given_flags(args):
         if args.probe and name not in PROBE_FLAGS:
             raise ValueError(f"--{name} does nothing with --probe; leave it out")
         if not args.probe and name in ONLY_PROBE_FLAGS:
@@ -269,7 +271,7 @@ def check_flags(args):
 
 def resolve(args):
     """A copy of args with defaults filled in."""
-    values = vars(args) | DEFAULTS | runtime.given_flags(args)
+    values = vars(args) | DEFAULTS | run_flags.given_flags(args)
     if args.inception:
         values["features"] = "inception"
     if args.rae is None:

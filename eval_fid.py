@@ -22,11 +22,14 @@ import numpy as np
 import torch
 
 import metrics
+import progress
+import run_flags
 import runtime
 import sample
+import storage
 from data import NPZ_ERRORS, Arrays, load_images, open_data, read_array_header
 from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
-from runtime import at_least
+from run_flags import at_least
 
 # What a FID is computed from, and by. They stand here, too, for those who look for them here.
 Moments, distance = metrics.Moments, metrics.distance
@@ -63,7 +66,7 @@ def evaluate_generation(model, rae, val, args, n, rank=0, world=1, batch=72, wea
     is_verified = val is not None and val.is_shapes    # read_scene() can read nothing else
     counts = torch.zeros(3, dtype=torch.float64)       # right colour, right class, unsure
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate"):
+    for numbers in progress.progress_bar(batches, "evaluate"):
         labels = [number % model.num_classes for number in numbers]
         images = sample.generate(model, rae, labels, args, numbers, weak, dtype)       # b H W 3
         fake.add(images, numbers)
@@ -100,7 +103,7 @@ def save_statistics(path, feature_set):
     if feature_set.spatial.n > 0:                      # of Inception, for sFID
         arrays["mu_s"] = feature_set.spatial.mean
         arrays["sigma_s"] = feature_set.spatial.cov
-    runtime.write_whole(path, lambda f: np.savez(f, **arrays))
+    storage.write_whole(path, lambda f: np.savez(f, **arrays))
 
 
 # Statistics in an .npz: number of dimensions, and kinds of numbers in NumPy's letters.
@@ -243,7 +246,7 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, sample.MODEL_DEFAULTS)
+    p = run_flags.Parser(__doc__, sample.MODEL_DEFAULTS)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--samples", nargs="+",
                         help="Images to measure in place of a model's: a folder, tars, or an .npz "
@@ -284,7 +287,7 @@ def check_given_flags(args):
     has_files = args.samples is not None or args.save_stats is not None
     if has_files:
         source = "--samples" if args.samples else "--save_stats"
-        for name in runtime.given_flags(args):
+        for name in run_flags.given_flags(args):
             if name not in FILE_FLAGS:
                 raise ValueError(f"--{name} does nothing with {source}; leave it out")
     if has_files and not args.data:

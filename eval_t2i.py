@@ -28,11 +28,14 @@ from einops import rearrange
 from PIL import Image
 
 import metrics
+import progress
 import release
+import run_flags
 import runtime
 import sample
+import storage
 from data import SHAPES_VAL, parse_specs
-from runtime import at_least
+from run_flags import at_least
 from shapes import Scene, fulfils, read_scene, shapes_eval_prompts
 from t2i import LONGEST_PROMPT, check_prompt
 
@@ -113,7 +116,7 @@ def evaluate_prompts(t2i, rae, args, n, rank=0, world=1):
     own_answers = torch.zeros(2, dtype=torch.float64)                      # right, asked
     batch = max(1, args.batch // args.best_of)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "evaluate"):
+    for numbers in progress.progress_bar(batches, "evaluate"):
         batch_tests = [tests[number % len(tests)] for number in numbers]
         prompts = [test.prompt for test in batch_tests]
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
@@ -209,7 +212,7 @@ def read_geneval(path):
 def finish_geneval(folder, prompt):
     """Add metadata.jsonl to NAME/samples/0000.png ... 0003.png, as GenEval's scorer reads them."""
     line = f"{prompt.metadata}\n".encode()
-    runtime.write_whole(folder / prompt.name / "metadata.jsonl", lambda f: f.write(line))
+    storage.write_whole(folder / prompt.name / "metadata.jsonl", lambda f: f.write(line))
 
 
 def finish_dpg_bench(folder, prompt):
@@ -217,7 +220,7 @@ def finish_dpg_bench(folder, prompt):
     files = sorted((folder / prompt.name / "samples").iterdir())
     images = np.stack([Image.open(file) for file in files])                # 4 h w c
     sheet = Image.fromarray(rearrange(images, "(r s) h w c -> (r h) (s w) c", r=2))
-    runtime.write_whole(folder / f"{prompt.name}.png", lambda f: sheet.save(f, "png"))
+    storage.write_whole(folder / f"{prompt.name}.png", lambda f: sheet.save(f, "png"))
     shutil.rmtree(folder / prompt.name)
 
 
@@ -261,7 +264,7 @@ def draw_benchmark(args, rank, world, device):
 
 # ---------------------------------------------------------------------------- flags
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, sample.MODEL_DEFAULTS)
+    p = run_flags.Parser(__doc__, sample.MODEL_DEFAULTS)
     p.add_argument("--n", "--num_images", type=at_least(6),
                    help=f"Images of ShapesEval (default: {IMAGES_PER_PROMPT} for each prompt).")
     p.add_argument("--prompts", metavar="PATH",
@@ -296,7 +299,7 @@ def check_flags(args):
 def main(args):
     rank, world, device = runtime.setup()
     if args.prompts:
-        with runtime.locked(args.out):
+        with storage.locked(args.out):
             return draw_benchmark(args, rank, world, device)
     start = time.time()
     metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from listing import ListedImage, PassedOver, check_path, list_images, walk
-from runtime import Lock, process_rank, world_size, write_whole
+from runtime import process_rank, world_size
+from storage import Lock, write_whole
 
 FORMAT = "nanoRAE index 1"
 # Of fewer images, which are listed in 0.15 s, no index is written.

@@ -53,7 +53,9 @@ from einops import rearrange
 from torchvision.models import Inception3, inception
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import progress
 import runtime
+import storage
 from data import Arrays, load_images, open_data, parse_specs, resize_images
 from model import IMAGENET_PIXELS, Normalise
 from release import load_encoder, load_vit, pixel_statistics, training_data
@@ -146,7 +148,7 @@ def download_inception(folder):
             return folder / name
     path = folder / INCEPTION_FILES[0]
     advice = f"put {INCEPTION_URL} into {folder}, or name the file by --inception"
-    with runtime.fetching(f"no {path}", advice):
+    with storage.fetching(f"no {path}", advice):
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
     return path
@@ -744,7 +746,7 @@ def load_lpips():
     advice = (f"put download.pytorch.org/models/vgg16-397923af.pth into "
               f"{torch.hub.get_dir()}/checkpoints/, or do without, in train_decoder.py by "
               f"--lpips 0 --gram 0")
-    with runtime.fetching("no weights of VGG-16", advice):
+    with storage.fetching("no weights of VGG-16", advice):
         return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
 
 
@@ -890,7 +892,7 @@ def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batc
     """The merged FeatureSet of the first n images of ImageData or Arrays, on all processes."""
     feature_set = FeatureSet(network, keep)
     batches = runtime.split_numbers(n, batch, rank, world)
-    for numbers in runtime.progress_bar(batches, "measure"):
+    for numbers in progress.progress_bar(batches, "measure"):
         feature_set.add(load_images(data, numbers), numbers)
     return feature_set.merge()
 
@@ -962,7 +964,7 @@ def one_line(results):
 
 def environment(device):
     """What ran: commit, version of torch and device, to be kept with results."""
-    return dict(commit=runtime.git_commit(), torch=torch.__version__, device=device.type)
+    return dict(commit=storage.git_commit(), torch=torch.__version__, device=device.type)
 
 
 def report(results, seconds, path=None):
@@ -971,18 +973,18 @@ def report(results, seconds, path=None):
         text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
         print(f"{key:>24}  {text}")
     print(f"{'seconds':>24}  {seconds:.1f}")
-    line = runtime.to_json(results)                    # null for the PSNR of equal images
+    line = storage.to_json(results)                    # null for the PSNR of equal images
     print(line)
     if path:
-        runtime.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
+        storage.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
 
 
 def prepare_output(path, suffixes):
     """Make the folder of an output file: what fails, fails before the work. None: no output."""
     if path is None:
         return
-    runtime.check_out(path, "the output")
+    storage.check_out(path, "the output")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")
-    runtime.check_suffix(path, suffixes, "the output")
+    storage.check_suffix(path, suffixes, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

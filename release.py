@@ -42,8 +42,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import runtime
+import saving
 import sharding
+import storage
 from baselines import VAE, DiffusersVAE, Pixels, random_vit
 from llm import Qwen2, Tokenizer
 from model import (
@@ -60,7 +61,7 @@ from model import (
     build_decoder,
     build_dit,
 )
-from runtime import fetching
+from storage import fetching
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_ENCODER = HERE / "assets" / "tiny_encoder.safetensors"
@@ -174,7 +175,7 @@ def hub_folder(name, hub, patterns, folder=None):
         copy = "FOLDER" if hub == RAE_HUB else f"FOLDER/{own_name}"
         advice = f"connect, or copy huggingface.co/{hub} to {copy} and add --release_dir FOLDER"
         with fetching(name, advice):                    # the hub's client keeps what it fetched
-            return runtime.fetch_hub(hub, patterns)
+            return storage.fetch_hub(hub, patterns)
     if hub == RAE_HUB:
         return Path(folder)
     return Path(folder) / own_name
@@ -314,7 +315,7 @@ def load_release(module, path_or_state, source="the given state", device="cpu"):
     state = path_or_state
     if not isinstance(state, dict):
         source = path_or_state
-        state = runtime.load_checkpoint(path_or_state)
+        state = storage.load_checkpoint(path_or_state)
     if isinstance(module, RAE):
         return load_statistics(module, state, source)
     if isinstance(module, Decoder):
@@ -629,7 +630,7 @@ def check_qwen2(arguments, source):
 
 def load_resumed(args, script):
     """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
-    state = runtime.load_resumable(args)
+    state = saving.load_resumable(args)
     check_checkpoint(state, script, f"{args.out}/last.pt")
     return state
 
@@ -898,7 +899,7 @@ def load_timm(timm_name, size):
         with fetching(f"weights of {timm_name}", advice):
             repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
             if repository and not local_file.exists():
-                runtime.fetch_hub(repository, ["model.safetensors"])
+                storage.fetch_hub(repository, ["model.safetensors"])
             vit = timm.create_model(timm_name, pretrained=True, **options)
     except FileNotFoundError as error:
         if local_file.exists():
@@ -917,7 +918,7 @@ def check_patches(path, timm_name):
     would resample without a word.
     """
     patch = patch_size(timm_name)
-    kernel = runtime.load_checkpoint(path).get("patch_embed.proj.weight")
+    kernel = storage.load_checkpoint(path).get("patch_embed.proj.weight")
     if isinstance(kernel, torch.Tensor) and kernel.shape[2:] != (patch, patch):
         raise ValueError(f"weights/{path.name} does not fit {timm_name}: patches of "
                          f"{' x '.join(str(n) for n in kernel.shape[2:])} pixels, not {patch} x "
@@ -931,8 +932,8 @@ def load_webssl(size):
     if not path.exists():
         advice = f"put model.safetensors of huggingface.co/{WEBSSL_HUB} at weights/{path.name}"
         with fetching("weights of webssl-l", advice):
-            path = runtime.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
-    state = vit_from_webssl(runtime.load_checkpoint(path))
+            path = storage.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
+    state = vit_from_webssl(storage.load_checkpoint(path))
     table = state.get("pos_embed")                  # 1 1+n c
     if isinstance(table, torch.Tensor) and table.shape[:2] == (1, 1 + WEBSSL_GRID ** 2):
         state["pos_embed"] = resample_positions(vit, table, antialias=True)
@@ -988,7 +989,7 @@ def published_rae(name, folder=None):
         sizes = dict(DECODER_SIZES["XL"], decoder_patch=16)
         files = [published.decoder, published.statistics]
         folder = hub_folder(name, published.hub, files, folder)
-        decoder = runtime.load_checkpoint(find_file(folder, published.decoder, published.hub))
+        decoder = storage.load_checkpoint(find_file(folder, published.decoder, published.hub))
     mean, var = read_statistics(name, folder)
     return dict(encoder=published.encoder, size=published.image_size, **sizes, decoder=decoder,
                 latent_mean=mean, latent_var=var)
@@ -1005,7 +1006,7 @@ def read_scale_rae_decoder(name, folder):
         decoder_heads=config.get("decoder_num_attention_heads", usual["decoder_heads"]),
         decoder_mlp=config.get("decoder_intermediate_size", usual["decoder_mlp"]),
         decoder_patch=config.get("patch_size", 14))
-    return sizes, runtime.load_checkpoint(find_file(folder, "model.pt", SIGLIP2_HUB))
+    return sizes, storage.load_checkpoint(find_file(folder, "model.pt", SIGLIP2_HUB))
 
 
 def read_statistics(name, folder):
@@ -1016,7 +1017,7 @@ def read_statistics(name, folder):
     if published.statistics is None:
         return torch.zeros(shape), torch.full(shape, 1 - 1e-5)      # RAE adds 1e-5 to the variance
     path = find_file(folder, published.statistics, published.hub)
-    statistics = runtime.load_checkpoint(path)
+    statistics = storage.load_checkpoint(path)
     mean, var = statistics.get("mean"), statistics.get("var")
     check_statistics(mean, var, path)
     if var.shape != shape:
@@ -1043,7 +1044,7 @@ def read_rae(path_or_name, folder=None):
         state = dict(rae=published_rae(str(path_or_name), folder))
     else:
         check_source(path_or_name, "train_decoder.py")
-        state = runtime.load_checkpoint(path_or_name)
+        state = storage.load_checkpoint(path_or_name)
     if "rae" not in state:
         raise ValueError(f"{path_or_name} is no checkpoint of train_decoder.py, as it holds no "
                          f"autoencoder; give one of those, or one of {' '.join(PUBLISHED_RAES)}")
@@ -1127,7 +1128,7 @@ def published_dit(name, folder=None):
     else:
         size, file = published.size, published.file
     dit_folder = hub_folder(name.removesuffix("/guide"), RAE_HUB, [file], folder)
-    weights = runtime.load_checkpoint(find_file(dit_folder, file, RAE_HUB))
+    weights = storage.load_checkpoint(find_file(dit_folder, file, RAE_HUB))
     packed = published_rae(published.rae, folder)
     # The null class, which guidance needs, was trained by a dropout of 0.1.
     return dict(ema=weights, args=dict(DIT_SIZES[size], class_dropout=0.1), rae=packed,
@@ -1154,7 +1155,7 @@ def read_dit(path_or_name, folder=None):
         state = published_dit(name, folder)
     else:
         check_source(name, "train_dit.py")
-        state = runtime.load_checkpoint(name)
+        state = storage.load_checkpoint(name)
     check_checkpoint(state, "train_dit.py", name)
     return state
 
@@ -1231,7 +1232,7 @@ def load_qwen2(source, folder_flag="--llm"):
                  "model*.safetensors"]
         with fetching(f"{folder_flag} {source}: no such folder",
                       f"connect, or copy huggingface.co/{source} to a folder and name it"):
-            folder = runtime.fetch_hub(str(source), files)
+            folder = storage.fetch_hub(str(source), files)
     arguments = qwen2_arguments(read_json(folder / "config.json"), source)
     state = {}
     for key, weight in read_weights(folder).items():

@@ -32,12 +32,15 @@ import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
+import progress
 import release
+import run_flags
 import runtime
+import storage
 from data import parse_specs
 from model import time_shift
 from release import PUBLISHED_DITS, PUBLISHED_T2I, SHIPPED_DIT, SHIPPED_T2I
-from runtime import at_least
+from run_flags import at_least
 from shapes import unknown_words
 from t2i import VERIFIERS, check_prompt, load_t2i
 
@@ -228,7 +231,7 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     last_step = evaluations(args) if is_stochastic else 0               # that needs noise
     shape = (model.in_channels, model.grid, model.grid)                 # c h w
     with (ThreadPoolExecutor(runtime.cores_of_process()) as threads,
-          runtime.progress_bar(evaluations(args), "velocity") as bar):
+          progress.progress_bar(evaluations(args), "velocity") as bar):
         noise_of_step = NoiseAhead(threads, shape, args.seed, indices, last_step, y.device)
         x = noise_of_step(0)                                            # b c h w
         velocity = counted(velocity, bar)
@@ -427,7 +430,7 @@ def draw_frames(draw_images, rae, n, times, args):
     """
     frame_times = [times[step] for step in frame_steps(len(times) - 1)]
     batches = {t: [] for t in frame_times}
-    for numbers in runtime.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
+    for numbers in progress.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
         states = dict.fromkeys(frame_times)
         draw_images(numbers, states)
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
@@ -488,7 +491,7 @@ def save_animation(out, frames, captions, times):
     milliseconds = [FRAME_MS for _ in pictures[1:]] + [LAST_FRAME_MS]
     options = dict(format="gif", save_all=True, append_images=pictures[1:], duration=milliseconds,
                    loop=0)
-    runtime.write_whole(out, lambda f: pictures[0].save(f, **options))
+    storage.write_whole(out, lambda f: pictures[0].save(f, **options))
 
 
 def is_animation(out):
@@ -600,12 +603,12 @@ def resolve_model_flags(args, text):
         values["ckpt"] = str(SHIPPED_T2I)
     else:
         values["ckpt"] = str(SHIPPED_DIT)
-    return argparse.Namespace(**(vars(args) | values | runtime.given_flags(args)))
+    return argparse.Namespace(**(vars(args) | values | run_flags.given_flags(args)))
 
 
 def check_acting_flags(args):
     """Raise ValueError for given flags that would do nothing. args: None where none was given."""
-    given = runtime.given_flags(args)
+    given = run_flags.given_flags(args)
     for name in ("weak_ckpt", "interval"):
         if name in given and args.guidance == 1:
             raise ValueError(f"--{name} does nothing without guidance, at --guidance 1; leave one "
@@ -637,7 +640,7 @@ def check_model_flags(args, text):
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, MODEL_DEFAULTS)
+    p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
                       "in turn), `random`, `none` (unconditional). Default: balanced, for a "
@@ -665,7 +668,7 @@ def resolve(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be used together."""
-    runtime.check_out(args.out)
+    storage.check_out(args.out)
     check_model_flags(args, text=args.prompt is not None)
     if args.best_of > 1 and not args.prompt:
         raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
@@ -802,7 +805,7 @@ PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
 
 def check_output(out):
     """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
-    runtime.check_suffix(out, OUT_SUFFIXES)
+    storage.check_suffix(out, OUT_SUFFIXES)
     if out.is_dir() or out.suffix == "" and out.exists():
         raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
 
@@ -851,13 +854,13 @@ def delete_parts(parts):
 
 def save_png(image, path):
     """Write a PIL image as a PNG file that is there whole or not at all."""
-    runtime.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
+    storage.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
 
 
 def save_picture(image, path):
     """Write a PIL image in the format of its suffix, which is one of PICTURES."""
     options = PICTURES[Path(path).suffix.lower()]
-    runtime.write_whole(path, lambda f: image.save(f, **options))
+    storage.write_whole(path, lambda f: image.save(f, **options))
 
 
 def is_drawn(path):
@@ -884,7 +887,7 @@ def draw_files(files, draw_images, batch, rank=0, world=1):
     with says_what_is_kept(files):
         with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
             writing = []
-            for numbers in runtime.progress_bar(batches, "batches"):
+            for numbers in progress.progress_bar(batches, "batches"):
                 images = draw_images(numbers).numpy()
                 wait_for(writing)                      # no more than two batches are in memory
                 writing = []
@@ -947,7 +950,7 @@ def save_files(out, files, labels, names, captions):
     if out.suffix == "":
         files[0].parent.rename(out)
     elif out.suffix.lower() == ".npz":
-        runtime.write_whole(out, lambda f: save_npz(f, files, labels, names))
+        storage.write_whole(out, lambda f: save_npz(f, files, labels, names))
     else:
         save_grid(out, files, captions)
 
@@ -1008,8 +1011,8 @@ def main(args):
     out = Path(args.out)
     check_output(out)
     rank, world, device = runtime.setup()
-    with runtime.locked(out):
-        runtime.check_shared(out)
+    with storage.locked(out):
+        storage.check_shared(out)
         sample_to(out, args, rank, world, device)
 
 

@@ -30,7 +30,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import run_flags
 import runtime
+import saving
+import storage
 
 
 # ---------------------------------------------------------------------------- weights
@@ -144,7 +147,7 @@ def not_finite(state):
     pieces = []
     for name, value in state.items():
         pieces.append((name, value.to_local() if isinstance(value, DTensor) else value))
-    return first(runtime.gather(runtime.first_not_finite(pieces)))
+    return first(runtime.gather(saving.first_not_finite(pieces)))
 
 
 def first(values):
@@ -247,15 +250,15 @@ class Writing(NamedTuple):
 
 
 class Checkpoints:
-    """Writes checkpoints of sharded weights, while training goes on; used as runtime.Checkpoints.
+    """Writes checkpoints of sharded weights, while training goes on; used as saving.Checkpoints.
 
     The processes copy their pieces and write them, each in a thread, to OUT/weights_STEP/. When all
-    are done, runtime.Checkpoints writes OUT/last.pt, which names this folder. So last.pt always
+    are done, saving.Checkpoints writes OUT/last.pt, which names this folder. So last.pt always
     names a complete folder; what a process that is killed leaves half-written is named by none.
     Folders that neither last.pt nor previous.pt names are removed.
     """
     def __init__(self, args, rank, log, lock, in_background=False):
-        self.files = runtime.Checkpoints(args, rank, log, lock, in_background)
+        self.files = saving.Checkpoints(args, rank, log, lock, in_background)
         self.out, self.steps, self.log_every = Path(args.out), args.steps, args.log_every
         self.rank, self.log = rank, log
         self.group = dist.new_group(backend="gloo")    # of the threads: training has its own
@@ -274,7 +277,7 @@ class Checkpoints:
         self.remove_old()
 
     def check(self, done, *grad_norms, loss=None):
-        """As of runtime.Checkpoints. Raises ValueError if the run has diverged."""
+        """As of saving.Checkpoints. Raises ValueError if the run has diverged."""
         self.files.check(done, *grad_norms, loss=loss)
         if self.writing is not None:
             num_ready = runtime.all_sum(torch.tensor(float(self.writing.future.done())))
@@ -327,7 +330,7 @@ class Checkpoints:
             return
         self.is_behind = False
         self.newest = writing.folder
-        # What runtime.Checkpoints takes for weights and moments lies in the folder.
+        # What saving.Checkpoints takes for weights and moments lies in the folder.
         self.files.save(writing.step, writing.is_stop, model={}, opt={},
                         weights=writing.folder.name, **writing.small)
 
@@ -363,7 +366,7 @@ def folder_of(path):
     """Folder that a checkpoint names; None: there is no checkpoint, or it is one file."""
     if not Path(path).exists():
         return None
-    name = runtime.load_checkpoint(path).get("weights")
+    name = storage.load_checkpoint(path).get("weights")
     return None if name is None else Path(path).parent / name
 
 
@@ -392,7 +395,7 @@ DEFAULTS = dict(ckpt="runs/t2i/last.pt", out="model.pt")
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, DEFAULTS)
+    p = run_flags.Parser(__doc__, DEFAULTS)
     p.add_argument("--ckpt", default=DEFAULTS["ckpt"],
                    help="Checkpoint of train_t2i.py --shard, beside the folder of its weights.")
     p.add_argument("--out", default=DEFAULTS["out"],
@@ -403,7 +406,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be used, before any work is done."""
-    runtime.check_out(args.out)
+    storage.check_out(args.out)
     if Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a file")
     if Path(args.out).resolve() == Path(args.ckpt).resolve():
@@ -411,7 +414,7 @@ def check_flags(args):
 
 
 def main(args):
-    checkpoint = runtime.load_checkpoint(args.ckpt)
+    checkpoint = storage.load_checkpoint(args.ckpt)
     folder = folder_of(args.ckpt)
     if folder is None:
         raise ValueError(f"{args.ckpt} is one file already; use it as it is")
@@ -425,8 +428,8 @@ def main(args):
     for name, value in state.items():
         module, name = name.split(".", 1)              # "model" or "ema"
         whole.setdefault(module, {})[name] = value
-    with runtime.locked(args.out):
-        runtime.save_checkpoint(args.out, **whole)
+    with storage.locked(args.out):
+        storage.save_checkpoint(args.out, **whole)
     print(f"wrote {args.out}, step {checkpoint['step']}")
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import runtime
 import sharding
+import storage
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import build_dit, flow_matching_loss
 from release import (
@@ -487,7 +488,7 @@ def read_t2i(path, folder=None):
         state = published_t2i(str(path), folder)
     else:
         check_source(path, "train_t2i.py")
-        state = runtime.load_checkpoint(path)
+        state = storage.load_checkpoint(path)
     check_checkpoint(state, "train_t2i.py", path)
     if "weights" in state:
         raise ValueError(sharding.how_to_convert(path))

@@ -24,7 +24,12 @@ from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
 
 import metrics
+import progress
+import run_flags
 import runtime
+import saving
+import speed
+import storage
 from data import (
     batches,
     check_amounts,
@@ -58,13 +63,13 @@ from release import (
     pixel_statistics,
     warn_of_tiny_encoder,
 )
-from runtime import at_least
+from run_flags import at_least
 
 # ---------------------------------------------------------------------------- flags
 # Laptop size, for the built-in world. Every flag defaults to None; resolve() fills in these values.
 # What is None here depends on other flags.
 DEFAULTS = dict(
-    runtime.RUN_DEFAULTS, out="runs/decoder",
+    run_flags.RUN_DEFAULTS, out="runs/decoder",
     data=["shapes"], size=None, hold_out=None, stats_n=5000,
     encoder="tiny", decoder="tiny", decoder_width=None, decoder_depth=None, decoder_heads=None,
     decoder_mlp=None, decoder_patch=None, init=None, checkpoint_activations=False, compile=False,
@@ -102,7 +107,7 @@ FIXED = ("recipe", "data", "decoder", "encoder", "size", "seed", "batch", "micro
 
 def make_parser():
     small = ", ".join(SMALL_ENCODERS)
-    p = runtime.Parser(__doc__, DEFAULTS)
+    p = run_flags.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
                    help="Images: shapes, text, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
@@ -189,7 +194,7 @@ def make_parser():
     p.add_argument("--eval_features",
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: --encoder).")
-    runtime.add_run_flags(p)
+    run_flags.add_run_flags(p)
     return p
 
 
@@ -202,11 +207,11 @@ def resolve(args):
 
     Given flags win; then come, with --resume, the flags of that run; else presets; else DEFAULTS.
     """
-    given = runtime.given_flags(args)
+    given = run_flags.given_flags(args)
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_decoder.py", "disc", make_parser())
+        stored = run_flags.flags_of_run(out, "train_decoder.py", "disc", make_parser())
         values |= stored
     else:
         values |= fit_defaults(args, DEFAULTS)
@@ -226,21 +231,21 @@ def resolve(args):
     if resolved.disc_lr is None:
         resolved.disc_lr = 3e-3 if resolved.disc == "tiny" else 2e-4
     if resolved.warmup is None:
-        resolved.warmup = runtime.default_warmup(resolved.steps)
+        resolved.warmup = run_flags.default_warmup(resolved.steps)
     if resolved.gan_start is None:
         resolved.gan_start = resolved.steps // 2
     if resolved.disc_start is None:
         resolved.disc_start = resolved.gan_start * 3 // 4
     if resolved.micro_batch is None:
-        resolved.micro_batch = runtime.default_micro_batch(resolved.batch)
+        resolved.micro_batch = run_flags.default_micro_batch(resolved.batch)
     if args.resume:
-        runtime.check_unchanged(resolved, stored, FIXED)
+        run_flags.check_unchanged(resolved, stored, FIXED)
     return resolved
 
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
-    runtime.check_run_flags(args)
+    run_flags.check_run_flags(args)
     check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     metrics.check_feature_name(args.eval_features, "--eval_features")
     pixel_statistics(args.encoder)                          # knows all names
@@ -269,7 +274,7 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, devic
     zero = torch.zeros((), dtype=torch.float64)
     moments = (0, zero, zero)
     stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
-    for _, _, images, _, _ in runtime.progress_bar(stream, "latents", total=steps):
+    for _, _, images, _, _ in progress.progress_bar(stream, "latents", total=steps):
         latents = encoder.encode(images.to(device).float() / 255)       # b c h w
         latents = latents.cpu().double()                                # some GPUs have no fp64
         mean = latents.mean(0)                                          # c h w
@@ -716,7 +721,7 @@ class Networks:
             state = {"rae": load_packed_rae(path)}
             state["ema"] = state["rae"]["decoder"]
         else:
-            state = runtime.load_checkpoint(path)
+            state = storage.load_checkpoint(path)
         load_release(self.decoder, state, f"--init {path}")
         if self.encoder.trainable:
             weights = state.get("rae", {}).get("encoder_weights", {})
@@ -971,9 +976,9 @@ def count_image_flops(networks, args, device):
     image = torch.zeros(1, 3, args.size, args.size, device=device)
     drawn = torch.zeros(1, 3, decoder.image_size, decoder.image_size, device=device)
     latents = torch.zeros(1, encoder.channels, encoder.grid, encoder.grid, device=device)
-    encoding = runtime.count_flops(encoder.encode, image)
-    decoding = runtime.count_flops(decoder, latents)
-    loss = runtime.count_flops(networks.reconstruction_loss, drawn, drawn)
+    encoding = speed.count_flops(encoder.encode, image)
+    decoding = speed.count_flops(decoder, latents)
+    loss = speed.count_flops(networks.reconstruction_loss, drawn, drawn)
     # Half of the loss's networks run on the target, without a backward pass.
     flops = decoding.training + (loss.forward + loss.frozen) / 2
     flops += encoding.training if encoder.trainable else encoding.forward
@@ -982,8 +987,8 @@ def count_image_flops(networks, args, device):
 
     side = networks.discriminator.image_size
     seen = torch.zeros(1, 3, side, side, device=device)
-    vit = runtime.count_flops(networks.discriminator.vit.forward_features, seen)
-    both = runtime.count_flops(networks.discriminator, drawn)           # the ViT and its heads
+    vit = speed.count_flops(networks.discriminator.vit.forward_features, seen)
+    both = speed.count_flops(networks.discriminator, drawn)           # the ViT and its heads
     training = vit.forward + both.training - vit.training               # the ViT is frozen
     return ImageFlops(flops, 2 * training, both.frozen)                 # 2: a fake and a real one
 
@@ -1000,7 +1005,7 @@ def statistics_size(args, data):
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
-    lock = runtime.lock(args.out, is_folder=True)
+    lock = storage.lock(args.out, is_folder=True)
     resumed = load_resumed(args, "train_decoder.py") if args.resume else None
 
     # ---------------------------------------------------------------- data
@@ -1013,8 +1018,8 @@ def main(args, data=None):
     val_data = open_data(args.data, args.size, split="val", hold_out=args.hold_out)
     check_batch(data, args.batch)
     identity = data.identity()
-    runtime.check_same_run(args, resumed, identity)
-    change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
+    run_flags.check_same_run(args, resumed, identity)
+    change_of_data = saving.describe_change(resumed, identity, args.hold_out)
     metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:
@@ -1049,19 +1054,19 @@ def main(args, data=None):
     start = 0
     if resumed:
         for optimizer, state in zip(all_optimizers, resumed["opt"], strict=True):
-            runtime.load_optimizer(optimizer, state)
+            saving.load_optimizer(optimizer, state)
         start = resumed["step"]
 
     # ---------------------------------------------------------------- log and latent statistics
     parameters = sum(p.numel() for p in networks.trained.parameters())
-    log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock,
-                                      in_background=device.type != "cpu")
+    log = progress.Log(args, rank, device, start, parameters, data)
+    checkpoints = saving.Checkpoints(args, rank, log, lock,
+                                     in_background=device.type != "cpu")
     checkpoints.begin(start)
     meter = LossMeter(data, device)
     image_flops = count_image_flops(networks, args, device)
     log.warn(change_of_data)
-    runtime.warn_of_flags(log, args, resumed)
+    run_flags.warn_of_flags(log, args, resumed)
     warn_of_tiny_encoder(log, args.encoder, data)
 
     def measure_latents():
@@ -1090,7 +1095,7 @@ def main(args, data=None):
         if encoder.trainable:                               # its latents have changed
             packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
             packed_rae["encoder_weights"] = networks.ema[1].state_dict()
-        flags = dict(runtime.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
+        flags = dict(run_flags.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
         checkpoints.save(
             step, is_stop, **state, rae=packed_rae, args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)

@@ -19,9 +19,14 @@ import numpy as np
 import torch
 
 import metrics
+import progress
 import release
+import run_flags
 import runtime
 import sample
+import saving
+import speed
+import storage
 from data import (
     batches,
     check_amounts,
@@ -40,12 +45,12 @@ from model import (
     sample_times,
     time_weight,
 )
-from runtime import at_least
+from run_flags import at_least
 
 # ---------------------------------------------------------------------------- flags
 # Laptop size, for the built-in world. Every flag defaults to None; resolve() fills in these values.
 DEFAULTS = dict(
-    runtime.RUN_DEFAULTS, **sample.SAMPLING_DEFAULTS, out="runs/dit",
+    run_flags.RUN_DEFAULTS, **sample.SAMPLING_DEFAULTS, out="runs/dit",
     data=["shapes"], hold_out=0, flip="on", cache=0, rae=None, init=None, recipe=None,
     model=None, width=128, depth=4, heads=4, head_width=192, head_depth=1, head_heads=4,
     class_dropout=0.1, label_std=1.0, compile=False,
@@ -74,7 +79,7 @@ FIXED = ("recipe", "rae", "data", "seed", "batch", "micro_batch", "model", "widt
 
 
 def make_parser():
-    p = runtime.Parser(__doc__, DEFAULTS)
+    p = run_flags.Parser(__doc__, DEFAULTS)
     # data
     p.add_argument("--data", nargs="+",
                    help="Images: shapes, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
@@ -126,7 +131,7 @@ def make_parser():
     p.add_argument("--eval_features",
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: the RAE's encoder).")
-    runtime.add_run_flags(p)
+    run_flags.add_run_flags(p)
     sample.add_sampling_flags(p)
     return p
 
@@ -140,21 +145,21 @@ def resolve(args):
 
     Given flags win; then come, with --resume, the flags of that run; else presets; else DEFAULTS.
     """
-    given = runtime.given_flags(args)
+    given = run_flags.given_flags(args)
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_dit.py", "num_classes", make_parser())
-        runtime.check_unchanged(args, stored, FIXED)
+        stored = run_flags.flags_of_run(out, "train_dit.py", "num_classes", make_parser())
+        run_flags.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
         values |= fit_defaults(args, DEFAULTS)
         values |= presets(args)
     values |= given
     if values["micro_batch"] is None:
-        values["micro_batch"] = runtime.default_micro_batch(values["batch"])
+        values["micro_batch"] = run_flags.default_micro_batch(values["batch"])
     if values["warmup"] is None:
-        values["warmup"] = runtime.default_warmup(values["steps"])
+        values["warmup"] = run_flags.default_warmup(values["steps"])
     if values["decay_start"] is None:
         values["decay_start"] = max(values["warmup"], values["steps"] // 2)
     if values["decay_end"] is None:
@@ -179,7 +184,7 @@ def presets(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
-    runtime.check_run_flags(args)
+    run_flags.check_run_flags(args)
     check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     sample.check_sampling_flags(args)
     metrics.check_feature_name(args.eval_features, "--eval_features")
@@ -227,7 +232,7 @@ def encode_cache(data, rae, args, rank, world, device):
     turns = -(-args.cache // unit)                          # rounded up
     encoded = []
     stream = batches(data, unit, args.micro_batch, 0, rank, world, args.workers, stop=turns)
-    for _, _, images, labels, _ in runtime.progress_bar(stream, "latents", total=turns):
+    for _, _, images, labels, _ in progress.progress_bar(stream, "latents", total=turns):
         with runtime.autocast(device, args.dtype):
             latents = rae.encode(images.to(device).float() / 255)
         encoded.append((latents.half().cpu(), labels))
@@ -287,18 +292,18 @@ def flops_per_image(dit, rae, args):
     x_t = torch.zeros(1, dit.in_channels, dit.grid, dit.grid, device=device)
     t = torch.zeros(1, device=device)
     label = torch.zeros(1, dtype=torch.long, device=device)
-    flops = runtime.count_flops(dit, x_t, t, label).training
+    flops = speed.count_flops(dit, x_t, t, label).training
     if not args.cache:                                      # else each image is encoded just once
         side = rae.encoder.image_size
         image = torch.zeros(1, 3, side, side, device=device)
-        flops += runtime.count_flops(rae.encode, image).forward
+        flops += speed.count_flops(rae.encode, image).forward
     return flops
 
 
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
-    lock = runtime.lock(args.out, is_folder=True)
+    lock = storage.lock(args.out, is_folder=True)
     accumulation = args.batch // (args.micro_batch * world)
     resumed = release.load_resumed(args, "train_dit.py") if args.resume else None
     init = release.read_dit(args.init, args.release_dir) if args.init and not resumed else None
@@ -312,8 +317,8 @@ def main(args, data=None):
                          hold_out=args.hold_out, objects=1)
     check_batch(data, args.batch)
     identity = data.identity()
-    runtime.check_same_run(args, resumed, identity)
-    change_of_data = runtime.describe_change(resumed, identity, args.hold_out)
+    run_flags.check_same_run(args, resumed, identity)
+    change_of_data = saving.describe_change(resumed, identity, args.hold_out)
     # A decoder may draw larger images than its encoder sees; they are compared at the larger side.
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
@@ -343,15 +348,15 @@ def main(args, data=None):
                                   weight_decay=args.weight_decay, fused=True)
     start = 0
     if resumed:
-        runtime.load_optimizer(optimizer, resumed["opt"])
+        saving.load_optimizer(optimizer, resumed["opt"])
         start = resumed["step"]
     parameters = sum(p.numel() for p in model.parameters())
-    log = runtime.Log(args, rank, device, start, parameters, data)
-    checkpoints = runtime.Checkpoints(args, rank, log, lock,
-                                      in_background=device.type != "cpu")
+    log = progress.Log(args, rank, device, start, parameters, data)
+    checkpoints = saving.Checkpoints(args, rank, log, lock,
+                                     in_background=device.type != "cpu")
     checkpoints.begin(start)
     log.warn(change_of_data)
-    runtime.warn_of_flags(log, args, resumed)
+    run_flags.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     loss_by_time = runtime.LossByTime(device)
     image_flops = flops_per_image(ema, rae, args)
@@ -359,7 +364,7 @@ def main(args, data=None):
     def save(step, is_stop):
         checkpoints.save(
             step, is_stop, model=model.state_dict(), ema=ema.state_dict(),
-            opt=optimizer.state_dict(), rae=packed_rae, args=runtime.flags_as_dict(args),
+            opt=optimizer.state_dict(), rae=packed_rae, args=run_flags.flags_as_dict(args),
             num_classes=data.num_classes, class_names=data.class_names,
             latent_shape=[channels, grid], data=identity)
 

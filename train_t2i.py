@@ -32,15 +32,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import metrics
+import progress
 import release
+import run_flags
 import runtime
 import sample
+import saving
 import sharding
+import speed
+import storage
 from data import batches, check_amounts, check_batch, fit_defaults, open_data
 from eval_t2i import evaluate_prompts, has_shapes
 from llm import IMAGE, NO_LABEL, Qwen2, Tokenizer
 from model import T2I_HEAD, T2I_SIZES, TIME_LAWS, check_heads, sample_times, time_weight
-from runtime import at_least
+from run_flags import at_least
 from shapes import converse
 from t2i import (
     DRAW_UNCONDITIONED,
@@ -59,7 +64,7 @@ OBJECTS = (1, 1, 2, 2, 3, 4)     # in a scene of the built-in world: the simple 
 # ---------------------------------------------------------------------------- flags
 # Laptop size, for the built-in world. Flags default to None; resolve() fills in these values.
 DEFAULTS = dict(
-    runtime.RUN_DEFAULTS, **sample.SAMPLING_DEFAULTS, out="runs/t2i",
+    run_flags.RUN_DEFAULTS, **sample.SAMPLING_DEFAULTS, out="runs/t2i",
     data=["shapes"], questions=0.3, context=None, rae=None, init=None, recipe=None,
     llm=None, llm_width=128, llm_depth=3, llm_heads=4, freeze_llm=False, connector="linear",
     model=None, wide_head=False, width=128, depth=4, heads=4,
@@ -99,11 +104,11 @@ FIXED = ("recipe", "rae", "data", "model", "wide_head", "llm", "llm_width", "llm
 
 
 def make_parser():
-    p = runtime.Parser(__doc__, DEFAULTS)
+    p = run_flags.Parser(__doc__, DEFAULTS)
     add_data_flags(p)
     add_model_flags(p)
     add_training_flags(p)
-    runtime.add_run_flags(p)
+    run_flags.add_run_flags(p)
     sample.add_sampling_flags(p)
     return p
 
@@ -215,13 +220,13 @@ def resolve(args):
 
     Given flags win; then come, with --resume, the flags of that run; else presets; else DEFAULTS.
     """
-    given = runtime.given_flags(args)
+    given = run_flags.given_flags(args)
     from_scratch = not (args.llm or args.init or args.recipe)
     values = dict(DEFAULTS)
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
-        stored = runtime.flags_of_run(out, "train_t2i.py", "llm", make_parser())
-        runtime.check_unchanged(args, stored, FIXED)
+        stored = run_flags.flags_of_run(out, "train_t2i.py", "llm", make_parser())
+        run_flags.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
         fitting = fit_defaults(args, DEFAULTS | {"hold_out": 0}, with_conversations=True)
@@ -230,13 +235,13 @@ def resolve(args):
     values |= given
 
     if values["micro_batch"] is None:
-        values["micro_batch"] = runtime.default_micro_batch(values["batch"])
+        values["micro_batch"] = run_flags.default_micro_batch(values["batch"])
     if values["llm_lr"] is None:
         values["llm_lr"] = values["lr"] / (3 if from_scratch else 10)
     if values["llm_start"] is None:
         values["llm_start"] = values["steps"] // 3 if from_scratch else 0
     if values["warmup"] is None:
-        values["warmup"] = runtime.default_warmup(values["steps"])
+        values["warmup"] = run_flags.default_warmup(values["steps"])
     if values["decay_start"] is None and args.recipe:
         values["decay_start"] = values["warmup"]
     elif values["decay_start"] is None:
@@ -278,7 +283,7 @@ def flags_of_init(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be trained with, before any work is done."""
-    runtime.check_run_flags(args)
+    run_flags.check_run_flags(args)
     check_amounts(args.data, args.batch, with_conversations=True)
     sample.check_sampling_flags(args)
     check_heads(args.llm_width, args.llm_heads, "--llm_width", "--llm_heads", multiple=2)
@@ -542,7 +547,7 @@ def load_moments(t2i, optimizer, stored):
         raise ValueError("the checkpoint's optimizer is of other weights; start another run from "
                          "its weights by --init")
     shapes = {name: parameter.shape for name, parameter in t2i.named_parameters()}
-    runtime.check_moments(stored["state"], shapes, runtime.ADAM_MOMENTS)
+    saving.check_moments(stored["state"], shapes, saving.ADAM_MOMENTS)
     groups = []
     for group, stored_group in zip(optimizer.param_groups, stored["param_groups"], strict=True):
         groups.append({**group, "params": stored_group["params"]})      # names of parameters
@@ -592,9 +597,9 @@ class Flops:
         d, vocab = t2i.llm.config["hidden_size"], t2i.llm.config["vocab_size"]
         layers = t2i.llm.layers
         weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
-        token = runtime.Flops(2 * weights, 0)
-        label = runtime.Flops(2 * d * vocab, 0)
-        pair = runtime.Flops(0, 4 * len(layers) * d)        # of tokens that attend to each other
+        token = speed.Flops(2 * weights, 0)
+        label = speed.Flops(2 * d * vocab, 0)
+        pair = speed.Flops(0, 4 * len(layers) * d)        # of tokens that attend to each other
         if args.freeze_llm:                                 # gradients still go to the queries
             self.token, self.label, self.pair = token.frozen, label.frozen, pair.frozen
         else:
@@ -608,12 +613,12 @@ class Flops:
         states = torch.zeros(1, t2i.n, d, device=device)
         conditions = torch.zeros(1, t2i.n, dit.pos_embed.shape[2], device=device)
         tokens = torch.zeros(1, t2i.n, dit.in_channels, device=device)
-        self.encode = runtime.count_flops(rae.encode, image).forward
-        self.flow = runtime.count_flops(dit, x_t, t, conditions).training
-        self.connect = runtime.count_flops(t2i.diff_head_projector, states).training
+        self.encode = speed.count_flops(rae.encode, image).forward
+        self.flow = speed.count_flops(dit, x_t, t, conditions).training
+        self.connect = speed.count_flops(t2i.diff_head_projector, states).training
         if t2i.regression is not None:
-            self.connect += runtime.count_flops(t2i.regression, states).training
-        self.project = runtime.count_flops(t2i.mm_projector, tokens).training
+            self.connect += speed.count_flops(t2i.regression, states).training
+        self.project = speed.count_flops(t2i.mm_projector, tokens).training
 
     def of(self, micro):
         """FLOPs of a micro-batch on the CPU."""
@@ -634,7 +639,7 @@ def main(args, data=None, conversation=None):
     -> [(role, text), ...] about a scene of shapes, in place of converse().
     """
     rank, world, device = runtime.setup()
-    lock = runtime.lock(args.out, is_folder=True)
+    lock = storage.lock(args.out, is_folder=True)
 
     # ---------------------------------------------------------------- checkpoint and autoencoder
     resumed = release.load_resumed(args, "train_t2i.py") if args.resume else None
@@ -648,7 +653,7 @@ def main(args, data=None, conversation=None):
     latent_shape = list(packed_rae["latent_mean"].shape)    # c h w
     num_latents = latent_shape[1] * latent_shape[2]
     context = args.context or num_latents + 176             # 176: ample for shapes, with a plan
-    flags = dict(runtime.flags_as_dict(args), context=context)
+    flags = dict(run_flags.flags_as_dict(args), context=context)
 
     # ---------------------------------------------------------------- data
     if conversation is None:
@@ -658,8 +663,8 @@ def main(args, data=None, conversation=None):
                          chat=conversation)
     check_batch(data, args.batch)
     identity = data.identity()
-    runtime.check_same_run(args, resumed, identity)
-    change_of_data = runtime.describe_change(resumed, identity, 0)
+    run_flags.check_same_run(args, resumed, identity)
+    change_of_data = saving.describe_change(resumed, identity, 0)
     prompts = []
     if args.preview_every and rank == 0 and not args.shard:
         prompts = preview_prompts(args, packed_rae["size"])
@@ -699,14 +704,14 @@ def main(args, data=None, conversation=None):
         else:
             load_moments(t2i, optimizer, resumed["opt"])
     parameters = sum(p.numel() for p in t2i.parameters())
-    log = runtime.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
-    make_checkpoints = sharding.Checkpoints if args.shard else runtime.Checkpoints
+    log = progress.Log(argparse.Namespace(**flags), rank, device, start, parameters, data)
+    make_checkpoints = sharding.Checkpoints if args.shard else saving.Checkpoints
     checkpoints = make_checkpoints(args, rank, log, lock, in_background=device.type != "cpu")
     checkpoints.begin(start)
     if rank == 0 and not args.shard:
         sharding.remove_unnamed(args.out)                   # of an earlier run with --shard
     log.warn(change_of_data)
-    runtime.warn_of_flags(log, args, resumed)
+    run_flags.warn_of_flags(log, args, resumed)
     release.warn_of_tiny_encoder(log, packed_rae["encoder"], data)
     losses = Losses(args, device)
 

@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save
 
+import run_flags
 import runtime
+import storage
 
 
 def flatten(node, prefix=""):
@@ -52,20 +54,20 @@ def needed_to_sample(checkpoint):
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("source", metavar="CHECKPOINT.pt", help="Checkpoint of a training script.")
     p.add_argument("target", metavar="OUTPUT.safetensors", help="File to write.")
     return p.parse_args(argv)
 
 
 def main(args):
-    runtime.check_out(args.target, "OUTPUT")
-    runtime.check_suffix(args.target, [".safetensors"], "OUTPUT")
-    checkpoint = runtime.load_checkpoint(args.source)
+    storage.check_out(args.target, "OUTPUT")
+    storage.check_suffix(args.target, [".safetensors"], "OUTPUT")
+    checkpoint = storage.load_checkpoint(args.source)
     check(checkpoint, args.source)
     tensors, plain = flatten(needed_to_sample(checkpoint))
     content = save(tensors, metadata={"plain": json.dumps(plain)})
-    runtime.write_whole(args.target, lambda f: f.write(content))
+    storage.write_whole(args.target, lambda f: f.write(content))
     print(f"{args.target}: {len(content) / 1e6:.1f} MB")
 
 

@@ -36,7 +36,10 @@ from scipy import ndimage
 from timm.models.vision_transformer import VisionTransformer
 
 import metrics
+import progress
+import run_flags
 import runtime
+import storage
 from data import batches, open_data
 from model import TINY_VIT
 from train_decoder import make_optimizers
@@ -248,16 +251,16 @@ def probe_accuracy(model):
 
 # ---------------------------------------------------------------- training
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
-    p.add_argument("--images", type=runtime.at_least(CHUNK), default=50_000,
+    p = run_flags.Parser(__doc__, {})
+    p.add_argument("--images", type=run_flags.at_least(CHUNK), default=50_000,
                    help=f"Number of scenes, a multiple of {CHUNK}; they are used repeatedly.")
-    p.add_argument("--steps", type=runtime.at_least(1), default=8_000, help="Optimizer steps.")
-    p.add_argument("--batch", type=runtime.at_least(1), default=64, help="Images per step.")
-    p.add_argument("--lr", type=runtime.at_least(1e-9), default=4e-3, help="Peak learning rate.")
+    p.add_argument("--steps", type=run_flags.at_least(1), default=8_000, help="Optimizer steps.")
+    p.add_argument("--batch", type=run_flags.at_least(1), default=64, help="Images per step.")
+    p.add_argument("--lr", type=run_flags.at_least(1e-9), default=4e-3, help="Peak learning rate.")
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16",
                    help="Precision of the matrix products.")
     p.add_argument("--init", type=Path, help="Weights of an encoder to start from.")
-    p.add_argument("--seed", type=runtime.at_least(0), default=0,
+    p.add_argument("--seed", type=run_flags.at_least(0), default=0,
                    help="Seed of scenes, weights and batches.")
     p.add_argument("--out", type=Path, default=HERE / "tiny_encoder.safetensors",
                    help="File to write (default: the shipped one).")
@@ -272,7 +275,7 @@ def load_scenes(n, seed):
     """Return the pictures of n scenes, n 3 64 64, uint8, and their descriptors, n 16 103."""
     data = open_data("shapes", SIDE, seed=seed, objects=(1, 1, 1, 2, 3, 4))
     stream = batches(data, CHUNK, CHUNK, stop=n // CHUNK, workers=1)
-    bar = runtime.progress_bar(n, "scenes")
+    bar = progress.progress_bar(n, "scenes")
     loaded = []
     for _, _, images, _, _ in stream:
         loaded.append(images)
@@ -289,7 +292,7 @@ def save_encoder(encoder, path):
     """Write the weights in half precision."""
     weights = {name: value.half().contiguous() for name, value in encoder.state_dict().items()}
     content = save(weights)
-    runtime.write_whole(path, lambda f: f.write(content))
+    storage.write_whole(path, lambda f: f.write(content))
 
 
 def load_encoder(encoder, weights, path):
@@ -303,13 +306,13 @@ def load_encoder(encoder, weights, path):
 
 
 def main(args):
-    runtime.check_out(args.out)
-    runtime.check_suffix(args.out, [".safetensors"])
+    storage.check_out(args.out)
+    storage.check_suffix(args.out, [".safetensors"])
     runtime.setup()
     timm.layers.set_fused_attn(False)      # for few tokens, plain bf16 products are faster on a CPU
     torch.manual_seed(args.seed)
     start = time.time()
-    init = runtime.load_checkpoint(args.init) if args.init else None
+    init = storage.load_checkpoint(args.init) if args.init else None
     images, descriptors = load_scenes(args.images, args.seed)
     print(f"{args.images} descriptors in {time.time() - start:.0f} s", flush=True)
 

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import run_flags
 import runtime
+import storage
 from llm import SYSTEM
 from shapes import Scene, converse
 
@@ -70,18 +72,18 @@ def train_tokenizer():
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("--out", type=Path, default=Path("tokenizer.json"),
                    help="File to write.")
     return p.parse_args(argv)
 
 
 def main(args):
-    runtime.check_out(args.out)
-    runtime.check_suffix(args.out, [".json"])
+    storage.check_out(args.out)
+    storage.check_suffix(args.out, [".json"])
     tokenizer = train_tokenizer()
     content = tokenizer.to_str(pretty=False).encode()
-    runtime.write_whole(args.out, lambda f: f.write(content))
+    storage.write_whole(args.out, lambda f: f.write(content))
     example = Scene.random(0, 0).caption()
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens; {tokenizer.encode(example).tokens}")
 

@@ -16,8 +16,10 @@ import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+import run_flags
 import runtime
 import sample
+import storage
 from data import SHAPES_VAL
 from release import SHIPPED_DIT, load_dit
 from shapes import CLASSES, Scene
@@ -127,7 +129,7 @@ class Figure:
     def save(self, path):
         self.axes.set(aspect="equal", **self.limits)   # imshow has changed them
         suffix = path.suffix.lower()
-        runtime.write_whole(path, lambda f: self.figure.savefig(f, dpi=130, format=suffix[1:]))
+        storage.write_whole(path, lambda f: self.figure.savefig(f, dpi=130, format=suffix[1:]))
 
 
 def draw_legend(figure, y):
@@ -215,14 +217,14 @@ def draw_figure(path):
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("--out", type=Path, default=Path("pipeline.png"), help="File to write.")
     return p.parse_args(argv)
 
 
 def main(args):
-    runtime.check_out(args.out)
-    runtime.check_suffix(args.out, sample.PICTURES)
+    storage.check_out(args.out)
+    storage.check_suffix(args.out, sample.PICTURES)
     draw_figure(args.out)
 
 

@@ -21,8 +21,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import progress
+import run_flags
 import runtime
 import sample
+import storage
 from data import batches, open_data
 from model import time_shift
 from release import SHIPPED_T2I
@@ -35,14 +38,14 @@ BATCH = 32                                    # latents of each kind, and conver
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("--ckpt", default=str(SHIPPED_T2I),
                    help="Checkpoint of train_t2i.py (default: the shipped one).")
-    p.add_argument("--n", type=runtime.at_least(360), default=10_000,
+    p.add_argument("--n", type=run_flags.at_least(360), default=10_000,
                    help="Latents to draw, a tenth of which is held out.")
-    p.add_argument("--steps", type=runtime.at_least(1), default=1000,
+    p.add_argument("--steps", type=run_flags.at_least(1), default=1000,
                    help="Optimizer steps, of 64 latents each.")
-    p.add_argument("--lr", type=runtime.at_least(0.0), default=5e-4, help="Peak learning rate.")
+    p.add_argument("--lr", type=run_flags.at_least(0.0), default=5e-4, help="Peak learning rate.")
     p.add_argument("--out", type=Path, default=Path("runs/verifier"),
                    help="Folder of latents, checkpoint and curve.")
     return p.parse_args(argv)
@@ -98,9 +101,9 @@ def draw_part(model, rae, args, numbers, path):
         images = sample.to_images(rae, latents).numpy()
         for image, (_, names, relation) in zip(images, wanted, strict=True):
             is_right.append(fulfils(read_scene(image), names, relation))
-        runtime.save_checkpoint(path, z=latents.half(), prompts=prompts,
+        storage.save_checkpoint(path, z=latents.half(), prompts=prompts,
                                 right=torch.tensor(is_right))
-    return runtime.load_checkpoint(path)
+    return storage.load_checkpoint(path)
 
 
 def draw_all(model, rae, args, options):
@@ -109,7 +112,7 @@ def draw_all(model, rae, args, options):
     sha1 = hashlib.sha1(Path(options.ckpt).read_bytes()).hexdigest()
     folder = options.out / f"drawn_{sha1[:8]}"
     parts = []
-    for numbers in runtime.progress_bar(runtime.split_numbers(options.n, batch=72), "draw"):
+    for numbers in progress.progress_bar(runtime.split_numbers(options.n, batch=72), "draw"):
         path = folder / f"{numbers[0]:06d}_{len(numbers)}.pt"
         parts.append(draw_part(model, rae, args, numbers, path))
     is_right = torch.cat([part["right"] for part in parts])
@@ -196,7 +199,7 @@ def teach(model, rae, drawn, options):
     optimizer = torch.optim.AdamW(parameters, options.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     losses = []
-    bar = runtime.progress_bar(options.steps, "train")
+    bar = progress.progress_bar(options.steps, "train")
     for step, _, images, _, conversations in batches(stream, BATCH, BATCH, workers=1,
                                                      stop=options.steps):
         torch.manual_seed(step)
@@ -224,17 +227,17 @@ def save(options, state, model, losses):
         if name not in ("model", "opt", "level"):      # what only training needs
             kept[name] = value
     kept["ema"] = model.state_dict()
-    runtime.save_checkpoint(options.out / "last.pt", **kept)
+    storage.save_checkpoint(options.out / "last.pt", **kept)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(np.convolve(losses, np.ones(20) / 20, "valid"))
     axes.set(xlabel="step", ylabel="cross-entropy of yes and no, mean of 20",
              title="right or wrong?")
-    runtime.write_whole(options.out / "answers.png", lambda f: figure.savefig(f, dpi=120))
+    storage.write_whole(options.out / "answers.png", lambda f: figure.savefig(f, dpi=120))
     print(f"{options.out}/last.pt, {options.out}/answers.png")
 
 
 def main(options):
-    runtime.check_out(options.out)
+    storage.check_out(options.out)
     runtime.setup()
     # Few steps without guidance are quick, and more often wrong.
     args = sample.parse_args(["--prompt", "-", "--ckpt", options.ckpt, "--seed", "77",

@@ -6,7 +6,7 @@
 
 Each row is measured in turns: ours, the official module with the same weights, a matmul. Times are
 medians; behind +- stands half of the range of the middle half (of fewer than four: of all). All
-weights are random, so nothing is downloaded. FLOPs are counted by runtime.count_flops.
+weights are random, so nothing is downloaded. FLOPs are counted by speed.count_flops.
 """
 import argparse
 import functools
@@ -28,7 +28,9 @@ import lpips  # noqa: E402
 
 import metrics  # noqa: E402
 import release  # noqa: E402
+import run_flags  # noqa: E402
 import runtime  # noqa: E402
+import speed  # noqa: E402
 import train_decoder  # noqa: E402
 import train_t2i  # noqa: E402
 from data import open_data  # noqa: E402
@@ -58,9 +60,9 @@ def parse_args(argv=None):
                    help="Size of the decoder (default: B, on a GPU XL).")
     p.add_argument("--encoder", default="dinov2-b" if on_gpu else "dinov2-s",
                    help="Encoder, of 256 px (default: dinov2-s, on a GPU dinov2-b).")
-    p.add_argument("--batch", type=runtime.at_least(1), default=32 if on_gpu else 2,
+    p.add_argument("--batch", type=run_flags.at_least(1), default=32 if on_gpu else 2,
                    help="Images in each call (default: 2, on a GPU 32).")
-    p.add_argument("--repeats", type=runtime.at_least(1), default=3,
+    p.add_argument("--repeats", type=run_flags.at_least(1), default=3,
                    help="Calls of each, after one to warm up (default: 3).")
     p.add_argument("--compile", action="store_true",
                    help="Compile the blocks of our DiT in its training rows.")
@@ -262,7 +264,7 @@ def encoder_row(args, device, encoder):
         tokens = theirs(encoder.pixels(images)).last_hidden_state[:, 5:]    # after CLS and 4 others
         return rearrange(tokens, "b (h w) c -> b c h w", h=encoder.grid)
 
-    flops = args.batch * runtime.count_flops(encoder.encode, images[:1]).forward
+    flops = args.batch * speed.count_flops(encoder.encode, images[:1]).forward
     return Row(f"encoder {encoder.name}", encode, theirs if isinstance(theirs, str) else
                encode_theirs, args.batch, flops, lambda: (encode(), encode_theirs()))
 
@@ -284,7 +286,7 @@ def decoder_row(args, device):
     def train_theirs():
         backward(decode_theirs().abs().mean(), theirs)
 
-    flops = args.batch * runtime.count_flops(decoder, latents[:1]).training
+    flops = args.batch * speed.count_flops(decoder, latents[:1]).training
     return Row(f"decoder {args.decoder}, forward and backward", train,
                theirs if isinstance(theirs, str) else train_theirs, args.batch, flops,
                lambda: (decoder(latents), decode_theirs()))
@@ -343,7 +345,7 @@ def dit_rows(args, device):
     def train_theirs():
         backward(flow_matching_loss(theirs, x0, y, t, eps).mean(), theirs)
 
-    flops = args.batch * runtime.count_flops(model, x0[:1], t[:1], y[:1]).training
+    flops = args.batch * speed.count_flops(model, x0[:1], t[:1], y[:1]).training
     peer = theirs if isinstance(theirs, str) else train_theirs
     yield Row(f"{args.model}, forward and backward", train, peer, args.batch, flops,
               lambda: (model(x0, t, y), theirs(x0, t, y)))
@@ -372,8 +374,8 @@ def sampling_rows(args, device):
     t = torch.full_like(t, 0.5)
     x2, t2 = torch.cat([x, x]), torch.cat([t, t])
     y2 = torch.cat([y, torch.full_like(y, CLASSES)])
-    strong_flops = runtime.count_flops(model, x[:1], t[:1], y[:1]).forward
-    weak_flops = runtime.count_flops(weak, x[:1], t[:1], y[:1]).forward
+    strong_flops = speed.count_flops(model, x[:1], t[:1], y[:1]).forward
+    weak_flops = speed.count_flops(weak, x[:1], t[:1], y[:1]).forward
 
     def with_cfg():
         return theirs.forward_with_cfg(x2, t2, y2, 3.0)[:len(x)]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime  # noqa: E402
+import saving  # noqa: E402
 import sharding  # noqa: E402
 import train_t2i  # noqa: E402
 
@@ -110,7 +111,7 @@ def count_step(processes, in_node, flags, choice="llm"):
                 (runtime, "gather", lambda value: [value] * processes),
                 (runtime, "optimizer_step", end_of_step),
                 (sharding, "shard", keep(choice)),
-                (sharding, "Checkpoints", runtime.Checkpoints),        # the other has its own group
+                (sharding, "Checkpoints", saving.Checkpoints),        # the other has its own group
                 (train_t2i, "training_steps", counted_steps)):
             stack.enter_context(mock.patch.object(module, name, replacement))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)

@@ -19,7 +19,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import runtime  # noqa: E402
+import saving  # noqa: E402
 import sharding  # noqa: E402
+import storage  # noqa: E402
 
 runtime.Heartbeat.SECONDS = 1.0                # processes that have lost others end in seconds
 
@@ -71,14 +73,14 @@ def always_in_background(self, *args, **options):
     construct_checkpoints(self, *args, **dict(options, in_background=True))
 
 
-construct_checkpoints = runtime.Checkpoints.__init__
+construct_checkpoints = saving.Checkpoints.__init__
 
 
 @contextlib.contextmanager
 def saving_in_background():
     """Context in which runs, also those of other processes that start in it, save as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Checkpoints, "__init__", always_in_background)
+        patch.setattr(saving.Checkpoints, "__init__", always_in_background)
         yield
 
 
@@ -193,7 +195,7 @@ def largest_difference(a, b):
 def kill_after(script, flags, folder, stop, steps=6):
     """Train in folder/killed, stopped right after it saved step `stop`; returns that checkpoint."""
     saved = []
-    original = runtime.save_checkpoint
+    original = storage.save_checkpoint
 
     def save_and_die(path, **state):
         original(path, **state)
@@ -202,7 +204,7 @@ def kill_after(script, flags, folder, stop, steps=6):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "save_checkpoint", save_and_die)
+        patch.setattr(storage, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run_script(script, *flags, "--steps", steps, "--out", folder / "killed")
     return saved[0]

@@ -22,7 +22,9 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+import run_flags  # noqa: E402
 import runtime  # noqa: E402
+import speed  # noqa: E402
 from memory import Graph  # noqa: E402
 from model import build_dit, flow_matching_loss  # noqa: E402
 
@@ -53,7 +55,7 @@ def measure(width, depth, grid, batch, repeats):
         model.zero_grad(set_to_none=True)
     with graph.record():
         flow_matching_loss(model, x0, labels, t, x0)
-    flops = batch * runtime.count_flops(model, x0[:1], t[:1], labels[:1]).training
+    flops = batch * speed.count_flops(model, x0[:1], t[:1], labels[:1]).training
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dict(flops=flops, bytes=graph.bytes(), parameters=parameters,
                 seconds=statistics.median(seconds))
@@ -101,7 +103,7 @@ def draw(points, coefficients, path):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", default="assets/growth.png", help="The plot.")
-    p.add_argument("--repeats", type=runtime.at_least(1), default=3,
+    p.add_argument("--repeats", type=run_flags.at_least(1), default=3,
                    help="Steps of each size, after one to warm up (default: 3).")
     return p.parse_args(argv)
 

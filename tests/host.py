@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import metrics  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
+import saving  # noqa: E402
 from data import load_images, open_data  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -40,13 +41,13 @@ def device_works(images):
     time.sleep(DEVICE_MS / 1000 * images)
 
 
-def saving(folder):
+def save_times(folder):
     """How long save() keeps a training that has a state of 1 GiB on the CPU."""
     state = dict(model={"w": torch.randn(128, 2**20)}, ema={"w": torch.randn(128, 2**20)})
     times = []
     for in_background in (False, True):
         args = argparse.Namespace(out=folder, steps=1000, save_every=1, log_every=1)
-        checkpoints = runtime.Checkpoints(args, 0, None, None, in_background)
+        checkpoints = saving.Checkpoints(args, 0, None, None, in_background)
         checkpoints.save(1, **state)                   # takes the memory
         checkpoints.finish()
         times.append(milliseconds(lambda: checkpoints.save(2, **state)))       # noqa: B023
@@ -120,7 +121,7 @@ def ssim(_):
 
 def main():
     runtime.setup()
-    for measure in (saving, noise, files, decoding, ssim):
+    for measure in (save_times, noise, files, decoding, ssim):
         with tempfile.TemporaryDirectory() as folder:
             alone, together = measure(Path(folder))
         print(f"{measure.__name__:>10}  {alone:8.1f}  {together:8.1f}")

@@ -5,7 +5,7 @@ Run: python -m pytest tests/test_assets.py
 import pytest
 import torch
 
-import runtime
+import storage
 from conftest import SHIPPED, run_script
 from test_help import load
 
@@ -28,8 +28,8 @@ def test_missing_and_foreign_files_are_named(tmp_path, name, flags):
 def test_export_writes_what_can_be_sampled_from(tmp_path):
     export = load("assets/export.py")
     run_script(export, SHIPPED, tmp_path / "x.safetensors")
-    exported = runtime.load_checkpoint(tmp_path / "x.safetensors")
-    shipped = runtime.load_checkpoint(SHIPPED)
+    exported = storage.load_checkpoint(tmp_path / "x.safetensors")
+    shipped = storage.load_checkpoint(SHIPPED)
     assert exported["args"] == shipped["args"]
     assert torch.equal(exported["ema"]["pos_embed"], shipped["ema"]["pos_embed"])
     with pytest.raises(ValueError, match="OUTPUT .*x.pt can't be written .* use one of .safetens"):

@@ -16,7 +16,7 @@ import eval_fid
 import eval_t2i
 import metrics
 import release
-import runtime
+import storage
 from conftest import SHIPPED, run_script
 from data import load_images, open_data
 from eval_decoder import evaluate_reconstruction
@@ -340,7 +340,7 @@ def trained_on_photos(photos, tmp_path):
     """Paths of the shipped models, as if they had been trained on photos with --hold_out 4."""
     paths = {}
     for name, shipped in (("dit", SHIPPED), ("rae", release.SHIPPED_RAE)):
-        state = dict(runtime.load_checkpoint(shipped))
+        state = dict(storage.load_checkpoint(shipped))
         state["args"] = dict(state["args"], data=[str(photos)], hold_out=4)
         state["data"] = open_data(str(photos), 64).identity()
         paths[name] = tmp_path / f"{name}.pt"
@@ -419,7 +419,7 @@ def test_other_images_and_scenes_are_no_training_data(stage, trained_on_photos, 
     ([3], "data is no list of texts"),
 ])
 def test_a_checkpoint_that_names_no_data_is_refused(data, message, tmp_path):
-    state = dict(runtime.load_checkpoint(release.SHIPPED_RAE))
+    state = dict(storage.load_checkpoint(release.SHIPPED_RAE))
     state["args"] = dict(state["args"], data=data)
     torch.save(state, tmp_path / "rae.pt")
     with pytest.raises(ValueError, match=f"rae.pt.*{message}"):

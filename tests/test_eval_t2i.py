@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval_t2i
-import runtime
+import storage
 from conftest import run_script
 from release import SHIPPED_T2I
 
@@ -148,7 +148,7 @@ def test_prompts_as_windows_writes_them_are_read(tmp_path):
 
 @pytest.mark.shipped
 def test_shapes_eval_refuses_a_model_of_another_world(tmp_path):
-    state = dict(runtime.load_checkpoint(SHIPPED_T2I))
+    state = dict(storage.load_checkpoint(SHIPPED_T2I))
     for data, world in ((["photos"], "photos"), (["a=photos:1", "b=x.jsonl:2"], "a=photos:1 b=")):
         state["args"] = dict(state["args"], data=data)
         torch.save(state, tmp_path / "t2i.pt")

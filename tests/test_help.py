@@ -8,7 +8,7 @@ import sys
 import pytest
 from torch.distributed.run import get_args_parser
 
-import runtime
+import run_flags
 from conftest import ROOT
 
 FOLDERS = (".", "walkthroughs", "assets")
@@ -38,7 +38,7 @@ def parser_of(module, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Parser, "parse_args", keep_and_stop)
+        patch.setattr(run_flags.Parser, "parse_args", keep_and_stop)
         with pytest.raises(KeyboardInterrupt):
             module.parse_args([])
     return parsers[0]

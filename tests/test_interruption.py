@@ -18,7 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+import progress
 import runtime
+import saving
+import storage
 import train_decoder
 import train_dit
 from conftest import (
@@ -204,12 +207,12 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_sane_checkpoint(tmp_path):
     run_script(train_dit, *DIT_FLAGS, "--dtype", "fp32", "--steps", 4, "--out", tmp_path)
     sane = load_last(tmp_path)
     spoiling = ["--lr", "1e30", "--clip", 0, "--save_every", 1, "--steps", 60]
-    with pytest.raises(ValueError, match=f"the run has diverged.*{runtime.Updates.IN_A_ROW} of the "
+    with pytest.raises(ValueError, match=f"the run has diverged.*{saving.Updates.IN_A_ROW} of the "
                                          "last .* steps.*the last checkpoint with a finite loss"):
         run_script(train_dit, "--resume", *spoiling, "--out", tmp_path)
 
     kept = load_last(tmp_path)
-    assert kept["step"] < 4 + runtime.Updates.IN_A_ROW
+    assert kept["step"] < 4 + saving.Updates.IN_A_ROW
     assert largest_difference(sane["model"], kept["model"]) < 1    # not the spoilt ones of 1e30
     assert not (tmp_path / "previous.pt").exists()
 
@@ -229,7 +232,7 @@ def test_a_checkpoint_without_a_finite_step_is_called_spoilt(tmp_path):
 
 def checkpoints_of(folder, steps=1000, log=None, in_background=False):
     args = train_dit.parse_args(["--steps", str(steps), "--out", str(folder)])
-    return runtime.Checkpoints(args, 0, log, None, in_background)
+    return saving.Checkpoints(args, 0, log, None, in_background)
 
 
 def test_updates_left_out_now_and_then_do_not_stop_a_run(tmp_path):
@@ -239,8 +242,8 @@ def test_updates_left_out_now_and_then_do_not_stop_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("is_left_out, last_step", [
-    (lambda done: done > 50, 50 + runtime.Updates.IN_A_ROW),
-    (lambda done: done % 2 == 0, runtime.Updates.RECENT)], ids=["in a row", "half"])
+    (lambda done: done > 50, 50 + saving.Updates.IN_A_ROW),
+    (lambda done: done % 2 == 0, saving.Updates.RECENT)], ids=["in a row", "half"])
 def test_too_many_updates_left_out_stop_a_run(is_left_out, last_step, tmp_path):
     """The gradients of a step are looked at during the next one."""
     checkpoints = checkpoints_of(tmp_path)
@@ -282,15 +285,15 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- saved by a thread
 class SlowDisk:
-    """Stands for runtime.save_checkpoint, which writes nothing before has_room is set.
+    """Stands for storage.save_checkpoint, which writes nothing before has_room is set.
 
     error: what it raises then, if anything. is_writing: set when it is called.
     """
     def __init__(self, monkeypatch, error=None):
-        self.original = runtime.save_checkpoint
+        self.original = storage.save_checkpoint
         self.error = error
         self.is_writing, self.has_room = threading.Event(), threading.Event()
-        monkeypatch.setattr(runtime, "save_checkpoint", self.save)
+        monkeypatch.setattr(storage, "save_checkpoint", self.save)
 
     def save(self, path, **state):
         self.is_writing.set()
@@ -373,7 +376,7 @@ def test_a_thread_without_room_is_told_once_and_tries_again(tmp_path, monkeypatc
 
 
 def test_a_signal_waits_for_the_thread_and_the_run_goes_on_exactly(tmp_path, monkeypatch, capfd):
-    original = runtime.save_checkpoint
+    original = storage.save_checkpoint
 
     def save_slowly(path, **state):
         time.sleep(0.3)
@@ -382,7 +385,7 @@ def test_a_signal_waits_for_the_thread_and_the_run_goes_on_exactly(tmp_path, mon
     flags = [*LONG_DIT, "--steps", 12, "--decay_end", 12]
     with monkeypatch.context() as patch, saving_in_background():
         slow_down(patch, seconds=0.1)
-        patch.setattr(runtime, "save_checkpoint", save_slowly)
+        patch.setattr(storage, "save_checkpoint", save_slowly)
         child = start(train_dit, *flags, "--save_every", 1, "--out", tmp_path / "stopped")
     wait_for_first_step(tmp_path / "stopped", child)
     signal_process(child, signal.SIGTERM)
@@ -428,7 +431,7 @@ def test_kill_in_the_middle_of_a_thread_s_file_leaves_the_one_before(tmp_path, m
 
 # ---------------------------------------------------------------------------- two runs, one folder
 def hold_lock(folder, is_held):
-    lock = runtime.lock(folder, is_folder=True)
+    lock = storage.lock(folder, is_folder=True)
     is_held.set()
     time.sleep(60)
     lock.release()
@@ -450,7 +453,7 @@ def test_a_second_run_on_a_folder_is_refused_until_the_first_ends(tmp_path):
 
 
 def test_a_released_lock_leaves_no_file(tmp_path):
-    lock = runtime.lock(tmp_path / "samples.png")
+    lock = storage.lock(tmp_path / "samples.png")
     assert [path.name for path in tmp_path.iterdir()] == [".samples.png.lock"]
     lock.release()
     assert list(tmp_path.iterdir()) == []
@@ -459,7 +462,7 @@ def test_a_released_lock_leaves_no_file(tmp_path):
 # ---------------------------------------------------------------------------- the log
 def open_log(folder, start=0):
     args = train_dit.parse_args(["--steps", "100", "--out", str(folder)])
-    return runtime.Log(args, 0, torch.device("cpu"), start, 0, open_data("shapes", 64))
+    return progress.Log(args, 0, torch.device("cpu"), start, 0, open_data("shapes", 64))
 
 
 def test_the_pace_of_the_first_steps_is_told_once(tmp_path, capsys):
@@ -506,17 +509,17 @@ def files_up_to(size):
 
 def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "last.pt"
-    runtime.save_checkpoint(path, x=torch.ones(3))
+    storage.save_checkpoint(path, x=torch.ones(3))
     with files_up_to(100_000), pytest.raises(OSError, match=f"{path} could not be written: File"):
-        runtime.save_checkpoint(path, x=torch.zeros(100_000))
-    assert torch.equal(runtime.load_checkpoint(path)["x"], torch.ones(3))
+        storage.save_checkpoint(path, x=torch.zeros(100_000))
+    assert torch.equal(storage.load_checkpoint(path)["x"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is a pipe or a device; name a file"):
-        runtime.check_out(tmp_path / "pipe")
+        storage.check_out(tmp_path / "pipe")
 
 
 def test_a_bug_in_what_writes_is_no_full_disk(tmp_path):
@@ -524,13 +527,13 @@ def test_a_bug_in_what_writes_is_no_full_disk(tmp_path):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        runtime.write_whole(tmp_path / "x", write)
+        storage.write_whole(tmp_path / "x", write)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_training_goes_on_without_room_and_saves_when_there_is_some(tmp_path, monkeypatch, capsys):
     """The disk is full at step 2; at step 4, the next line of the log, there is room again."""
-    original = runtime.save_checkpoint
+    original = storage.save_checkpoint
     saved = []
 
     def save_on_a_full_disk(path, **state):
@@ -539,7 +542,7 @@ def test_training_goes_on_without_room_and_saves_when_there_is_some(tmp_path, mo
         saved.append(state["step"])
         original(path, **state)
 
-    monkeypatch.setattr(runtime, "save_checkpoint", save_on_a_full_disk)
+    monkeypatch.setattr(storage, "save_checkpoint", save_on_a_full_disk)
     run_script(train_dit, *DIT_FLAGS, "--log_every", 2, "--save_every", 2, "--steps", 7,
                "--save_every", 100, "--out", tmp_path / "end")
     run_script(train_dit, *DIT_FLAGS, "--log_every", 3, "--save_every", 2, "--steps", 7,
@@ -590,7 +593,7 @@ def test_a_preview_that_cannot_be_drawn_costs_only_the_preview(tmp_path, capsys)
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path):
-    runtime.write_whole(tmp_path / "gone" / "x", lambda f: f.write(b"x"))
-    runtime.append_whole(tmp_path / "gone too" / "log.jsonl", "{}\n")
+    storage.write_whole(tmp_path / "gone" / "x", lambda f: f.write(b"x"))
+    storage.append_whole(tmp_path / "gone too" / "log.jsonl", "{}\n")
     assert (tmp_path / "gone" / "x").read_bytes() == b"x"
     assert (tmp_path / "gone too" / "log.jsonl").read_text() == "{}\n"

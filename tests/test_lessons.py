@@ -283,7 +283,7 @@ def test_a_training_that_was_stopped_is_not_taken_for_finished(tmp_path):
 
         @staticmethod
         def main(args):
-            lesson_module.runtime.save_checkpoint(tmp_path / "last.pt", step=3)
+            lesson_module.storage.save_checkpoint(tmp_path / "last.pt", step=3)
 
     with pytest.raises(KeyboardInterrupt, match="finished runs of --full are kept"):
         lesson_module.train(Script, tmp_path)

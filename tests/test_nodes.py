@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import run_flags
 import runtime
+import storage
 import train_dit
 from conftest import largest_difference, load_last, read_log, run_in_child, start, torchrun
 from test_train import DIT_FLAGS
@@ -195,7 +197,7 @@ def test_nodes_that_do_not_fit_are_refused(others, message, tmp_path, monkeypatc
     args = train_dit.parse_args(["--out", str(tmp_path), "--lr", "0.5"])
     as_gathered(monkeypatch, others)
     with pytest.raises(ValueError, match=message):
-        runtime.check_same_run(args, dict(step=500), {"": 7})
+        run_flags.check_same_run(args, dict(step=500), {"": 7})
 
 
 def test_nodes_may_have_other_numbers_of_workers(tmp_path, monkeypatch):
@@ -208,13 +210,13 @@ def test_nodes_may_have_other_numbers_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "gather", gather_so_far)
     for workers in ("2", "9"):
         args = train_dit.parse_args(["--out", str(tmp_path), "--workers", workers])
-        runtime.check_same_run(args, None, {"": 7})
+        run_flags.check_same_run(args, None, {"": 7})
 
 
 def test_a_disk_that_is_not_shared_is_refused(tmp_path, monkeypatch):
-    with runtime.locked(tmp_path / "samples.npz"):
+    with storage.locked(tmp_path / "samples.npz"):
         as_gathered(monkeypatch, lambda host, sees_lock: ("n1", sees_lock))
-        runtime.check_shared(tmp_path / "samples.npz")
+        storage.check_shared(tmp_path / "samples.npz")
         as_gathered(monkeypatch, lambda host, sees_lock: ("n1", False))
         with pytest.raises(ValueError, match="samples.npz is not on a disk that n1 shares with"):
-            runtime.check_shared(tmp_path / "samples.npz")
+            storage.check_shared(tmp_path / "samples.npz")

@@ -26,6 +26,7 @@ import model as model_module
 import release
 import runtime
 import sample
+import storage
 import train_dit
 from conftest import ROOT, SHIPPED, run_script, start, torchrun
 from model import RAE, Decoder, DiT, build_decoder, build_dit
@@ -177,7 +178,7 @@ def test_checkpoints_of_both_stages_hold_an_autoencoder(tmp_path):
     for path in (SHIPPED_RAE, SHIPPED):
         packed = load_packed_rae(path)
         assert packed["encoder"] == "tiny" and packed["latent_var"].shape == (192, 4, 4)
-    runtime.save_checkpoint(tmp_path / "other.pt", step=3)
+    storage.save_checkpoint(tmp_path / "other.pt", step=3)
     with pytest.raises(ValueError, match="other.pt is no checkpoint of train_decoder.py, .*mae-b"):
         load_packed_rae(tmp_path / "other.pt")
 
@@ -318,10 +319,10 @@ def test_guidance_costs_what_it_must(hub):
 @pytest.mark.shipped
 def test_upsampling_decoder_gives_twice_the_side(tmp_path):
     """256 tokens, patch 32: the other way to 512 px. Images have the size of the decoder."""
-    state = runtime.load_checkpoint(SHIPPED)
+    state = storage.load_checkpoint(SHIPPED)
     state["rae"]["decoder_patch"] = 32
     state["rae"]["decoder"] = build_decoder(state["rae"], 192, 4).state_dict()
-    runtime.save_checkpoint(tmp_path / "up.pt", **state)
+    storage.save_checkpoint(tmp_path / "up.pt", **state)
 
     run_script(sample, "--ckpt", tmp_path / "up.pt", "--n", 1, "--sampling_steps", 2,
                "--out", tmp_path / "up.npz")
@@ -359,7 +360,7 @@ def test_statistics_of_a_checkpoint_go_into_an_rae():
 
 
 def test_our_checkpoints_go_through_the_same_function():
-    state = runtime.load_checkpoint(SHIPPED)
+    state = storage.load_checkpoint(SHIPPED)
     model = build_dit(state["args"], 192, 4, 36)
     load_release(model, SHIPPED)
     for key, value in model.state_dict().items():
@@ -403,13 +404,13 @@ def write_photos(folder, n, side):
 
 def test_train_dit_starts_from_a_checkpoint(tmp_path, no_updates):
     """--init takes weights, RAE and prediction of the checkpoint."""
-    shipped = runtime.load_checkpoint(SHIPPED)
+    shipped = storage.load_checkpoint(SHIPPED)
     flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
              *QUICK_TRAINING]
 
     run_script(train_dit, *flags, "--out", tmp_path / "same")
 
-    trained = runtime.load_checkpoint(tmp_path / "same" / "last.pt")
+    trained = storage.load_checkpoint(tmp_path / "same" / "last.pt")
     for key, value in trained["model"].items():
         assert torch.equal(shipped["ema"][key], value), key
     assert trained["args"]["prediction"] == "x0"
@@ -417,7 +418,7 @@ def test_train_dit_starts_from_a_checkpoint(tmp_path, no_updates):
 
 
 def test_train_dit_starts_other_classes_with_a_new_table(tmp_path, no_updates):
-    shipped = runtime.load_checkpoint(SHIPPED)
+    shipped = storage.load_checkpoint(SHIPPED)
     write_photos(tmp_path / "two" / "cats", 4, 64)
     write_photos(tmp_path / "two" / "dogs", 4, 64)
     flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
@@ -425,7 +426,7 @@ def test_train_dit_starts_other_classes_with_a_new_table(tmp_path, no_updates):
 
     run_script(train_dit, *flags, "--data", tmp_path / "two", "--out", tmp_path / "fresh")
 
-    weights = runtime.load_checkpoint(tmp_path / "fresh" / "last.pt")["model"]
+    weights = storage.load_checkpoint(tmp_path / "fresh" / "last.pt")["model"]
     assert weights.pop(TABLE).shape == (3, 192)
     for key, value in weights.items():
         assert torch.equal(shipped["ema"][key], value), key
@@ -452,7 +453,7 @@ def test_train_dit_goes_on_from_a_release(tmp_path, hub, no_updates, monkeypatch
     run_script(train_dit, "--init", "imagenet256", *flags, "--batch", 2, *QUICK_TRAINING,
                "--out", tmp_path / "run")
 
-    trained = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    trained = storage.load_checkpoint(tmp_path / "run" / "last.pt")
     args = trained["args"]
     assert args["shift_base"] == 4096 and args["prediction"] == "v"
     assert args["ema"] == 0.9995 and args["label_std"] == 0.02
@@ -481,7 +482,7 @@ def test_train_dit_takes_a_published_autoencoder(tmp_path, small_sizes, monkeypa
                "--data", tmp_path / "photos", "--width", 16, "--heads", 1, "--depth", 1,
                "--head_width", 0, "--batch", 2, *QUICK_TRAINING, "--out", tmp_path / "run")
 
-    packed = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["rae"]
+    packed = storage.load_checkpoint(tmp_path / "run" / "last.pt")["rae"]
     assert packed["encoder"] == "dinov2-b" and packed["size"] == 256
     for key, value in read(weights_path).items():
         assert torch.equal(packed["decoder"][key], value), key
@@ -597,11 +598,11 @@ def test_a_killed_process_leaves_only_whole_images(tmp_path):
 @pytest.mark.shipped
 def test_images_of_other_weights_are_not_taken_for_its_own(tmp_path, monkeypatch):
     """Killed, retrained under the same name and to the same step: nothing is reused."""
-    state = runtime.load_checkpoint(SHIPPED)
+    state = storage.load_checkpoint(SHIPPED)
     drawn = killed_after(4, monkeypatch)
     for bias, first_drawn in ((0.0, 0), (0.0, 4), (0.1, 0)):
         state["ema"]["final_layer.linear.bias"] += bias
-        runtime.save_checkpoint(tmp_path / "last.pt", **state)
+        storage.save_checkpoint(tmp_path / "last.pt", **state)
         drawn.clear()
         with pytest.raises(KeyboardInterrupt):
             run_script(sample, "--ckpt", tmp_path / "last.pt", *QUICK, "--n", 12, "--batch", 4,

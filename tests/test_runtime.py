@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+import progress
+import run_flags
 import runtime
 import sample
+import saving
+import storage
 from conftest import torchrun
 from llm import Qwen2
 from metrics import EncoderFeatures, FeatureSet
@@ -160,7 +164,7 @@ def test_windows_with_gpus_has_gloo_alone(has_nccl, backend, joined, monkeypatch
 
 def test_memory_of_apple_gpus_is_what_the_driver_holds(monkeypatch):
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2 ** 30)
-    assert runtime.peak_memory_gib(torch.device("mps")) == 3.0
+    assert progress.peak_memory_gib(torch.device("mps")) == 3.0
 
 
 # ---------------------------------------------------------------------------- precision
@@ -272,13 +276,13 @@ def test_windows_has_fewer_signals(monkeypatch):
 def test_memory_is_unknown_without_the_module_resource(monkeypatch):
     """As on Windows."""
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert runtime.peak_memory_gib(CPU) == 0.0
+    assert progress.peak_memory_gib(CPU) == 0.0
 
 
 def test_macos_counts_memory_in_bytes(monkeypatch):
-    on_linux = runtime.peak_memory_gib(CPU)
+    on_linux = progress.peak_memory_gib(CPU)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert runtime.peak_memory_gib(CPU) == pytest.approx(on_linux / 1024, rel=0.5)
+    assert progress.peak_memory_gib(CPU) == pytest.approx(on_linux / 1024, rel=0.5)
 
 
 # ---------------------------------------------------------------------------- compiling
@@ -387,18 +391,18 @@ def test_what_sampling_runs_is_compiled():
 @pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"),
                                            (100 * 3600, "100:00:00")])
 def test_time_left_is_in_hours_minutes_and_seconds(seconds, text):
-    assert runtime.time_left(seconds) == text
+    assert progress.time_left(seconds) == text
 
 
 def test_json_has_null_for_numbers_that_are_not_finite():
     record = {"loss": float("nan"), "by_t": [1.0, float("-inf"), None], "more": {"a": (2, "x")}}
-    text = runtime.to_json(record)
+    text = storage.to_json(record)
     assert text == '{"loss": null, "by_t": [1.0, null, null], "more": {"a": [2, "x"]}}'
 
 
 @pytest.mark.parametrize("steps, warmup", [(4, 0), (60, 6), (1000, 100), (10 ** 6, 100)])
 def test_warm_up_is_a_tenth_of_short_runs(steps, warmup):
-    assert runtime.default_warmup(steps) == warmup
+    assert run_flags.default_warmup(steps) == warmup
 
 
 @pytest.mark.parametrize("has_gpu, cores, processes, workers", [
@@ -408,7 +412,7 @@ def test_loader_workers_are_the_cores_that_a_gpu_leaves_free(has_gpu, cores, pro
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert runtime.default_workers() == workers
+    assert run_flags.default_workers() == workers
 
 
 # ---------------------------------------------------------------------------- data that changed
@@ -421,14 +425,14 @@ OLD = {"": {"images": 16, "names": "a"}}
     ({}, "--data is gone"),
     ({**OLD, "b": {"images": 2, "names": "c"}}, "source b of --data was not there")])
 def test_data_that_changed_since_the_checkpoint_are_told(now, told):
-    assert told in runtime.describe_change({"data": OLD}, now, hold_out=0)
+    assert told in saving.describe_change({"data": OLD}, now, hold_out=0)
     with pytest.raises(ValueError, match=f"{told}.*would move into training"):
-        runtime.describe_change({"data": OLD}, now, hold_out=3)
+        saving.describe_change({"data": OLD}, now, hold_out=3)
 
 
 @pytest.mark.parametrize("resumed", [{"data": OLD}, {}, None], ids=["same", "older", "new run"])
 def test_data_that_did_not_change_need_no_word(resumed):
-    assert runtime.describe_change(resumed, OLD, hold_out=3) is None
+    assert saving.describe_change(resumed, OLD, hold_out=3) is None
 
 
 # ---------------------------------------------------------------------------- one for all

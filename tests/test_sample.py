@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
 import sample
+import storage
 from conftest import ROOT, SHIPPED, run_script, start
 from release import load_dit
 from sample import (
@@ -787,7 +787,7 @@ def test_prompts_and_classes_have_files_of_their_own():
 
 
 def test_weak_checkpoint_must_share_the_latents(tmp_path):
-    state = runtime.load_checkpoint(SHIPPED)
+    state = storage.load_checkpoint(SHIPPED)
     state["rae"]["latent_mean"] = state["rae"]["latent_mean"] + 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt has other classes or latents than --ckpt"):
@@ -801,7 +801,7 @@ def test_weights_that_the_checkpoint_lacks_are_named():
 
 @pytest.mark.shipped
 def test_guidance_needs_label_dropout_in_training(tmp_path):
-    state = runtime.load_checkpoint(SHIPPED)
+    state = storage.load_checkpoint(SHIPPED)
     state["args"]["class_dropout"] = 0
     torch.save(state, tmp_path / "no_dropout.pt")
     with pytest.raises(ValueError, match="needs a model trained with label dropout"):

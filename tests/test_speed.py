@@ -15,6 +15,7 @@ import bench
 import growth
 import release
 import runtime
+import speed
 import train_decoder
 import train_dit
 import train_t2i
@@ -80,7 +81,7 @@ def modules_and_inputs():
 def test_forward_passes_count_as_in_torch():
     for name, function, inputs in modules_and_inputs():
         state = torch.get_rng_state()
-        flops = runtime.count_flops(function, *inputs).forward
+        flops = speed.count_flops(function, *inputs).forward
         assert torch.equal(torch.get_rng_state(), state), name
         with torch.no_grad(), torch_counter() as counter:
             function(*inputs)
@@ -91,13 +92,13 @@ def test_forward_passes_count_as_in_torch():
 def test_compiled_blocks_count_without_being_compiled():
     dit = tiny_dit().eval()
     inputs = (latents(), torch.rand(1), torch.zeros(1, dtype=torch.long))
-    flops = runtime.count_flops(dit, *inputs)
+    flops = speed.count_flops(dit, *inputs)
 
     def refuse(graph, example_inputs):
         raise AssertionError("compiled")
 
     runtime.compile_blocks(dit, backend=refuse)
-    assert runtime.count_flops(dit, *inputs) == flops
+    assert speed.count_flops(dit, *inputs) == flops
 
 
 @pytest.mark.filterwarnings("ignore:--.*width .* is below")
@@ -137,7 +138,7 @@ def test_a_step_of_the_decoder_counts_as_in_torch(flags, decoded_twice):
         else:
             trainer.plain_step(stream, train_discriminator=False)
 
-    again = decoded_twice * runtime.count_flops(networks.ema[0], latents()).forward
+    again = decoded_twice * speed.count_flops(networks.ema[0], latents()).forward
     assert 8 * (ours + again) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -198,18 +199,18 @@ def test_the_mfu_of_text_to_image_counts_what_is_in_each_micro_batch(tmp_path, m
 def test_peaks_of_gpus_by_their_names(name, bf16, fp32):
     for dtype, teraflops in (("bf16", bf16), ("fp32", fp32)):
         expected = None if teraflops is None else pytest.approx(teraflops * 1e12)
-        assert runtime.gpu_peak_flops(name, dtype) == expected
+        assert speed.gpu_peak_flops(name, dtype) == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_peak_of_a_cpu_is_measured_without_random_numbers(dtype):
     state = torch.get_rng_state()
-    assert 1e9 < runtime.peak_flops(CPU, dtype) < 1e14
+    assert 1e9 < speed.peak_flops(CPU, dtype) < 1e14
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_on_an_unknown_device_there_is_no_mfu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: None)
     run_script(train_dit, *CACHED_DIT_FLAGS, "--steps", 2, "--out", tmp_path)
     first, *records = read_log(tmp_path)
     assert first["peak_flops"] is None

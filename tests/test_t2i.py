@@ -19,6 +19,7 @@ import dry_run
 import release
 import runtime
 import sample
+import storage
 import train_dit
 import train_t2i
 from conftest import (
@@ -1110,7 +1111,7 @@ def test_bad_flags(flags, message, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- files of the user
 def test_a_file_that_holds_no_autoencoder_is_refused(tmp_path, capsys):
-    runtime.save_checkpoint(tmp_path / "x.pt", x=1)
+    storage.save_checkpoint(tmp_path / "x.pt", x=1)
     with pytest.raises(SystemExit):
         parse(tmp_path, "--rae", tmp_path / "x.pt")
     assert "x.pt is no checkpoint of train_decoder.py" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from model import (
     build_dit,
 )
 from release import load_dit, load_release
-from runtime import save_checkpoint
+from storage import save_checkpoint
 from t2i import LONGEST_PROMPT, check_prompt
 from test_model import randomise, small_model
 

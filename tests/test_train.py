@@ -17,8 +17,10 @@ from PIL import Image
 
 import eval_decoder
 import release
+import run_flags
 import runtime
 import sample
+import storage
 import train_decoder
 import train_dit
 import train_t2i
@@ -93,14 +95,14 @@ def test_resume_is_exact_to_the_bit(script, flags, tmp_path):
 @both_stages
 def test_resume_forgets_what_was_logged_after_the_checkpoint(script, flags, tmp_path, monkeypatch):
     """Resumed from step 4 of a run that has logged 6, with all flags and another loader."""
-    original = runtime.save_checkpoint
+    original = storage.save_checkpoint
 
     def save_and_keep(path, **state):
         original(path, **state)
         shutil.copy(path, tmp_path / f"step_{state['step']}.pt")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "save_checkpoint", save_and_keep)
+        patch.setattr(storage, "save_checkpoint", save_and_keep)
         run_script(script, *flags, "--steps", 6, "--out", tmp_path)
     straight = load_last(tmp_path)
     shutil.copy(tmp_path / "step_4.pt", tmp_path / "last.pt")
@@ -114,7 +116,7 @@ def test_resume_forgets_what_was_logged_after_the_checkpoint(script, flags, tmp_
 def test_resume_writes_to_the_folder_that_it_reads(tmp_path, monkeypatch):
     """A run whose folder was moved is not taken back to its old place."""
     args = train_dit.parse_args([*DIT_FLAGS, "--out", str(tmp_path / "old")])
-    state = {"args": runtime.flags_as_dict(args), "num_classes": 36}
+    state = {"args": run_flags.flags_as_dict(args), "num_classes": 36}
     torch.save(state, tmp_path / "last.pt")
     monkeypatch.setitem(train_dit.DEFAULTS, "out", str(tmp_path))
     assert train_dit.parse_args(["--resume"]).out == str(tmp_path)
@@ -122,10 +124,10 @@ def test_resume_writes_to_the_folder_that_it_reads(tmp_path, monkeypatch):
 
 def test_kill_in_mid_save_leaves_the_last_whole_checkpoint(tmp_path):
     """A child saves ever larger checkpoints without pause and is killed at random moments."""
-    code = ("import torch, runtime\n"
+    code = ("import torch, storage\n"
             "for step in range(10**6):\n"
             "    x = torch.full((300_000,), step)\n"
-            "    runtime.save_checkpoint('last.pt', step=step, x=x)\n")
+            "    storage.save_checkpoint('last.pt', step=step, x=x)\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for delay in (0.05, 0.11, 0.17):
         child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
@@ -135,7 +137,7 @@ def test_kill_in_mid_save_leaves_the_last_whole_checkpoint(tmp_path):
         time.sleep(delay)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        state = runtime.load_checkpoint(tmp_path / "last.pt")
+        state = storage.load_checkpoint(tmp_path / "last.pt")
         assert (state["x"] == state["step"]).all()
 
 
@@ -255,7 +257,7 @@ def test_what_never_happens_in_a_run_is_told(flags, warning, tmp_path, capsys):
             print(line)
 
     args = train_t2i.parse_args([str(flag) for flag in [*flags, "--out", tmp_path]])
-    runtime.warn_of_flags(Screen(), args, resumed=None)
+    run_flags.warn_of_flags(Screen(), args, resumed=None)
     assert warning in capsys.readouterr().out
 
 
@@ -271,7 +273,7 @@ def test_overwriting_removes_the_old_checkpoint_at_once(tmp_path, monkeypatch):
     def die_before_the_first_save(path, **state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "save_checkpoint", die_before_the_first_save)
+    monkeypatch.setattr(storage, "save_checkpoint", die_before_the_first_save)
     with pytest.raises(KeyboardInterrupt):
         run_script(train_dit, *DIT_FLAGS, "--steps", 1, "--out", tmp_path, "--overwrite")
 

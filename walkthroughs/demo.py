@@ -18,9 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval_decoder
 import eval_fid
+import progress
 import release
+import run_flags
 import runtime
 import sample
+import storage
 from data import load_images, open_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,12 +40,12 @@ TRAINING_FLAGS = ("--preview_every", 0, "--workers", 0, "--overwrite")
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("--out", type=Path, default=Path("runs/demo"),
                    help="Folder of pictures and runs.")
-    p.add_argument("--decoder_steps", type=runtime.at_least(1), default=1400,
+    p.add_argument("--decoder_steps", type=run_flags.at_least(1), default=1400,
                    help="Steps of the decoder's training.")
-    p.add_argument("--dit_steps", type=runtime.at_least(1), default=2800,
+    p.add_argument("--dit_steps", type=run_flags.at_least(1), default=2800,
                    help="Steps of the DiT's training.")
     return p.parse_args(argv)
 
@@ -131,7 +134,7 @@ def logged_losses(run):
     """The (step, loss) points in a run's log.jsonl."""
     points = []
     for line in (run / "log.jsonl").read_text("utf-8").splitlines():
-        record = runtime.read_record(line)
+        record = progress.read_record(line)
         if record is not None and isinstance(record.get("loss"), float):        # null: not finite
             points.append((record["step"], record["loss"]))
     return points
@@ -153,7 +156,7 @@ def draw_pictures(out):
 # %% All of it, and the numbers
 def main(options):
     out = options.out
-    runtime.check_out(out)
+    storage.check_out(out)
     out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     reconstruction, generation = run_stages(options)
@@ -171,8 +174,8 @@ def main(options):
         print(f"{name:36}{value:10.1f}{in_readme:10.1f}{aim:>10}")
     by_stage = [f"{stage} {value:.1f}" for stage, value in minutes.items()]
     print(f"minutes by stage: {', '.join(by_stage)}")
-    numbers = runtime.to_json(dict(figures=figures, minutes=minutes)) + "\n"
-    runtime.write_whole(out / "numbers.json", lambda f: f.write(numbers.encode()))
+    numbers = storage.to_json(dict(figures=figures, minutes=minutes)) + "\n"
+    storage.write_whole(out / "numbers.json", lambda f: f.write(numbers.encode()))
     print(f"look at {out}/reconstructions.png, {out}/samples.png, {out}/losses.png")
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 warnings.filterwarnings("ignore", message="IProgress")         # of tqdm, in a bare notebook
 
 import runtime  # noqa: E402
+import storage  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IS_NOTEBOOK = "ipykernel" in sys.modules
@@ -52,7 +53,7 @@ class Lesson:
         if not IS_NOTEBOOK:
             sys.excepthook = end_in_one_line
         flags = self.read_flags()
-        runtime.check_out(flags.out)
+        storage.check_out(flags.out)
         self.quick, self.full = flags.quick, flags.full
         self.folder = flags.out / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ class Lesson:
         plt.close(figure)
         picture = Image.open(drawn).convert("RGB").quantize(256)        # a third of the bytes
         path = self.folder / f"{name}.png"
-        runtime.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
+        storage.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
         print(f"figure: {shown_path(path)}")
         if IS_NOTEBOOK:
             from IPython.display import Image as ShownImage
@@ -111,8 +112,8 @@ class Lesson:
     def end(self):
         """Keep the numbers in numbers.json, with the time that the lesson took."""
         seconds = time.time() - self.start
-        content = runtime.to_json(dict(seconds=seconds, numbers=self.numbers)).encode()
-        runtime.write_whole(self.folder / "numbers.json", lambda f: f.write(content))
+        content = storage.to_json(dict(seconds=seconds, numbers=self.numbers)).encode()
+        storage.write_whole(self.folder / "numbers.json", lambda f: f.write(content))
         print(f"{self.name}: {seconds:.0f} s, figures and numbers are in "
               f"{shown_path(self.folder)}")
 
@@ -149,7 +150,7 @@ class Lesson:
         everything = read_json(kept) if kept.exists() else {}
         everything[name] = dict(
             command=f"python walkthroughs/{self.name}.py --full", date=str(date.today()),
-            device=platform.machine(), torch=torch.__version__, commit=runtime.git_commit(),
+            device=platform.machine(), torch=torch.__version__, commit=storage.git_commit(),
             seeds=list(seeds), results=results)
         write_json(kept, everything)
         partial.unlink()
@@ -187,7 +188,7 @@ def read_json(path):
 
 def write_json(path, content):
     text = json.dumps(content, indent=1) + "\n"
-    runtime.write_whole(path, lambda f: f.write(text.encode()))
+    storage.write_whole(path, lambda f: f.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------- training
@@ -202,7 +203,7 @@ def train(script, folder, seed=0, main_arguments=None, **flags):
     args = script.parse_args(command_line(flags))
     script.main(args, **(main_arguments or {}))
     path = Path(folder) / "last.pt"
-    if runtime.load_checkpoint(path)["step"] < args.steps:
+    if storage.load_checkpoint(path)["step"] < args.steps:
         raise KeyboardInterrupt("stopped in a training; finished runs of --full are kept")
     return path
 

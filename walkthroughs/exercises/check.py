@@ -18,6 +18,7 @@ from comparison import Failed, Wrong
 from hints import find_hint
 from references import EXERCISES
 
+import run_flags
 import runtime
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ HOLE = "your code here"           # the message of the NotImplementedError in a 
 
 
 def parse_args(argv=None):
-    p = runtime.Parser(__doc__, {})
+    p = run_flags.Parser(__doc__, {})
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"Exercises to check, of {', '.join(EXERCISES)} (default: all).")
     p.add_argument("--dir", type=Path, default=HERE,
