@@ -165,11 +165,11 @@ class Log:
         self.write(dict(step=step, loss=loss, grad=grad_norm, lr=lr, img_per_s=images_per_second,
                         mfu=mfu, gib=gib, eta_h=seconds_left / 3600, **more))
         self.bar.update(step - self.bar.n)
-        speed = f"{images_per_second:.0f} img/s"
+        throughput = f"{images_per_second:.0f} img/s"
         if mfu is not None:
-            speed += f" | {100 * mfu:.1f}% MFU"
+            throughput += f" | {100 * mfu:.1f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
-                 f"| {speed} | {gib:.1f} GiB | {time_left(seconds_left)} left")
+                 f"| {throughput} | {gib:.1f} GiB | {time_left(seconds_left)} left")
         self.flops = 0
         self.last_step, self.last_time = step, time.time()
 

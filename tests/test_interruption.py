@@ -459,6 +459,13 @@ def test_a_released_lock_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checkpoints_hold_the_lock_of_their_folder(tmp_path):
+    args = train_dit.parse_args(["--out", str(tmp_path)])
+    lock = storage.lock(tmp_path, is_folder=True)
+    checkpoints = saving.Checkpoints(args, 0, log=None, lock=lock)
+    assert checkpoints.lock is lock
+
+
 # ---------------------------------------------------------------------------- the log
 def open_log(folder, start=0):
     args = train_dit.parse_args(["--steps", "100", "--out", str(folder)])
