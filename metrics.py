@@ -964,7 +964,7 @@ def one_line(results):
 
 def environment(device):
     """What ran: commit, version of torch and device, to be kept with results."""
-    return dict(commit=storage.git_commit(), torch=torch.__version__, device=device.type)
+    return dict(commit=progress.git_commit(), torch=torch.__version__, device=device.type)
 
 
 def report(results, seconds, path=None):

@@ -1,6 +1,7 @@
-"""The log of a run, progress bars, memory."""
+"""The log of a run and what it records: progress, memory, the commit."""
 import json
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,14 @@ import run_flags
 import runtime
 import speed
 import storage
+
+
+def git_commit():
+    """Short hash of the commit that is checked out, or "unknown" without a repository or git."""
+    folder = Path(__file__).resolve().parent
+    result = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=folder,
+                            text=True, capture_output=True)
+    return result.stdout.strip() or "unknown"
 
 
 def peak_memory_gib(device):
@@ -29,6 +38,7 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
+# ---------------------------------------------------------------------------- progress bars
 def time_left(seconds):
     """A duration as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -49,6 +59,7 @@ def progress_bar(items, description, total=None):
     return tqdm(items, total=total, **options)
 
 
+# ---------------------------------------------------------------------------- log
 class Log:
     """A progress bar and lines on the screen, the same records in OUT/log.jsonl. Only rank 0
     writes.
@@ -73,7 +84,7 @@ class Log:
         if args.wandb and rank == 0:
             self.wandb = start_wandb(args)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self.write(dict(args=run_flags.flags_as_dict(args), commit=storage.git_commit(),
+        self.write(dict(args=run_flags.flags_as_dict(args), commit=git_commit(),
                         torch=torch.__version__, device=name, peak_flops=self.peak_flops,
                         tf32=runtime.uses_tf32(device),
                         python=platform.python_version(), parameters=parameters,
@@ -174,8 +185,8 @@ class Log:
         self.last_step, self.last_time = step, time.time()
 
     def flops_utilisation(self, seconds):
-        """MFU of the last seconds: the FLOPs of the model, of those that matmuls alone could have
-        computed in that time. None: the device's peak, or the FLOPs are not known.
+        """MFU of the last seconds: the FLOPs of the model as a fraction of those that matmuls alone
+        could have computed in that time. None: the device's peak or the FLOPs are not known.
 
         It counts what the training needs, once, however often it is computed. Reading images,
         saving, previews and evaluations since the last line take time and add no FLOPs.

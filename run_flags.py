@@ -18,6 +18,7 @@ import runtime
 import storage
 
 
+# ---------------------------------------------------------------------------- parser
 def at_least(low, below=math.inf):
     """A type for argparse: a number of the type of `low`, in [low, below)."""
     def number(text):
@@ -119,6 +120,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+# ---------------------------------------------------------------------------- flags of a run
 def default_workers():
     """Loader processes of each process: where a GPU computes, its part of the cores, at most 12; on
     CPUs, whose cores compute, 1.
@@ -173,6 +175,7 @@ def add_run_flags(p):
                    help="Project of Weights & Biases to log to as well (pip install wandb).")
 
 
+# ---------------------------------------------------------------------------- resumed runs
 def with_resume(args, defaults):
     """A copy of args in which --auto_resume has become --resume, if there is a checkpoint."""
     values = vars(args)
@@ -268,6 +271,7 @@ def check_same_run(args, resumed, data):
                              f"copy the images once more")
 
 
+# ---------------------------------------------------------------------------- defaults and checks
 def default_warmup(steps):
     """Steps of warm-up: 100, or a tenth of a run of less than 1000 steps."""
     return min(100, steps // 10)

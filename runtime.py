@@ -1,4 +1,5 @@
-"""What every script needs around its loop: processes, signals, precision, seeds, EMA, schedules.
+"""What every script needs around its loop: processes, signals, precision, compilation, seeds, EMA,
+schedules.
 
 Randomness depends only on (seed, step, number of the micro-batch) and the data only on the step, so
 that a resumed run is exact to the bit on CPU, and k processes with one micro-batch each compute
@@ -26,9 +27,9 @@ AMPERE = (8, 0)      # capability from which on GPUs compute in bf16 and TF32
 
 
 def default_dtype():
-    """"bf16" where its matmuls are faster than those of fp32: on GPUs from Ampere on (capability
-    8.0; a T4 or V100 only emulates it), and on CPUs with AMX or AVX512-BF16. On others, as those
-    with AVX2 alone, and on Apple's GPUs "fp32".
+    """The default of --dtype: "bf16" where its matmuls are faster than those of fp32, on GPUs from
+    Ampere on (capability 8.0; a T4 or V100 only emulates it), and on CPUs with AMX or AVX512-BF16.
+    On other CPUs, such as those with AVX2 alone, and on Apple's GPUs it is "fp32".
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability() >= AMPERE else "fp32"
@@ -444,7 +445,7 @@ def say_in_handler(line):
         os.write(2, f"\n{line}\n".encode())
 
 
-# ---------------------------------------------------------------------------- training steps
+# ---------------------------------------------------------------------------- precision and speed
 def autocast(device, dtype):
     """Context in which matmuls run in bf16 if dtype is "bf16", and in fp32 otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
@@ -519,6 +520,7 @@ def sync_gradients(model, now):
     return model.no_sync()
 
 
+# ---------------------------------------------------------------------------- training steps
 def seed_step(seed, step, micro):
     """Seed torch for one micro-batch, whichever process computes it."""
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + micro)    # primes keep near triples apart

@@ -1,4 +1,4 @@
-"""When a run writes its checkpoint, which one is sane, and what a resumed run reads of it."""
+"""When a run writes a checkpoint, which checkpoint is sane, and what a resumed run reads."""
 import math
 import os
 import shlex
@@ -14,6 +14,7 @@ import runtime
 import storage
 
 
+# ---------------------------------------------------------------------------- resuming
 def load_resumable(args):
     """The checkpoint OUT/last.pt of --resume. Raises ValueError if its run is complete."""
     path = Path(args.out) / "last.pt"
@@ -26,6 +27,9 @@ def load_resumable(args):
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} "
                          f"to go on")
     return state
+
+
+ADAM_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}         # that torch keeps of a parameter
 
 
 def load_optimizer(optimizer, state):
@@ -43,9 +47,6 @@ def load_optimizer(optimizer, state):
         names = ADAM_MOMENTS
     shapes = {parameter: parameter.shape for parameter in optimizer.state}
     check_moments(optimizer.state, shapes, names)
-
-
-ADAM_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def check_moments(states, shapes, names):
@@ -90,6 +91,7 @@ def describe_change(resumed, current, hold_out):
     return f"{change}; the run goes on with them, in another order"
 
 
+# ---------------------------------------------------------------------------- sane weights
 class Updates:
     """Which of the last updates were left out, as their gradients were not finite.
 
@@ -124,6 +126,7 @@ def first_not_finite(named_tensors):
     return None
 
 
+# ---------------------------------------------------------------------------- saving
 class Snapshot:
     """Copies a state to the CPU, where training does not change it while a thread writes it.
 

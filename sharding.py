@@ -265,7 +265,7 @@ class Checkpoints:
         self.writing = None
         self.newest = None                             # the last folder that is complete
         self.is_behind = False                         # the last folder could not be written
-        check_shared(self.out)
+        storage.check_shared(self.out, is_folder=True)
 
     def begin(self, start):
         """Remove what killed processes left half-written, and at step 0 checkpoints of other
@@ -352,14 +352,6 @@ class Checkpoints:
     def say_stopped(self):
         """Say how to go on, as the last line of a run that was asked to stop."""
         self.files.say_stopped()
-
-
-def check_shared(out):
-    """Raise ValueError unless all processes, which write there, see the lock of rank 0 in OUT."""
-    sees_lock = runtime.gather((Path(out) / ".lock").exists())
-    if sees_lock[0] and not all(sees_lock):            # rank 0 has no lock on Windows
-        raise ValueError(f"--out {out} is not on a disk that all nodes share, and each process "
-                         f"writes its pieces of a checkpoint there; name a folder on such a disk")
 
 
 def folder_of(path):

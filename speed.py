@@ -1,4 +1,4 @@
-"""FLOPs of a model, counted, and those that a device could compute."""
+"""FLOPs that a model needs, counted, and those that a device could compute, for the log's MFU."""
 import time
 from typing import NamedTuple
 
@@ -97,8 +97,9 @@ def count_flops(function, *inputs):
     return Flops(counter.weights, counter.activations)
 
 
-# Matmuls of GPUs in TFLOP/s, dense, with sums in fp32: in bf16, and in fp32 as setup() has it
-# (TF32). None: they are emulated. Words of torch.cuda.get_device_name, the more special first.
+# Matmuls of GPUs in TFLOP/s, dense, with sums in fp32: in bf16, and in fp32 as runtime.setup() has
+# it (TF32). None: they are emulated. Keys: words of torch.cuda.get_device_name(), the more special
+# ones first, since the first that fits counts.
 # Source: NVIDIA's data sheets and white papers of each; many of them give twice the number, for
 # sparse matrices.
 GPU_PEAKS = {

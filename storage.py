@@ -1,11 +1,10 @@
-"""Files that are whole or not there, locks, and checkpoints as files."""
+"""Files: downloads, writing them whole or not at all, locks, checks of paths, checkpoints."""
 import contextlib
 import errno
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -22,6 +21,7 @@ except ImportError:                # Windows has no such locks
 import runtime
 
 
+# ---------------------------------------------------------------------------- downloads
 @contextlib.contextmanager
 def fetching(what, advice):
     """Turn what a failing download raises inside the block into a FileNotFoundError with advice."""
@@ -42,11 +42,12 @@ def fetch_hub(repository, patterns):
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
 
 
+# ---------------------------------------------------------------------------- writing
 def write_whole(path, write):
     """Write a file that is there whole or not at all, and its folder, if that is not there.
 
     write: function of an open file. It writes to a temporary name, which is flushed and renamed.
-    Raises OSError that names the path; a file of before is then as it was.
+    Raises OSError that names the path; the file that was there before is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -99,6 +100,7 @@ def without_nan(value):
     return value
 
 
+# ---------------------------------------------------------------------------- locks
 class Lock:
     """The right to write to a path, which only one process has, until it ends or releases it.
 
@@ -137,18 +139,20 @@ class Lock:
             self.file = None
 
 
-def lock_file(path):
-    """The file that locks an output file X: .X.lock beside it."""
+def lock_file(path, is_folder=False):
+    """The file that locks an output: of a folder OUT/.lock, of a file X .X.lock beside it."""
+    if is_folder:
+        return Path(path) / ".lock"
     return Path(path).with_name(f".{Path(path).name}.lock")
 
 
 def lock(path, is_folder=False):
-    """Lock an output: a folder, by OUT/.lock, or a file X, by .X.lock beside it. Returns a Lock.
+    """Lock an output, a folder or a file. Returns a Lock.
 
     Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
     another run has it.
     """
-    file = Path(path) / ".lock" if is_folder else lock_file(path)
+    file = lock_file(path, is_folder)
     taken, problem = None, None
     if runtime.process_rank() == 0:
         try:
@@ -172,19 +176,20 @@ def locked(path):
             taken.release()
 
 
-def check_shared(path):
-    """Raise ValueError unless all processes see the lock that rank 0 has on a file: its disk must
-    be shared where all of them write what rank 0 reads.
+def check_shared(path, is_folder=False):
+    """Raise ValueError unless all processes see the lock that rank 0 has on an output: its disk
+    must be shared, since all of them write there.
     """
-    file = lock_file(path)
+    file = lock_file(path, is_folder)
     sees_lock = runtime.gather((platform.node(), file.exists()))
     for host, is_seen in sees_lock:
         if sees_lock[0][1] and not is_seen:            # rank 0 has no lock on Windows
             raise ValueError(f"{path} is not on a disk that {host} shares with "
-                             f"{sees_lock[0][0]}, whose process puts the files of all together; "
+                             f"{sees_lock[0][0]}, and the processes of all nodes write there; "
                              f"name an --out on a shared disk")
 
 
+# ---------------------------------------------------------------------------- checks of paths
 def check_out(path, flag="--out"):
     """Raise ValueError if a path that is to be written was left empty, or cannot be written to."""
     if not str(path).strip():
@@ -214,6 +219,7 @@ def check_suffix(path, suffixes, flag="--out"):
                      f"{files}{or_folder}")
 
 
+# ---------------------------------------------------------------------------- checkpoints
 def save_checkpoint(path, **state):
     """Write a checkpoint of tensors and plain types as one file. Raises OSError."""
     write_whole(path, lambda f: torch.save(state, f))
@@ -266,11 +272,3 @@ def read_nested_safetensors(path):
             tensor = f.get_tensor(key)
             node[leaf] = tensor.float() if tensor.is_floating_point() else tensor
     return state
-
-
-def git_commit():
-    """Short hash of the commit that is checked out, or "unknown" without a repository or git."""
-    folder = Path(__file__).resolve().parent
-    result = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=folder,
-                            text=True, capture_output=True)
-    return result.stdout.strip() or "unknown"

@@ -988,7 +988,7 @@ def count_image_flops(networks, args, device):
     side = networks.discriminator.image_size
     seen = torch.zeros(1, 3, side, side, device=device)
     vit = speed.count_flops(networks.discriminator.vit.forward_features, seen)
-    both = speed.count_flops(networks.discriminator, drawn)           # the ViT and its heads
+    both = speed.count_flops(networks.discriminator, drawn)             # the ViT and its heads
     training = vit.forward + both.training - vit.training               # the ViT is frozen
     return ImageFlops(flops, 2 * training, both.frozen)                 # 2: a fake and a real one
 

@@ -562,8 +562,9 @@ class Losses:
         self.args = args
         self.by_time = runtime.LossByTime(device)
         self.sums = torch.zeros(2, device=device)          # cross-entropy, regression error
-        self.counts = torch.zeros(2)                       # tokens, images; on the CPU, where
-        self.num_cut = torch.zeros(1)                      # they are known
+        # Counts are known on the CPU, and stay there.
+        self.counts = torch.zeros(2)                       # tokens, images
+        self.num_cut = torch.zeros(1)                      # prompts longer than the context
 
     def add(self, micro, t, cross_entropy, error, flow):
         """Add the losses of a micro-batch, as T2I returns them, with flow matching at times t."""
@@ -599,7 +600,7 @@ class Flops:
         weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
         token = speed.Flops(2 * weights, 0)
         label = speed.Flops(2 * d * vocab, 0)
-        pair = speed.Flops(0, 4 * len(layers) * d)        # of tokens that attend to each other
+        pair = speed.Flops(0, 4 * len(layers) * d)          # of tokens that attend to each other
         if args.freeze_llm:                                 # gradients still go to the queries
             self.token, self.label, self.pair = token.frozen, label.frozen, pair.frozen
         else:

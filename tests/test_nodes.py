@@ -213,10 +213,13 @@ def test_nodes_may_have_other_numbers_of_workers(tmp_path, monkeypatch):
         run_flags.check_same_run(args, None, {"": 7})
 
 
-def test_a_disk_that_is_not_shared_is_refused(tmp_path, monkeypatch):
-    with storage.locked(tmp_path / "samples.npz"):
-        as_gathered(monkeypatch, lambda host, sees_lock: ("n1", sees_lock))
-        storage.check_shared(tmp_path / "samples.npz")
-        as_gathered(monkeypatch, lambda host, sees_lock: ("n1", False))
-        with pytest.raises(ValueError, match="samples.npz is not on a disk that n1 shares with"):
-            storage.check_shared(tmp_path / "samples.npz")
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_a_disk_that_is_not_shared_is_refused(tmp_path, monkeypatch, is_folder):
+    out = tmp_path / "out"
+    lock = storage.lock(out, is_folder)
+    as_gathered(monkeypatch, lambda host, sees_lock: ("n1", sees_lock))
+    storage.check_shared(out, is_folder)
+    as_gathered(monkeypatch, lambda host, sees_lock: ("n1", False))
+    with pytest.raises(ValueError, match="out is not on a disk that n1 shares with"):
+        storage.check_shared(out, is_folder)
+    lock.release()

@@ -24,6 +24,7 @@ from PIL import Image
 
 warnings.filterwarnings("ignore", message="IProgress")         # of tqdm, in a bare notebook
 
+import progress  # noqa: E402
 import runtime  # noqa: E402
 import storage  # noqa: E402
 
@@ -150,7 +151,7 @@ class Lesson:
         everything = read_json(kept) if kept.exists() else {}
         everything[name] = dict(
             command=f"python walkthroughs/{self.name}.py --full", date=str(date.today()),
-            device=platform.machine(), torch=torch.__version__, commit=storage.git_commit(),
+            device=platform.machine(), torch=torch.__version__, commit=progress.git_commit(),
             seeds=list(seeds), results=results)
         write_json(kept, everything)
         partial.unlink()
