@@ -71,11 +71,11 @@ class ImageTable:
         return len(self.rows)
 
     def __getitem__(self, i):
-        start, offset, size, line, name, texts, label = self.rows[i].item()
-        line = self.text[start:start + line].tobytes()
-        name = line[:name].decode(errors="surrogatepass")
-        texts = line[texts:-1].decode(errors="surrogatepass")
-        texts = [""] if texts == "['']" else literal_eval(texts)
+        start, offset, size, line_bytes, name_bytes, texts_start, label = self.rows[i].item()
+        line = self.text[start:start + line_bytes].tobytes()
+        name = line[:name_bytes].decode(errors="surrogatepass")
+        texts = line[texts_start:-1].decode(errors="surrogatepass")
+        texts = [""] if texts == "['']" else literal_eval(texts)       # which is slow
         return ListedImage(self.path_of(name), offset, size, name, self.header["labels"][label],
                            texts)
 

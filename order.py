@@ -9,7 +9,7 @@ import numpy as np
 # Their permutation takes 8 MB, and ImageNet's 1.28 million keep the order of earlier versions.
 AT_ONCE = 2**21
 # Images of 100 KB that lie beside each other in a tar make up 25 MB, enough to read it at the speed
-# of a disk; as many different pieces are mixed, so that classes which lie beside each other are.
+# of a disk. As many different pieces are mixed, so that classes that lie apart meet in a batch.
 PIECE = 2**8
 BUFFER = 2**8 * PIECE      # 65,536 images, of 100 KB 6.6 GB: the page cache of a node holds them
 
@@ -18,8 +18,8 @@ class EpochOrder:
     """The order of images 0 to length - 1, another one in every epoch.
 
     Up to AT_ONCE images it is a random permutation. Above it, PIECEs of neighbours come in random
-    order, and are shuffled within a BUFFER of pieces. The borders of the pieces are others in every
-    epoch. In either case, every epoch has each image once.
+    order, and are shuffled within a BUFFER of pieces. The borders of the pieces differ between
+    epochs. In either case, every epoch has each image once.
 
     seed: of the run. source: index of the images' source in its mixture
     """
@@ -90,7 +90,7 @@ class AllBut:
 def split_images(n, hold_out):
     """Part images 0 to n - 1 at random; the same for every seed, so that runs can be compared.
 
-    Of fewer held-out images, all are among those of more.
+    The images of a smaller `hold_out` are among those of a larger one.
     Returns: those to train on, and the `hold_out` others: sequences of integers
     """
     rng = np.random.default_rng(0)

@@ -149,7 +149,10 @@ def count_parameters(module):
 
 
 def count_flops(run):
-    """FLOPs of the matmuls in run(), attention as two of them."""
+    """FLOPs of the matmuls in run(), attention as two of them.
+
+    What the backward pass recomputes counts, too; speed.count_flops leaves it out, for the MFU.
+    """
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):        # what is counted of attention on CPUs
         run()
