@@ -175,7 +175,7 @@ class Checkpoints:
     def __init__(self, args, rank, log, lock, in_background=False):
         self.out, self.steps = Path(args.out), args.steps
         self.save_every, self.log_every = args.save_every, args.log_every
-        self.rank, self.log, self.lock = rank, log, storage.lock
+        self.rank, self.log, self.lock = rank, log, lock
         self.updates = Updates()
         self.unread = deque()                          # of steps: (number, norm, loss)
         self.saved_step = None                         # by this process
