@@ -1076,7 +1076,7 @@ def end_with(trainer):
 def read_lists(loader, seconds):
     """Yield what the loader yields, for each of which its workers have so many seconds.
 
-    Raises: ValueError if a worker is killed or hangs
+    Raises: ValueError if a worker is killed or hangs, or raises one
     """
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
@@ -1100,6 +1100,8 @@ def read_lists(loader, seconds):
                     "only large, give more --workers") from None
             if is_of_dead_worker(error):
                 raise died(error) from None
+            if isinstance(error, ValueError):     # of a worker, whose traceback is in the message
+                raise ValueError(str(error).rpartition("ValueError: ")[2].rstrip()) from None
             raise
         finally:
             done.set()

@@ -73,11 +73,15 @@ class ImageTable:
     def __getitem__(self, i):
         start, offset, size, line_bytes, name_bytes, texts_start, label = self.rows[i].item()
         line = self.text[start:start + line_bytes].tobytes()
-        name = line[:name_bytes].decode(errors="surrogatepass")
-        texts = line[texts_start:-1].decode(errors="surrogatepass")
-        texts = [""] if texts == "['']" else literal_eval(texts)       # which is slow
-        return ListedImage(self.path_of(name), offset, size, name, self.header["labels"][label],
-                           texts)
+        try:
+            name = line[:name_bytes].decode(errors="surrogatepass")
+            texts = line[texts_start:-1].decode(errors="surrogatepass")
+            texts = [""] if texts == "['']" else literal_eval(texts)   # which is slow
+            label = self.header["labels"][label]
+        except (ValueError, SyntaxError, LookupError) as error:
+            raise ValueError(f"the index {self.file} is damaged at image {i}; delete it, and the "
+                             f"next start writes it again") from error
+        return ListedImage(self.path_of(name), offset, size, name, label, texts)
 
     def __reduce__(self):
         """Processes that are spawned map the index, too, rather than get a copy of it."""

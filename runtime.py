@@ -188,10 +188,12 @@ def ignore_stop_signals():
 
 
 def one_line(error):
-    """The message of an exception; of the operating system's errors with the path in front."""
+    """The message of an exception; of the operating system's errors with the path in front; its
+    kind if it has no message.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split("\n"))
+    return " ".join(str(error).split("\n")) or type(error).__name__
 
 
 def all_mean(tensor):

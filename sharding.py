@@ -215,14 +215,11 @@ def read_into(state, folder):
         raise ValueError(f"{folder} does not fit this run; resume with the flags that it was "
                          f"started with. {len(problems)} names:\n  {first_problems}")
     load(state, folder)
-    name = not_finite(state)
-    if name is not None:
-        raise ValueError(f"{folder}: {name} is not finite; copy it again, or start another run")
 
 
 def load(state, folder):
     """Fill tensors, or the pieces of them that this process has, with those of their names in a
-    folder. Raises ValueError if it cannot be read.
+    folder. Raises ValueError if it cannot be read, or a tensor is not finite.
     """
     # That there is one process alone is as it should be where a checkpoint is converted.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
@@ -231,6 +228,9 @@ def load(state, folder):
     except CheckpointException as failure:
         raise ValueError(f"{folder} can't be read ({cause_of(failure)}); copy it again, or start "
                          f"another run") from failure
+    name = not_finite(state)
+    if name is not None:
+        raise ValueError(f"{folder}: {name} is not finite; copy it again, or start another run")
 
 
 def cause_of(failure):
@@ -338,12 +338,15 @@ class Checkpoints:
         """Say what prevented a checkpoint; raise it as OSError if the run ends without one."""
         self.is_behind = True
         if is_end:
+            self.remove_old()                          # half a folder would only take room
             raise OSError(problem)
         self.log.say(f"warning: {problem}; training goes on, and tries again")
 
     def remove_old(self):
         """Remove the folders of checkpoints that were replaced, or never finished."""
-        in_use = [self.newest]                         # last.pt may be about to name it
+        in_use = []
+        if not self.files.is_behind:                   # else no last.pt will ever name it
+            in_use.append(self.newest)                 # last.pt may be about to name it
         if self.writing is not None:
             in_use.append(self.writing.folder)
         if self.rank == 0:
@@ -355,17 +358,31 @@ class Checkpoints:
 
 
 def folder_of(path):
-    """Folder that a checkpoint names; None: there is no checkpoint, or it is one file."""
+    """Folder that a checkpoint names; None: there is no checkpoint, or it is one file.
+
+    Raises ValueError if the checkpoint is damaged.
+    """
     if not Path(path).exists():
         return None
-    name = storage.load_checkpoint(path).get("weights")
-    return None if name is None else Path(path).parent / name
+    checkpoint = storage.load_checkpoint(path)
+    if "weights" not in checkpoint:
+        return None
+    name = checkpoint["weights"]
+    if not is_folder_name(name):
+        raise ValueError(f"{path} has its weights in {name!r}, which is no name of a folder "
+                         f"beside it; copy it again, or start another run")
+    return Path(path).parent / name
+
+
+def is_folder_name(name):
+    """Whether a name is that of a folder that Checkpoints wrote."""
+    return isinstance(name, str) and re.fullmatch(r"weights_\d{7,}", name) is not None
 
 
 def remove_unnamed(out, in_use=()):
     """Remove the folders in OUT that no checkpoint names, but for those in use."""
     folders = [path for path in Path(out).glob("weights_*")
-               if re.fullmatch(r"weights_\d{7,}", path.name) and path not in in_use]
+               if is_folder_name(path.name) and path not in in_use]
     if not folders:
         return
     named = [folder_of(Path(out) / "last.pt")]
@@ -401,6 +418,7 @@ def check_flags(args):
     storage.check_out(args.out)
     if Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a file")
+    storage.check_suffix(args.out, (".pt", ".pth"))
     if Path(args.out).resolve() == Path(args.ckpt).resolve():
         raise ValueError(f"--out {args.out} is the checkpoint itself; name another file")
 

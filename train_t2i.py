@@ -701,7 +701,7 @@ def main(args, data=None, conversation=None):
         if "weights" in resumed:
             sharding.empty_moments(optimizer)
             state = sharding.training_state(t2i, ema, optimizer)
-            sharding.read_into(state, Path(args.out) / resumed["weights"])
+            sharding.read_into(state, sharding.folder_of(Path(args.out) / "last.pt"))
         else:
             load_moments(t2i, optimizer, resumed["opt"])
     parameters = sum(p.numel() for p in t2i.parameters())

@@ -247,6 +247,25 @@ def test_a_damaged_index_is_written_again(damage, tmp_path, cache):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize("byte", [b"\0", b"\xff"])
+@pytest.mark.parametrize("part", ["rows", "text"])
+def test_damage_within_an_index_is_named_when_it_is_met(part, byte, tmp_path, cache):
+    """Nobody reads the whole index at a start, which takes milliseconds."""
+    path = make_old(folder_of_classes(tmp_path))
+    table = open_table(path, False)
+    file, = cache.iterdir()
+    spoilt = getattr(table, part).tobytes()
+    file.write_bytes(file.read_bytes().replace(spoilt, byte * len(spoilt)))
+    forget()
+    with pytest.raises(ValueError, match=f"the index {file} is damaged at image 2; delete it"):
+        open_table(path, False)[2]
+    for workers in (0, 1):
+        data = open_data(path, 8)
+        message = f"^the index {file} is damaged at image [0-6]; delete it, [a-z ]* again$"
+        with pytest.raises(ValueError, match=message):
+            next(batches(data, 1, 1, workers=workers))
+
+
 def test_what_may_change_unnoticed_is_not_kept(tmp_path, cache):
     path = Path(folder_of_classes(tmp_path))
     os.symlink(tmp_path / "later.png", path / "c0" / "link.png")

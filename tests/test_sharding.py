@@ -13,12 +13,14 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 import communication
 import sample
 import sharding
+import storage
 import train_t2i
 from conftest import (
     largest_difference,
@@ -276,10 +278,30 @@ def test_training_goes_on_when_the_disk_is_full(tmp_path, monkeypatch):
         assert run.checkpoints.is_due(6) and not run.checkpoints.is_due(5)
         with pytest.raises(OSError, match="No space left"):
             run.save(8)                                # the last step
+        assert [path.name for path in tmp_path.glob("weights_*")] == ["weights_0000002"]
 
     run.save_and_wait(6)
     assert [path.name for path in tmp_path.glob("weights_*")] == ["weights_0000006"]
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["last.pt"]
+
+
+@in_group
+def test_a_folder_that_no_last_pt_will_name_is_removed(tmp_path, monkeypatch):
+    def fail(path, **state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = SmallRun(tmp_path)
+    run.save_and_wait(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save_checkpoint", fail)
+        run.save_and_wait(4)
+    assert "No space left on device; training goes on, and tries again" in run.lines[0]
+    assert [path.name for path in tmp_path.glob("weights_*")] == ["weights_0000002"]
+    assert run.checkpoints.is_due(6)
+    run.save_and_wait(6)
+    run.checkpoints.check(9, 1.0)                      # which judges it
+    assert load_last(tmp_path)["weights"] == "weights_0000006"
+    assert [path.name for path in tmp_path.glob("weights_*")] == ["weights_0000006"]
 
 
 def save_and_be_killed(out):
@@ -359,10 +381,15 @@ def cut_short(folder):
     file.write_bytes(file.read_bytes()[:2000])
 
 
+def empty(folder):
+    (folder / "__0_0.distcp").write_bytes(b"")
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lose_index, "weights_0000002 does not exist, or is not complete"),
     (put_code_into_index, "no index that can be read safely.*system is no part of an index"),
-    (cut_short, "weights_0000002 can't be read"),
+    (cut_short, r"weights_0000002 can't be read \(\w+"),
+    (empty, r"weights_0000002 can't be read \(\w+"),
 ])
 @in_group
 def test_folders_that_cannot_be_read(tmp_path, spoil, message):
@@ -373,12 +400,36 @@ def test_folders_that_cannot_be_read(tmp_path, spoil, message):
         sharding.read_into(run.state(), tmp_path / "weights_0000002")
 
 
+@pytest.mark.parametrize("name", [5, None, ["weights_0000002"], "/etc", "../weights_0000002"])
+def test_a_checkpoint_names_a_folder_beside_it(tmp_path, name):
+    storage.save_checkpoint(tmp_path / "last.pt", step=2, weights=name)
+    with pytest.raises(ValueError, match="which is no name of a folder beside it"):
+        run_script(sharding, "--ckpt", tmp_path / "last.pt", "--out", tmp_path / "model.pt")
+
+
+@in_group
+def test_weights_that_are_not_finite_are_not_converted(tmp_path):
+    run = SmallRun(tmp_path)
+    run.save_and_wait(2)
+    set_all({"bias": run.model[1].bias}, float("nan"))
+    dcp.save(run.state(), checkpoint_id=tmp_path / "weights_0000002")
+    with pytest.raises(ValueError, match="weights_0000002: model.1.bias is not finite"):
+        run_script(sharding, "--ckpt", tmp_path / "last.pt", "--out", tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_a_converted_file_has_a_suffix_by_which_it_is_read(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sharding.parse_args(["--out", str(tmp_path / "model.safetensors")])
+    assert "use one of .pt .pth" in capsys.readouterr().err
+
+
 @in_group
 def test_folders_that_do_not_fit(tmp_path):
     run = SmallRun(tmp_path)
     set_all({"bias": run.model[1].bias}, float("nan"))
     folder = tmp_path / "weights_0000002"
-    torch.distributed.checkpoint.save(run.state(), checkpoint_id=folder)
+    dcp.save(run.state(), checkpoint_id=folder)
     with pytest.raises(ValueError, match="model.1.bias is not finite"):
         sharding.read_into(run.state(), folder)
     with pytest.raises(ValueError, match=r"model.0.weight: shape \(4,\), not \(8,\)"):
