@@ -131,7 +131,8 @@ def main(args):
 
         memory_before = resident_bytes()
         chat = no_chat if args.kind == "captions" else None
-        open_images = functools.partial(open_data, size=256, hold_out=1000, chat=chat)
+        hold_out = min(1000, args.n // 10)
+        open_images = functools.partial(open_data, size=256, hold_out=hold_out, chat=chat)
         first_seconds, _ = seconds(open_images, str(path))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory_before
         print(f"open_data, which lists: {first_seconds:.2f} s, "

@@ -121,6 +121,7 @@ def ssim(_):
 
 def main():
     runtime.setup()
+    print(f"{'ms':>10}  {'alone':>8}  {'threads':>8}")
     for measure in (save_times, noise, files, decoding, ssim):
         with tempfile.TemporaryDirectory() as folder:
             alone, together = measure(Path(folder))
