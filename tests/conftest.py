@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import sys
-import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
@@ -18,7 +17,6 @@ os.chdir(ROOT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import runtime  # noqa: E402
 import saving  # noqa: E402
@@ -26,12 +24,6 @@ import sharding  # noqa: E402
 import storage  # noqa: E402
 
 runtime.Heartbeat.SECONDS = 1.0                # processes that have lost others end in seconds
-
-
-# Tests fork processes and kill them. The lock that tqdm shares between processes would stay locked
-# if one is killed while it has it; and its thread could hold a lock at the moment of a fork.
-tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0
 
 
 @pytest.fixture(autouse=True)
