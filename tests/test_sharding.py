@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -148,8 +149,9 @@ def flags_of_traffic(accumulation, *more):
 
 def count_in_child(*arguments):
     """communication.count_step() in another process: after it, this one could not fork any more."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(communication.count_step, arguments)
+    # Not a Pool: it ends its processes by SIGTERM, which scripts ignore when they have run.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        return executor.submit(communication.count_step, *arguments).result()
 
 
 GATHER, REDUCE = ("all-gather", torch.bfloat16), ("reduce-scatter", torch.float32)
