@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test may reach for a hub
@@ -135,6 +136,16 @@ def launch(processes, main, parse_args=lambda: None):
         if child.is_alive():                           # it may wait forever for another one
             child.kill()
     assert [child.exitcode for child in children] == [0] * processes
+
+
+def call_in_process(context, function, *args):
+    """function(*args), called in one other process of a context of multiprocessing.
+
+    Not a Pool: it ends its process by SIGTERM, which a training loop that was left by an exception
+    may still catch.
+    """
+    with ProcessPoolExecutor(1, context) as executor:
+        return executor.submit(function, *args).result(timeout=300)
 
 
 def run_in_group(environment, main, parse_args):

@@ -18,7 +18,7 @@ import torch
 from torch.utils import backend_registration
 
 import runtime
-from conftest import SHIPPED, load_last, read_log
+from conftest import SHIPPED, call_in_process, load_last, read_log
 from model import DiTBase
 
 NEEDED = "_setup_privateuseone_for_python_backend"
@@ -96,8 +96,7 @@ def run_in_process(*args):
     """run(*args), in a fresh process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SCRIPTS)
-    with context.Pool(1) as pool:
-        return pool.apply_async(run, args).get(timeout=300)
+    return call_in_process(context, run, *args)
 
 
 def run_on_both(script_name, flags, tmp_path, suffix="", change=None):

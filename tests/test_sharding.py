@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import threading
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ import sharding
 import storage
 import train_t2i
 from conftest import (
+    call_in_process,
     largest_difference,
     launch,
     load_last,
@@ -149,9 +149,8 @@ def flags_of_traffic(accumulation, *more):
 
 def count_in_child(*arguments):
     """communication.count_step() in another process: after it, this one could not fork any more."""
-    # Not a Pool: it ends its processes by SIGTERM, which scripts ignore when they have run.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
-        return executor.submit(communication.count_step, *arguments).result()
+    return call_in_process(multiprocessing.get_context("fork"), communication.count_step,
+                           *arguments)
 
 
 GATHER, REDUCE = ("all-gather", torch.bfloat16), ("reduce-scatter", torch.float32)
