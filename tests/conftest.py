@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -83,6 +84,18 @@ def saving_in_background():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving.Checkpoints, "__init__", always_in_background)
         yield
+
+
+@contextlib.contextmanager
+def restored_handlers():
+    """Context in which runtime.run() may replace handlers, since it expects the process to end."""
+    numbers = [*runtime.stop_signals(), signal.SIGCHLD]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    hook = sys.unraisablehook                          # of pytest
+    yield
+    sys.unraisablehook = hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------ other processes

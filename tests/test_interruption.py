@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 
@@ -28,6 +27,7 @@ from conftest import (
     largest_difference,
     load_last,
     read_log,
+    restored_handlers,
     run_on_one_thread,
     run_script,
     saving_in_background,
@@ -189,17 +189,6 @@ def test_an_interrupt_that_python_drops_comes_again(capfd):
         runtime.run(main, lambda: None)
     assert time.time() - begin < 4
     assert "Traceback" not in capfd.readouterr().err
-
-
-@contextlib.contextmanager
-def restored_handlers():
-    numbers = [*runtime.stop_signals(), signal.SIGCHLD]
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    hook = sys.unraisablehook                          # of pytest
-    yield
-    sys.unraisablehook = hook
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------- divergence

@@ -16,7 +16,7 @@ import runtime
 import sample
 import saving
 import storage
-from conftest import torchrun
+from conftest import restored_handlers, torchrun
 from llm import Qwen2
 from metrics import EncoderFeatures, FeatureSet
 from model import Decoder, build_dit
@@ -225,14 +225,9 @@ def test_whether_matmuls_are_tf32_is_known(capability, has_tf32, with_tf32, monk
 
 # ---------------------------------------------------------------------------- end of a script
 @pytest.fixture
-def own_handlers(monkeypatch):
-    """Brings back the handlers that run() replaces, since it expects the process to end."""
-    handlers = {number: signal.getsignal(number) for number in runtime.stop_signals()}
-    handlers[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def own_handlers():
+    with restored_handlers():
+        yield
 
 
 def run_and_fail(problem):
