@@ -128,7 +128,7 @@ def join(path, name):
 
 
 # ---------------------------------------------------------------- tables, old and new
-listed = {}     # by this process: (path, with_conversations) -> ImageTable
+tables = {}     # that this process has made: (path, with_conversations) -> ImageTable
 
 
 def open_table(path, with_conversations):
@@ -137,7 +137,7 @@ def open_table(path, with_conversations):
     with_conversations: as of list_images, which raises the same
     """
     check_path(path)
-    table = listed.get((path, with_conversations))
+    table = tables.get((path, with_conversations))
     if table is not None and table.is_current():
         return table
     file = index_file(path, with_conversations)
@@ -147,7 +147,7 @@ def open_table(path, with_conversations):
     if table is None:
         table = list_table(path, with_conversations)
     if table.may_be_kept:
-        listed[path, with_conversations] = table
+        tables[path, with_conversations] = table
     return table
 
 

@@ -951,7 +951,7 @@ def warn_of_few_images(n, channels, protocol):
         print(f"warning: {reason}; compare with numbers of the same n only", file=sys.stderr)
 
 
-def one_line(results):
+def format_results(results):
     """Results as one line for a log, without the hashes."""
     parts = []
     for key, value in results.items():

@@ -39,7 +39,7 @@ def peak_memory_gib(device):
 
 
 # ---------------------------------------------------------------------------- progress bars
-def time_left(seconds):
+def format_time(seconds):
     """A duration as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -159,7 +159,7 @@ class Log:
             pace = seconds - self.first_seconds
             self.say(f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s; at "
                      f"its pace the other {self.steps - step} take "
-                     f"{time_left(pace * (self.steps - step))}")
+                     f"{format_time(pace * (self.steps - step))}")
             self.write(dict(first_step_seconds=self.first_seconds, second_step_seconds=pace))
 
     def step(self, step, loss, grad_norm, lr, **more):
@@ -180,7 +180,7 @@ class Log:
         if mfu is not None:
             throughput += f" | {100 * mfu:.1f}% MFU"
         self.say(f"step {step}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} "
-                 f"| {throughput} | {gib:.1f} GiB | {time_left(seconds_left)} left")
+                 f"| {throughput} | {gib:.1f} GiB | {format_time(seconds_left)} left")
         self.flops = 0
         self.last_step, self.last_time = step, time.time()
 

@@ -196,7 +196,7 @@ def flags_as_dict(args):
 
 
 # Flags that a checkpoint's run does not hand on to the command that resumes it.
-OF_COMMAND = ("out", "resume", "auto_resume", "overwrite")
+NOT_INHERITED = ("out", "resume", "auto_resume", "overwrite")
 
 
 def flags_of_run(out, script, key, parser):
@@ -214,7 +214,7 @@ def flags_of_run(out, script, key, parser):
         raise ValueError(f"{path} is no checkpoint of {script}; name the --out of one of its runs")
     parser.check_values(state["args"], path)
     flags = dict(state["args"])
-    for name in OF_COMMAND:
+    for name in NOT_INHERITED:
         flags.pop(name, None)
     # Older checkpoints of x0-prediction were trained with another weight of the loss by time.
     if flags.pop("balance", None) is not None and flags.get("prediction") == "x0":
@@ -314,8 +314,8 @@ def check_run_flags(args):
                          f"name another --out")
 
 
-# What never happens in a run that ends before the step of a flag.
-EFFECTS = {"warmup": "the learning rate rises to the end",
+# What it means that a run ends before the step of a flag.
+IF_NOT_REACHED = {"warmup": "the learning rate rises to the end",
            "llm_start": "prompts never condition the DiT, and the model will not follow them"}
 
 
@@ -327,7 +327,7 @@ def warn_of_flags(log, args, resumed):
         log.warn(f"with {runtime.world_size()} processes --micro_batch "
                  f"{resumed['args']['micro_batch']} becomes {args.micro_batch}, so that the noise "
                  f"differs from here on")
-    for name, effect in EFFECTS.items():
+    for name, effect in IF_NOT_REACHED.items():
         step = getattr(args, name, 0)
         if step >= args.steps:
             log.warn(f"--{name} {step} is not below --steps {args.steps}: {effect}")

@@ -16,13 +16,20 @@ import storage
 
 # ---------------------------------------------------------------------------- resuming
 def load_resumable(args):
-    """The checkpoint OUT/last.pt of --resume. Raises ValueError if its run is complete."""
+    """The checkpoint OUT/last.pt of --resume. Raises ValueError if its run is complete.
+
+    With --auto_resume, a complete run ends the script as if it had just been completed.
+    """
     path = Path(args.out) / "last.pt"
     state = storage.load_checkpoint(path)
     if type(state.get("step")) is not int:
         raise ValueError(f"{path} has step {state.get('step')!r}, not a number; start another run")
     if not isinstance(state.get("opt"), (dict, list)):
         raise ValueError(f"{path} has no optimizer; start another run from its weights by --init")
+    if state["step"] >= args.steps and args.auto_resume:
+        if runtime.process_rank() == 0:
+            print(f"{args.out} has done its {state['step']} steps; nothing is left to do")
+        raise SystemExit(0)
     if state["step"] >= args.steps:
         raise ValueError(f"{args.out} has done {state['step']} steps; raise --steps {args.steps} "
                          f"to go on")

@@ -1109,7 +1109,8 @@ def main(args, data=None):
                 rae, val_data, args.eval_n, rank, world, args.micro_batch, source=source,
                 vgg=networks.reconstruction_loss.vgg, features=features)
             log.write(dict(step=step, domain=name, **results))
-            log.say(f"step {step} | {f'held out {name}'.strip()} | {metrics.one_line(results)}")
+            log.say(f"step {step} | {f'held out {name}'.strip()} | "
+                    f"{metrics.format_results(results)}")
 
     # ---------------------------------------------------------------- training
     trainer = Trainer(networks, meter, args, device, world)

@@ -377,7 +377,7 @@ def main(args, data=None):
         results = evaluate_generation(ema, rae, val_data, args, args.eval_n, rank, world,
                                       features=features)
         log.write(dict(step=step, **results))
-        log.say(f"step {step} | " + metrics.one_line(results))
+        log.say(f"step {step} | " + metrics.format_results(results))
 
     # ---------------------------------------------------------------- loop
     if args.cache:

@@ -437,13 +437,6 @@ def build_model(args, flags, latent_shape, init):
     return t2i.train()
 
 
-def make_ema(t2i, args):
-    """A frozen copy of the T2I, to become the average of its weights; with --ema 0 itself."""
-    if args.ema == 0:
-        return t2i
-    return copy.deepcopy(t2i).requires_grad_(False).eval()
-
-
 def load_weights(t2i, init, resumed, args):
     """Load the weights of the resumed run, or those of --init, if there are any."""
     if resumed:
@@ -453,9 +446,28 @@ def load_weights(t2i, init, resumed, args):
         release.load_release(t2i, weights, f"--init {args.init}")
 
 
+def build_whole(args, flags, rae, init, resumed, device):
+    """The T2I to train and its EMA, with the weights they start from, and the T2IFlops of the T2I.
+
+    The EMA is a frozen copy, to become the average of the weights; with --ema 0 the T2I itself.
+    """
+    latent_shape = list(rae.latent_mean.shape)              # c h w
+    t2i = build_model(args, flags, latent_shape, init)
+    load_weights(t2i, init, resumed, args)
+    if args.ema == 0:
+        ema = t2i
+    else:
+        ema = copy.deepcopy(t2i).requires_grad_(False).eval()
+    if resumed and args.ema > 0:
+        release.load_release(ema, resumed["ema"], "the resumed EMA")
+    flops = T2IFlops(ema, rae, args)
+    if args.compile:
+        runtime.compile_blocks(t2i)
+    return t2i.to(device), ema.to(device), flops
+
+
 def build_sharded(args, flags, rae, init, resumed, device):
-    """The T2I to train and its EMA, spread over the processes, with the weights they start from;
-    and the Flops of the T2I.
+    """As build_whole(), but with weights that are spread over the processes.
 
     Only rank 0 ever has a T2I as a whole, on the CPU. If the weights are in pieces already, in the
     folder of a resumed run, nobody has, and they are yet to be read from there.
@@ -464,13 +476,13 @@ def build_sharded(args, flags, rae, init, resumed, device):
     is_in_pieces = resumed is not None and "weights" in resumed
     whole = None                                       # the T2I, on rank 0
 
-    def build_whole():
+    def build_on_rank_0():
         nonlocal whole
         whole = build_model(args, flags, latent_shape, init)
         load_weights(whole, init, resumed, args)
         return dict(llm=whole.llm.config, tokenizer=whole.tokenizer.json, latent_shape=latent_shape)
 
-    description = resumed if is_in_pieces else runtime.on_rank_0(build_whole)
+    description = resumed if is_in_pieces else runtime.on_rank_0(build_on_rank_0)
     mesh = sharding.make_mesh(device)
 
     def build_empty():
@@ -484,7 +496,7 @@ def build_sharded(args, flags, rae, init, resumed, device):
 
     with FakeTensorMode(allow_non_fake_inputs=True):   # tensors of shapes alone
         like_t2i = build_model(args, flags, latent_shape, description)
-        flops = Flops(like_t2i.eval(), rae, args)
+        flops = T2IFlops(like_t2i.eval(), rae, args)
     t2i = build_empty()
     if args.compile:
         runtime.compile_blocks(t2i)
@@ -560,8 +572,12 @@ class Losses:
     """Mean losses since the last line of the log."""
     def __init__(self, args, device):
         self.args = args
-        self.by_time = runtime.LossByTime(device)
-        self.sums = torch.zeros(2, device=device)          # cross-entropy, regression error
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        self.by_time = runtime.LossByTime(self.device)
+        self.sums = torch.zeros(2, device=self.device)     # cross-entropy, regression error
         # Counts are known on the CPU, and stay there.
         self.counts = torch.zeros(2)                       # tokens, images
         self.num_cut = torch.zeros(1)                      # prompts longer than the context
@@ -585,10 +601,10 @@ class Losses:
                  regression=error, cut=num_cut, loss_by_t=loss_by_t)
         if num_cut > 0:
             log.say(f"{num_cut} prompts were longer than --context {context} tokens, and cut")
-        self.__init__(self.args, self.sums.device)
+        self.reset()
 
 
-class Flops:
+class T2IFlops:
     """FLOPs of forward and backward passes, for the log. Padding and stand-ins count nothing.
 
     t2i: a T2I, not yet spread over processes. rae: an RAE on its device.
@@ -673,19 +689,8 @@ def main(args, data=None, conversation=None):
     # ---------------------------------------------------------------- model
     rae = release.unpack_rae(packed_rae).to(device)
     torch.manual_seed(args.seed)
-    if args.shard:
-        t2i, ema, flops = build_sharded(args, flags, rae, init, resumed, device)
-    else:
-        t2i = build_model(args, flags, latent_shape, init)
-        load_weights(t2i, init, resumed, args)
-        ema = make_ema(t2i, args)
-        if resumed and args.ema:
-            release.load_release(ema, resumed["ema"], "the resumed EMA")
-        flops = Flops(ema, rae, args)
-        if args.compile:
-            runtime.compile_blocks(t2i)
-        t2i.to(device)
-        ema.to(device)
+    build = build_sharded if args.shard else build_whole
+    t2i, ema, flops = build(args, flags, rae, init, resumed, device)
     if args.compile:
         runtime.compile_blocks(rae.encoder)
     step_model = t2i
@@ -738,7 +743,7 @@ def main(args, data=None, conversation=None):
     def evaluate(step):
         results = evaluate_prompts(ema.eval(), rae, drawing, args.eval_n, rank, world)
         log.write(dict(step=step, **results))
-        log.say(f"step {step} | " + metrics.one_line(results))
+        log.say(f"step {step} | " + metrics.format_results(results))
         t2i.train()
 
     # ---------------------------------------------------------------- loop

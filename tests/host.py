@@ -120,6 +120,7 @@ def ssim(_):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()     # --help alone
     runtime.setup()
     print(f"{'ms':>10}  {'alone':>8}  {'threads':>8}")
     for measure in (save_times, noise, files, decoding, ssim):

@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "INDEXED", 1)
     monkeypatch.setattr(index, "TAR_BYTES", 1)
     monkeypatch.setattr(index, "RECORD_BYTES", 1)
-    monkeypatch.setattr(index, "listed", {})
+    monkeypatch.setattr(index, "tables", {})
     return tmp_path / "cache"
 
 
@@ -64,7 +64,7 @@ def count_listings(monkeypatch):
 
 def forget():
     """Forget what this process has listed, so that it is like another one."""
-    index.listed.clear()
+    index.tables.clear()
 
 
 def folder_of_classes(path):

@@ -18,7 +18,15 @@ import run_flags
 import runtime
 import storage
 import train_dit
-from conftest import largest_difference, load_last, read_log, run_in_child, start, torchrun
+from conftest import (
+    largest_difference,
+    load_last,
+    read_log,
+    run_in_child,
+    run_script,
+    start,
+    torchrun,
+)
 from test_train import DIT_FLAGS
 
 HOST = re.escape(platform.node())
@@ -156,6 +164,14 @@ def test_a_run_that_torchrun_starts_again_ends_with_the_same_weights(tmp_path, m
     resumed_at = [record["resumed_at"] for record in read_log(tmp_path / "killed")
                   if "resumed_at" in record]
     assert resumed_at == [0, 2]
+
+
+def test_auto_resume_of_a_complete_run_is_a_success(tmp_path, capsys):
+    run_script(train_dit, *DIT_FLAGS, "--steps", "2", "--out", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        run_script(train_dit, "--auto_resume", "--out", str(tmp_path))
+    assert end.value.code == 0
+    assert "has done its 2 steps; nothing is left to do" in capsys.readouterr().out
 
 
 def test_restarts_need_a_command_that_resumes(tmp_path, monkeypatch, capsys):

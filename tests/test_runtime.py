@@ -386,7 +386,7 @@ def test_what_sampling_runs_is_compiled():
 @pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"),
                                            (100 * 3600, "100:00:00")])
 def test_time_left_is_in_hours_minutes_and_seconds(seconds, text):
-    assert progress.time_left(seconds) == text
+    assert progress.format_time(seconds) == text
 
 
 def test_json_has_null_for_numbers_that_are_not_finite():

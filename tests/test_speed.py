@@ -152,7 +152,7 @@ def test_a_micro_batch_of_text_to_image_counts_as_in_torch(frozen):
     encoder = release.load_encoder("pixel:4", 16)
     rae = RAE(encoder, build_decoder(sizes, encoder.channels, encoder.grid))
     args = SimpleNamespace(freeze_llm=frozen, draws=2)
-    flops = train_t2i.Flops(t2i, rae, args)
+    flops = train_t2i.T2IFlops(t2i, rae, args)
 
     # One of each kind in a micro-batch: nothing is padded, and nothing stands in for a missing one.
     micro = train_t2i.make_micro_batch(0, torch.zeros(2, 3, 16, 16), [DRAWING, LOOKING], tokenizer,
@@ -183,8 +183,8 @@ def test_the_mfu_of_text_to_image_counts_what_is_in_each_micro_batch(tmp_path, m
         counts.append(original(flops, micro))
         return counts[-1]
 
-    original = train_t2i.Flops.of
-    monkeypatch.setattr(train_t2i.Flops, "of", recording_of)
+    original = train_t2i.T2IFlops.of
+    monkeypatch.setattr(train_t2i.T2IFlops, "of", recording_of)
     run_script(train_t2i, *FLAGS, "--recompute", "--draws", 3, "--steps", 2, "--out", tmp_path)
     assert len(set(counts)) == len(counts) == 4        # two steps of 2 x 4 images
     assert logged_flops_per_image(tmp_path) == pytest.approx([sum(counts) / 16])

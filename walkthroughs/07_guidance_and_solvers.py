@@ -198,7 +198,7 @@ def pictures_of(network, args, base=None):
 
 
 real = judge(real_pictures(N, seed=2))
-print("real pictures:", metrics.one_line(real))
+print("real pictures:", metrics.format_results(real))
 
 # %% [markdown]
 # ### The same interval in other papers' time

@@ -398,7 +398,7 @@ for name, of_set in rows.items():
     heart[name] = dict(to_training=distance(moments(training), moments(of_set)),
                        to_held_out=distance(held_out, moments(of_set)), precision=precision,
                        recall=recall, nearest=nearest(of_set))
-    print(f"{name:>24}: " + metrics.one_line(heart[name]))
+    print(f"{name:>24}: " + metrics.format_results(heart[name]))
 
 # %% [markdown]
 # ### A set that has nothing but the right features
