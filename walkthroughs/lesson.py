@@ -92,7 +92,9 @@ class Lesson:
         drawn = io.BytesIO()
         figure.savefig(drawn, bbox_inches="tight", dpi=self.size(100, quick=20))
         plt.close(figure)
-        picture = Image.open(drawn).convert("RGB").quantize(256)        # a third of the bytes
+        # A palette takes a third of the bytes. Pillow's default one changes colours visibly.
+        picture = Image.open(drawn).convert("RGB")
+        picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
         path = self.folder / f"{name}.png"
         storage.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
         print(f"figure: {shown_path(path)}")
