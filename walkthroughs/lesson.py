@@ -92,7 +92,8 @@ class Lesson:
         drawn = io.BytesIO()
         figure.savefig(drawn, bbox_inches="tight", dpi=self.size(100, quick=20))
         plt.close(figure)
-        picture = Image.open(drawn).convert("RGB").quantize(256)        # a third of the bytes
+        # A third of the bytes. Without k-means, small coloured text would get other colours.
+        picture = Image.open(drawn).convert("RGB").quantize(256, kmeans=5000)
         path = self.folder / f"{name}.png"
         storage.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
         print(f"figure: {shown_path(path)}")
