@@ -92,7 +92,7 @@ class Lesson:
         drawn = io.BytesIO()
         figure.savefig(drawn, bbox_inches="tight", dpi=self.size(100, quick=20))
         plt.close(figure)
-        # A third of the bytes. Without k-means, small coloured text would get other colours.
+        # A third of the bytes. Without k-means, colours of few pixels would change: red to crimson.
         picture = Image.open(drawn).convert("RGB").quantize(256, kmeans=5000)
         path = self.folder / f"{name}.png"
         storage.write_whole(path, lambda f: picture.save(f, "png", optimize=True))
