@@ -327,13 +327,12 @@ lesson.show(figure, "finetuning", "128 images for each error, 72 samples for col
 # 2. *In class*: after 100 steps there are blots in place of objects, over both spaces. A colour
 #    comes before a shape, for which several tokens must agree.
 # 3. *Race*: after 200 steps the VAE has more right colours, 26% (25 to 28), than RAE, 20% (17 to
-#    22). But the same checkpoints are drawn from once more for the next figure, in two of three
-#    seeds with other noise. Its points at 0 epochs are 22% (19 to 25) for the VAE and 25% (17 to
-#    32) for RAE: the order has turned around. So 72 samples of each seed cannot tell them apart. In
-#    colour and shape, no sample is right after 200 steps; the peak at 150 is one sample of 72. The
-#    distance of RAE is less at every point, after 200 steps 59 (54 to 62) against 64 (61 to 69).
-#    But it is measured in features of RAE's own encoder, which is no impartial judge. There is no
-#    winner.
+#    22). But the next figure draws from the same checkpoints once more, with other noise in two of
+#    the three seeds. At 0 epochs it shows 22% (19 to 25) for the VAE and 25% (17 to 32) for RAE:
+#    the order has turned around. So 72 samples of each seed cannot tell them apart. In colour and
+#    shape, no sample is right after 200 steps; the peak at 150 is one sample of 72. The distance of
+#    RAE is less at every point, after 200 steps 59 (54 to 62) against 64 (61 to 69). But it is
+#    measured in features of RAE's own encoder, which is no impartial judge. There is no winner.
 # 4. *Finetuning*, left: in the first 4 epochs the held-out error rises a little. The likely cause
 #    is the learning rate, which is higher than at the end of the race. Then all errors fall, on the
 #    256 images faster than on held-out ones. The gap between the two is what has been learned by
