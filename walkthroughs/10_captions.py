@@ -63,7 +63,7 @@ lesson = Lesson("10_captions")
 #    what changes: the image at place 5, the whole image, or nothing?
 # 2. The left half of the conditions is of one prompt, the right half of another. What is drawn?
 # 3. The prompt says "a red circle", and the plan, which the model writes itself before it draws,
-#    says "blue star". Whom does the image obey?
+#    says "blue star". Which of the two does the image follow?
 # 4. Which is hardest: one object, two objects, counting, colours, positions, or which colour goes
 #    with which object?
 
@@ -71,28 +71,29 @@ lesson = Lesson("10_captions")
 # ## Read
 #
 # - `T2I.conditions` in t2i.py, `[T1]`: prompt, plan, and then 16 learned *queries* in place of the
-#   image. The final state of query i, through one linear layer (`connect`), is the condition of
-#   latent token i. All attention of the language model is causal.
+#   image. The final state of query i goes through one linear layer (`connect`) and becomes the
+#   condition of latent token i. All attention of the language model is causal.
 # - `Block` in model.py, `[L4]`: the condition sets shift, scale and gate, as that of a class does.
-#   Now it differs from token to token; the class of lesson 6 was the same for all.
+#   Here it differs from token to token; the class of lesson 6 was the same for all tokens.
 # - `draw_prompts` and `draw` in sample.py, `[S4]`: the DiT is guided (`[S3]`) as with classes. The
 #   null condition is a learned vector, the same for all tokens.
 # - `train_t2i.py`, `[T2]`: the loss has three parts. The cross-entropy teaches the language model
-#   to plan and to answer, the regression teaches the queries to know the latents, and flow matching
-#   teaches the DiT. Flow matching's gradient reaches the language model as well.
+#   to plan and to answer, the regression makes the states of the queries predict the latents, and
+#   flow matching teaches the DiT. Its gradient reaches the language model as well.
 
 # %% [markdown]
 # ## Run
 #
 # ### The plan
 #
-# Before it draws, the language model says what goes where: size, colour, shape and a square of a
-# board, columns a to j from the left, rows 0 to 9 from the top. A prompt leaves much open, so the
-# words of the plan are drawn at random, as the noise is.
+# Before it draws, the language model says what goes where: size, colour, shape and the cell of a
+# board with the columns a to j from the left and the rows 0 to 9 from the top. A prompt leaves much
+# open, so the words of the plan are drawn at random, as the noise is.
 
 # %%
 t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
 STEPS = lesson.size(24, quick=3)
+# The defaults of text to image; the prompts themselves are given further down.
 flags = sample.parse_args(["--prompt", "-", "--sampling_steps", str(STEPS)])
 null = t2i.dit.null_condition(torch.zeros(1, device=lesson.device))     # e
 
@@ -112,7 +113,7 @@ def show_images(panels, images, titles):
 
 prompts = ["a red circle", "two red circles and a blue star", "a green ring above a purple cross",
            "three yellow stars", "a blue triangle left of a red square"]
-uniform = torch.rand(len(prompts), t2i.plan)
+uniform = torch.rand(len(prompts), t2i.plan)            # a number for each word of each plan
 plans = t2i.plans(prompts, uniform)
 conditions = t2i.conditions(prompts, uniform)                           # 5 n e
 latents = sample.draw(t2i.dit, conditions, flags, range(len(prompts)))  # 5 c h w
@@ -128,8 +129,9 @@ lesson.show(figure, "plans", "prompt (above), image, and the plan that the model
 # %% [markdown]
 # ### A plan that was written by somebody else
 #
-# The plan is only text in the assistant's turn, so any plan can be put there. Here the prompt asks
-# for one object, and the plan speaks of an object of another colour and shape.
+# The plan is only text in the assistant's turn, so any plan can be put there. Each prompt asks for
+# one object. It is drawn twice: after a plan for this object, and after a plan for an object of
+# another colour and shape.
 
 # %%
 @torch.no_grad()
@@ -154,22 +156,34 @@ def names_in(image):
 
 PAIRS = lesson.size(36, quick=2)
 asked = [CLASSES[k] for k in range(PAIRS)]
-planned = [CLASSES[(k + 7) % 36] for k in range(PAIRS)]     # 7: the next colour and the next shape
-own_plans = [layout(Scene.random(0, 10 ** 6 + k, 1, CLASSES.index(name)).objects)
-             for k, name in enumerate(asked)]
-other_plans = [layout(Scene.random(0, 10 ** 6 + k, 1, CLASSES.index(name)).objects)
-               for k, name in enumerate(planned)]
+other = [CLASSES[(k + 7) % 36] for k in range(PAIRS)]       # another colour and another shape
 prompts = [f"a {name}" for name in asked]
-obeys = {}
-for kind, plans in (("own plan", own_plans), ("other plan", other_plans)):
+
+
+def plan_for(name, index):
+    """A plan for one object of a class, in a place and size drawn at random: "large red star c4".
+    """
+    scene = Scene.random(seed=0, index=index, objects=1, label=CLASSES.index(name))
+    return layout(scene.objects)
+
+
+def percent_showing(images, names):
+    """How many of b images show the one object that is named for them, and nothing else, %."""
+    right = [names_in(image) == [name]
+             for image, name in zip(images.numpy(), names, strict=True)]
+    return 100 * np.mean(right)
+
+
+own_plans = [plan_for(name, k) for k, name in enumerate(asked)]
+other_plans = [plan_for(name, k) for k, name in enumerate(other)]
+as_asked, as_other = {}, {}
+for plan, plans in (("own plan", own_plans), ("other plan", other_plans)):
     latents = sample.draw(t2i.dit, conditions_after(prompts, plans), flags, range(PAIRS))
     images = sample.to_images(rae, latents)
-    drawn = [names_in(image) for image in images.numpy()]
-    as_asked = np.mean([names == [name] for names, name in zip(drawn, asked, strict=True)])
-    as_planned = np.mean([names == [name] for names, name in zip(drawn, planned, strict=True)])
-    obeys[kind] = (100 * as_asked, 100 * as_planned)
-    print(f"{kind}: {100 * as_asked:.0f}% as the prompt says, {100 * as_planned:.0f}% as the other "
-          f"plan says")
+    as_asked[plan] = percent_showing(images, asked)
+    as_other[plan] = percent_showing(images, other)
+    print(f"{plan}: {as_asked[plan]:.0f}% show the object of the prompt, "
+          f"{as_other[plan]:.0f}% that of the other plan")
 
 SHOWN = min(5, PAIRS)
 figure, panels = plt.subplots(1, SHOWN, figsize=(15, 3.6), squeeze=False)
@@ -181,10 +195,11 @@ lesson.show(figure, "other_plans", "the prompt asks for one class, the plan for 
 # %% [markdown]
 # ### One query, one token?
 #
-# Each image is drawn 33 times from the same noise: with all conditions; with the condition of each
-# single query *taken away*, that is replaced by the null condition; and with the condition of each
-# single query *alone*, all others being null. What changes where is the squared difference of the
-# latents at each of the 16 places. Their variance is 1, so two unrelated latents differ by about 2.
+# The image of each prompt is drawn 33 times from the same noise: once with all conditions; 16 times
+# with the condition of one query *taken away*, that is, replaced by the null condition; and 16
+# times with the condition of one query *alone*, where all others are null. We measure the squared
+# difference from the latents with all conditions, at each of the 16 tokens. The variance of latents
+# is 1, so two unrelated ones differ by about 2.
 
 # %%
 ABLATED = lesson.size(6, quick=1)
@@ -192,28 +207,30 @@ ablated_pairs = [(CLASSES[4 * k], CLASSES[(4 * k + 21) % 36]) for k in range(ABL
 
 
 def conditions_of_pairs(pairs):
-    """Conditions for two objects side by side, whose places the plan says: b n e."""
+    """Conditions for two large objects, which the plan puts side by side: b n e."""
     prompts = [f"a {left} left of a {right}" for left, right in pairs]
     plans = [f"large {left} c4, large {right} h4" for left, right in pairs]
     return conditions_after(prompts, plans)
 
 
 y = conditions_of_pairs(ablated_pairs)                                          # b n e
-takes_away = torch.eye(t2i.n, dtype=torch.bool, device=lesson.device)   # n n, version and query
-is_null = torch.cat([takes_away.new_zeros(1, t2i.n), takes_away, ~takes_away])      # 33 n
-versions = torch.where(is_null[None, :, :, None], null, y[:, None])     # b 33 n e
-versions = rearrange(versions, "b k n e -> (b k) n e")
-indices = [i for i in range(ABLATED) for _ in is_null]                  # one noise for each prompt
+# Which conditions are null in each of the 33 versions: none, one, all but one.
+is_one = torch.eye(t2i.n, dtype=torch.bool, device=lesson.device)       # n n, version and query
+is_none = torch.zeros_like(is_one[:1])                                  # 1 n
+is_null = torch.cat([is_none, is_one, ~is_one])                         # 33 n
 drawn = []
-for numbers in torch.arange(len(indices)).split(66):
-    own = [indices[number] for number in numbers]
-    drawn.append(sample.draw(t2i.dit, versions[numbers], flags, own))
-drawn = rearrange(torch.cat(drawn), "(b k) c h w -> b k c h w", b=ABLATED)
-change = (drawn - drawn[:, :1]).square().mean((0, 2)).flatten(1).cpu()  # 33 n, version and token
+for i in range(ABLATED):
+    versions = torch.where(is_null[:, :, None], null, y[i])             # 33 n e
+    same_noise = [i for _ in versions]
+    drawn.append(sample.draw(t2i.dit, versions, flags, same_noise))     # 33 c h w
+drawn = torch.stack(drawn)                                              # b 33 c h w
+
+difference = (drawn - drawn[:, :1]).square()                            # b 33 c h w
+change = difference.mean((0, 2)).flatten(1).cpu()                       # 33 n, version and token
 away = change[1:1 + t2i.n]                                              # n n, query and token
 alone = change[1 + t2i.n:]                                              # n n
-same_token = away.diagonal().mean()
-other_token = (away.sum() - away.diagonal().sum()) / (t2i.n * (t2i.n - 1))
+own_token = away[is_one.cpu()].mean()
+other_token = away[~is_one.cpu()].mean()
 
 figure, panels = plt.subplots(1, 2, figsize=(12, 5.4))
 for panel, matrix, title in zip(panels, (away, alone), ("taken away", "alone"), strict=True):
@@ -221,10 +238,10 @@ for panel, matrix, title in zip(panels, (away, alone), ("taken away", "alone"), 
     panel.set(xlabel="latent token", ylabel="query", title=f"the condition of one query {title}",
               xticks=range(0, 16, 4), yticks=range(0, 16, 4))
     panel.grid(False)
-    figure.colorbar(picture, ax=panel, label="squared change of the token")
-lesson.show(figure, "queries_and_tokens", "against the image with all conditions, mean of "
-            f"{ABLATED} prompts; guidance 1.5, 24 steps. Token and query 0 to 3: the upper row of "
-            "the image")
+    figure.colorbar(picture, ax=panel, label="squared difference of the token")
+lesson.show(figure, "queries_and_tokens", "difference from the latents with all conditions, mean "
+            f"of {ABLATED} prompts; each panel has its own colours. Tokens and queries 0 to 3: the "
+            "top row of the image")
 
 # %%
 images = sample.to_images(rae, drawn[0])                                # 33 H W 3
@@ -248,8 +265,8 @@ lesson.show(figure, "taken_away", f'"a {left} left of a {right}". At each of the
 # %% [markdown]
 # ### Half of one prompt, half of another
 #
-# The conditions of the left half of the tokens are of one prompt, those of the right half of
-# another. Both ask for one object on the left and one on the right.
+# The left half of the tokens gets the conditions of one prompt, the right half those of another.
+# Both prompts ask for one object on the left and one on the right.
 
 # %%
 column = torch.arange(t2i.n, device=lesson.device) % t2i.dit.grid       # n, of each token
@@ -285,8 +302,9 @@ lesson.show(figure, "halves", f"{SHOWN} of {MIXED} pairs of prompts; one noise i
 # %% [markdown]
 # ### ShapesEval, by category
 #
-# ShapesEval asks for pairs and counts that training has never shown. In class there are 6 images of
-# each category, below (by `--full`) 20 of each for three seeds of the noise.
+# ShapesEval has six categories, like GenEval. Its counts of one class, its positions and its pairs
+# for colour attribution are such as training has never shown. In class there are 6 images of each
+# category; the figure shows 20 of each for three seeds of noise and plans, from `--full`.
 
 # %%
 CATEGORIES = ["single object", "two objects", "counting", "colours", "position",
@@ -313,7 +331,8 @@ def one_seed(arm, seed, folder):
 
 
 in_class = shapes_eval(lesson.size(36, quick=6), seed=0)
-print("in class, right images, %:", in_class)
+for category, value in in_class.items():
+    print(f"in class, {category}: {value:.0f}% right")
 results = lesson.sweep("shapes_eval", ["shipped"], one_seed)
 by_category = np.array([[run[category] for run in results["shipped"]] for category in CATEGORIES])
 overall = values_of(results, ["shipped"], "overall")
@@ -321,8 +340,8 @@ overall = values_of(results, ["shipped"], "overall")
 figure, axes = plt.subplots(figsize=(10, 5))
 draw_dots(axes, [category.replace(" ", "\n") for category in CATEGORIES], by_category)
 axes.set(ylabel="right images, %", ylim=(0, 103))
-lesson.show(figure, "shapes_eval", "20 prompts of each category, three seeds of the noise (dots) "
-            "and their mean (bars); guidance 1.5, 24 steps")
+lesson.show(figure, "shapes_eval", "20 prompts of each category, three seeds (dots) and their mean "
+            "(bars); guidance 1.5, 24 steps")
 
 # %% [markdown]
 # ## Figure
@@ -331,37 +350,40 @@ lesson.show(figure, "shapes_eval", "20 prompts of each category, three seeds of 
 #    blue star" stand three places; nothing in the prompt says them.
 # 2. *Other plans*: the image shows what the plan says. By the time the queries come, the prompt has
 #    done its work.
-# 3. *Queries and tokens*: taken away, no condition is missed. The largest change is below 0.1,
-#    where unrelated latents differ by 2. The objects stand at c4 and h4, where queries 4, 5 and 7
-#    are, and these matter most. But each changes a whole half of the image, in all four rows: the
-#    encoder's tokens know of the object beside them. Alone, a query brings only its own half near.
-# 4. *Taken away*: sixteen times the same image. Alone, the queries 4, 5 and 8 at the circle still
-#    draw a circle, while the other half is made up.
+# 3. *Queries and tokens*, left: hardly anything changes when one condition is taken away. The
+#    largest change is below 0.1, where unrelated latents differ by 2. The objects are at c4 and h4,
+#    the places of the queries 4 to 7; of these, 4, 5 and 7 matter most. Each of them changes a
+#    whole half of the image, in all four rows, since each token of the tiny encoder describes the
+#    object that is nearest to it. Right: alone, such a query brings the tokens of its own half
+#    close to the image with all conditions, and not those of the other half.
+# 4. *Taken away*: sixteen times the same image. Alone, the queries 4, 5 and 8, at the circle, still
+#    draw a red circle, and beside it a red object that nobody asked for. Query 7, at the star,
+#    draws a star, but a yellow one. So a condition says most about the object at its own place.
 # 5. *Halves*: the left object of the first prompt stands beside the right object of the second one.
 #    So conditions do belong to places: half of the message is enough for half of the image.
-# 6. *ShapesEval*: what needs several objects in the right number or place is hardest. Three seeds
-#    of 20 images differ much in "position".
+# 6. *ShapesEval*: counting and position are hardest. Only the noise and the plans differ between
+#    the seeds, and yet "position" goes from 60% to 95%.
 #
 # ## Number
 #
-# With a plan for it, all of 36 prompts come out right; against a plan for another class, none does,
+# With a plan for it, all of 36 prompts come out right; with a plan for another class, none does,
 # and all 36 images show what the plan says. One condition taken away changes its own token by 0.016
-# and another one by 0.006, the mean of 6 prompts; one alone leaves a change of 1.5. Of the mixed
-# halves, both objects are right in 79% of 24, of the unmixed first prompts in 92%: so it costs a
-# little to draw beside a stranger. One image more or less is 4%.
+# and another one by 0.006, the mean of 6 prompts. With one condition alone, a token differs by 1.5
+# on average, not much less than from an unrelated image. Both objects are right in 79% of 24 mixed
+# images, and in 92% and 96% of those of the first and the second prompts. One image is 4%, so the
+# mixed ones are three and four images behind: if a strange neighbour costs anything, it is little.
 #
 # ShapesEval, 120 images, three seeds: 89.7% (86.7 to 91.7). By category, mean of the seeds: single
 # object 97%, two objects 93%, counting 82%, colours 98%, position 75% (60 to 95), colour
 # attribution 93%. With 20 images of a category, a seed is good to about 8 points.
 
 # %%
-lesson.number("as the prompt says, with a plan for it, %", obeys["own plan"][0], 85, 100,
+lesson.number("object of the prompt, after its own plan, %", as_asked["own plan"], 85, 100,
               quick=(0, 100))
-lesson.number("as the prompt says, against its plan, %", obeys["other plan"][0], 0, 5,
+lesson.number("object of the prompt, after another plan, %", as_asked["other plan"], 0, 5,
               quick=(0, 100))
-lesson.number("as the plan says, against its prompt, %", obeys["other plan"][1], 85, 100,
-              quick=(0, 100))
-lesson.number("change of a query's own token, taken away", same_token, 0.005, 0.05, quick=(0, 2))
+lesson.number("object of the other plan, %", as_other["other plan"], 85, 100, quick=(0, 100))
+lesson.number("change of a query's own token, taken away", own_token, 0.005, 0.05, quick=(0, 2))
 lesson.number("change of another token, taken away", other_token, 0.001, 0.03, quick=(0, 2))
 lesson.number("change of a token, one query alone", alone.mean(), 1, 2, quick=(0, 4))
 lesson.number("first prompts: both objects right, %", both_right["first"], 60, 100,
@@ -373,25 +395,27 @@ lesson.end()
 # %% [markdown]
 # ## Exercise
 #
-# 1. What is drawn after no plan at all? Draw from
-#    `conditions_after(prompts, ["" for _ in prompts])` for the 36 classes. And after a plan without
-#    a prompt that says anything: `"draw"`?
+# 1. What is drawn without a plan? Draw from `conditions_after(prompts, ["" for _ in prompts])` for
+#    the 36 classes. And what is drawn with a plan, if the prompt says nothing but `"draw"`?
 # 2. Query 0 comes first, and attention is causal: it cannot see the other queries. Why can it
 #    nevertheless know what is drawn in the lower right corner?
 # 3. Mix the conditions of the upper and the lower half
 #    (`row = torch.arange(t2i.n) // t2i.dit.grid`) for prompts with "above". What must change in the
 #    plans?
-# 4. A user drags boxes on a canvas and names them. What must be trained anew to draw from that?
+# 4. A user draws boxes on a canvas and names them. What must be trained again to draw from these?
 #
 # <details><summary>Answers</summary>
 #
-# 1. Without a plan, none of 36 images is right, and in none is the reader sure of anything: this
-#    model never drew without a plan in training. With "draw" and a plan, all 36 are right. (Run
-#    once, 24 steps.)
-# 2. It sees the prompt and the whole plan, which stand before it. What it cannot see is only what
-#    the later queries make of them. The DiT's attention, which is not causal, settles the rest.
-# 3. The objects must stand in the two halves: the cells become such as `e2` and `e7`.
-# 4. Nothing: a plan is text, so the boxes are written as one.
+# 1. Without a plan, none of 36 images is right, and `read_scene` is sure of none: this model never
+#    drew without a plan in training. With "draw" and a plan, all 36 are right. (One run, 24 steps.)
+# 2. It sees the prompt and the whole plan, which come before it. All that it cannot see is what
+#    the later queries make of them. The attention of the DiT is not causal: there, each token sees
+#    all others.
+# 3. The objects must stand in the upper and the lower half: say `e2` and `e7` instead of `c4` and
+#    `h4`. Then 9 of 12 mixed images show the upper object of the first prompt above the lower one
+#    of the second. (One run.)
+# 4. Nothing: a plan is text, and a box can be written as its nearest size and cell. Exact boxes
+#    would need a finer board, and with it a new training.
 #
 # </details>
 #
@@ -400,10 +424,10 @@ lesson.end()
 # - Scale-RAE (arXiv 2601.16208, section 3.1) has 256 queries for the 16 x 16 tokens of SigLIP-2, a
 #   language model of 1.5B or 7B and DiTs of 0.5B to 9.8B. Query i conditions token i by adaLN, as
 #   here. Its text says that the connector has two layers; its code has one, and so has ours.
-# - It has no plan: a language model of billions knows what a red circle is. Ours, of 0.8 M
-#   parameters, is trained from scratch, and with the plan we took over the part of the work that
-#   can be written as text. That the image obeys the plan and not the prompt is a fact about this
-#   model, not about the paper's.
+# - The paper has no plan: a language model of billions of parameters knows what a red circle is.
+#   Ours has 0.8 M and is trained from scratch. The plan takes over the part of the work that can be
+#   written as text. That the image follows the plan and not the prompt is a fact about this model,
+#   not about the paper's.
 # - Its GenEval of 49.5 (1.5B and 2.4B, pretraining, table 4) and our ShapesEval are not comparable:
 #   the six categories are the same, the worlds are not.
 # - Guidance: the paper does not mention any, and in the released code it has no effect. We draw

@@ -51,9 +51,9 @@ lesson = Lesson("11_test_time_scaling")
 # %% [markdown]
 # ## Question
 #
-# Training once more costs hours; drawing once more costs a second. If a model draws N candidates of
-# each prompt and chooses one by itself, how does the number of right images grow with N? And where
-# does it stop?
+# Training once more costs hours; drawing once more costs a second. If a model draws N candidates
+# for each prompt and chooses one by itself, how does the share of right images grow with N? And
+# where does it stop?
 #
 # ## Predict
 #
@@ -73,32 +73,32 @@ lesson = Lesson("11_test_time_scaling")
 #   decoded.
 # - `draw` in sample.py, `[S4]`, and `T2I.conditions` in t2i.py, `[T1]`: candidates differ in their
 #   noise and in their plans. All else is the same.
-# - `answer_score`, `prompt_confidence` and `answer_logits` in t2i.py, three judges, or *verifiers*.
-#   The language model reads the latents in the user's turn, as it would read an image. The first
-#   asks "Does this image align with the prompt?" and takes the probability of "yes". The second
-#   makes it say the prompt as a description of the image, and takes its certainty. The third is the
-#   first as the paper has it, with raw logits.
-# - `shapes_eval_prompts` and `fulfils` in shapes/language.py: 300 prompts of six kinds, and the
-#   test of whether an image shows what was asked for. `read_scene` reads the decoded image by
-#   classical image analysis. It knows the truth, so it is the judge that no other can beat: the
-#   *oracle*.
+# - `answer_score`, `prompt_confidence` and `answer_logits` in t2i.py: three judges, which the paper
+#   calls *verifiers*. In all of them the language model reads the latents in the user's turn, as it
+#   reads any image. "answer" asks "Does this image align with the prompt?" and takes the
+#   probability of "yes". "confidence" has the model say the prompt as a description of the image,
+#   and takes its certainty. "answer_logits" is the paper's form of "answer", with raw logits.
+# - `shapes_eval_prompts` and `fulfils` in shapes/language.py: 300 prompts in six categories, and
+#   the test of whether an image shows what was asked for. `read_scene` reads the decoded image by
+#   classical image analysis. What it says is the truth here. A judge that says the same as
+#   `read_scene` cannot be beaten: the *oracle*.
 
 # %% [markdown]
 # ## Run
 #
-# The shipped text-to-image model draws candidates of the first prompts of ShapesEval. Each verifier
-# scores each of them, and `read_scene` says which are right. In class the solver has 4 steps, where
-# it needs 24 to draw well: that is fast, and leaves mistakes to choose among.
+# The shipped text-to-image model draws candidates for the first prompts of ShapesEval. Each judge
+# scores each of them, and `read_scene` says which are right. In class the solver takes 4 steps,
+# where 24 draw better: that is fast, and it leaves more mistakes for the judges to find.
 
 # %%
 t2i, rae, _ = load_t2i(SHIPPED_T2I, device=lesson.device)
-flags = sample.parse_args(["--prompt", "-"])
+flags = sample.parse_args(["--prompt", "-"])           # the defaults of text to image
 
 
 def draw_and_judge(tests, candidates, steps, seed):
-    """Candidates of each test: latents, and whether they are right, and their scores by verifier.
+    """Draw m candidates for each of n tests, and score them by each judge.
 
-    Returns latents n m c h w, right n m, and a dict of scores n m.
+    Returns latents n m c h w; whether each is right, n m bool; a dict of scores n m by judge.
     """
     args = argparse.Namespace(**dict(vars(flags), sampling_steps=steps, seed=seed))
     latents = []
@@ -117,20 +117,20 @@ def draw_and_judge(tests, candidates, steps, seed):
 
 
 CANDIDATES = lesson.size(8, quick=2)
-tests = shapes_eval_prompts()[:lesson.size(48, quick=2)]       # the six categories in turn
+tests = shapes_eval_prompts()[:lesson.size(48, quick=3)]       # the six categories in turn
 latents, right, scores = draw_and_judge(tests, CANDIDATES, steps=4, seed=0)
 print(f"{100 * right.mean():.1f}% of {right.size} candidates are right")
 
 # %% [markdown]
 # ### What the judge sees
 #
-# The candidates of the prompts with the most mistakes, from the one that the judge likes best to
-# the one that it likes least. Over each stands its probability of "yes".
+# The candidates of the three prompts with the most mistakes, from the one that "answer" likes best
+# to the one that it likes least. Over each stands its probability of "yes", and the truth.
 
 # %%
 hardest = right.mean(1).argsort()[:3]
 figure, panels = plt.subplots(3, CANDIDATES, figsize=(1.5 * CANDIDATES, 6.2), squeeze=False)
-for row, i in zip(panels, hardest[[0, 1, -1]], strict=True):
+for row, i in zip(panels, hardest, strict=True):
     order = np.argsort(-scores["answer"][i])
     images = sample.to_images(rae, latents[i][order.tolist()])
     for panel, image, j in zip(row, images, order, strict=True):
@@ -140,20 +140,21 @@ for row, i in zip(panels, hardest[[0, 1, -1]], strict=True):
         colour = COLOURS[2] if right[i, j] else COLOURS[1]
         panel.set_title(f"{scores['answer'][i, j]:.2f}\n{verdict}", fontsize=12, color=colour)
     row[0].set_ylabel("\n".join(wrap(tests[i].prompt, 16)), fontsize=11)
-lesson.show(figure, "candidates", f"{CANDIDATES} candidates of each of three prompts, ordered by "
-            "the judge (its probability of yes); right and wrong by read_scene")
+lesson.show(figure, "candidates", f"{CANDIDATES} candidates for each of three prompts, ordered by "
+            '"answer", whose probability of yes is given; right and wrong by read_scene; 4 steps')
 
 # %% [markdown]
 # ### How many are right, for growing N
 #
 # The best of N is the candidate with the highest score among N. There are many ways to take N of
-# the candidates that were drawn, and the expected number over all of them is exact and costs
-# nothing: ordered from best to worst, candidate r is the best of N exactly if the other N - 1 are
-# among the m - r - 1 behind it.
+# the m candidates that were drawn. We need not try them, as the mean over all of them has a
+# formula. Let the candidates be ordered from best to worst, r = 0, 1 ... m - 1. Candidate r is the
+# best of N if the other N - 1 are among the m - r - 1 behind it. So its probability is
+# C(m - r - 1, N - 1) / C(m, N).
 
 # %%
 def best_of_n(right, scores, n):
-    """How often the best of n candidates is right, over all subsets of n, %.
+    """How often the best of n candidates is right, a mean over all subsets of n, %.
 
     right: prompts x candidates, of 0 and 1. scores: the same shape; higher is better.
     """
@@ -165,26 +166,29 @@ def best_of_n(right, scores, n):
 
 
 def counts_up_to(candidates):
-    """1, 2, 4 ... candidates."""
-    return [2 ** k for k in range(candidates.bit_length())]
+    """1, 2, 4 ... up to the number of candidates."""
+    counts = [1]
+    while 2 * counts[-1] <= candidates:
+        counts.append(2 * counts[-1])
+    return counts
 
 
 def curves(right, scores, counts):
-    """For each verifier, for the oracle, and for chance: right images by N, %."""
-    judges = dict(scores, oracle=right.astype(float))
+    """Right images of the best of each number of candidates, %: a list for each judge."""
+    scores = dict(scores, oracle=right.astype(float))
     result = {}
-    for name, values in judges.items():
-        result[name] = [best_of_n(right, values, n) for n in counts]
+    for judge, own_scores in scores.items():
+        result[judge] = [best_of_n(right, own_scores, n) for n in counts]
     return result
 
 
-NAMES = {"answer": '"answer": probability of yes', "confidence": '"confidence": of the prompt',
+NAMES = {"answer": '"answer": probability of yes', "confidence": '"confidence": saying the prompt',
          "answer_logits": '"answer_logits": raw logits', "oracle": "the oracle, read_scene"}
 counts = counts_up_to(CANDIDATES)
 in_class = curves(right, scores, counts)
 figure, axes = plt.subplots(figsize=(9, 5))
-for name, curve in in_class.items():
-    axes.plot(counts, curve, "o-", label=NAMES[name])
+for judge, curve in in_class.items():
+    axes.plot(counts, curve, "o-", label=NAMES[judge])
 axes.set(xscale="log", xlabel="candidates N", ylabel="right images, %", xticks=counts,
          xticklabels=counts)
 axes.minorticks_off()
@@ -208,10 +212,10 @@ def ranking_accuracy(right, scores):
     won = 0
     pairs = 0
     for own_right, own_scores in zip(right, scores, strict=True):
-        good = own_scores[own_right][:, None]                           # right ones, 1
-        bad = own_scores[~own_right][None, :]                           # 1, wrong ones
-        won += (good > bad).sum() + 0.5 * (good == bad).sum()
-        pairs += good.size * bad.size
+        of_right = own_scores[own_right][:, None]                       # right ones, 1
+        of_wrong = own_scores[~own_right][None, :]                      # 1, wrong ones
+        won += (of_right > of_wrong).sum() + 0.5 * (of_right == of_wrong).sum()
+        pairs += of_right.size * of_wrong.size
     return 100 * float(won / max(pairs, 1))
 
 
@@ -245,13 +249,13 @@ results = lesson.sweep("best_of", ARMS, study)
 # %% [markdown]
 # ### Three seeds, sixteen candidates
 #
-# From `--full`: 48 prompts, 16 candidates of each, three seeds of the noise, with 4 steps of the
-# solver and with 24. Beside it, the numbers that Scale-RAE gives for a language model of 1.5B and a
-# DiT of 5.5B. There, 4 of 4 N candidates are kept, so N is the number drawn for each image that is
-# kept.
+# From `--full`: 48 prompts, 16 candidates for each, three seeds of noise and plans, with 4 steps of
+# the solver and with 24. On the right are the numbers of Scale-RAE for a language model of 1.5B and
+# a DiT of 5.5B. GenEval needs 4 images of each prompt, so the paper keeps the best 4 of 4N
+# candidates, where we keep the best 1 of N. Drawn for each image kept are N in both.
 
 # %%
-# GenEval. Source: Scale-RAE, arXiv 2601.16208, table 5
+# GenEval, %, without choice, and for the best 4 of 8, 16 and 32.     Source: Scale-RAE, table 5
 PAPER_N = [1, 2, 4, 8]
 PAPER = {"answer_logits": [53.2, 59.6, 62.5, 64.3], "confidence": [53.2, 56.7, 57.5, 60.0]}
 COLOUR_OF = dict(zip(NAMES, COLOURS, strict=False))
@@ -269,7 +273,7 @@ for panel, arm in zip(panels, ARMS, strict=False):
         draw_band(panel, counts, curve_of(arm, judge), name, color=COLOUR_OF[judge])
     panel.set(title=arm, ylim=(65, 101), ylabel="right images, %")
 for judge, values in PAPER.items():
-    panels[2].plot(PAPER_N, values, "o--", color=COLOUR_OF[judge], label=judge)
+    panels[2].plot(PAPER_N, values, "o--", color=COLOUR_OF[judge], label=f'"{judge}"')
 panels[2].set(title="the paper", ylabel="GenEval, %")
 for panel, ticks in zip(panels, (counts, counts, PAPER_N), strict=True):
     panel.set(xscale="log", xlabel="candidates N for each image kept", xticks=ticks,
@@ -285,7 +289,7 @@ lesson.show(figure, "three_seeds", f"{PROMPTS} prompts x {counts[-1]} candidates
 # ### Steps or candidates?
 #
 # The same work can be spent in two ways: on one image in 24 steps, or on six candidates in 4 steps
-# each. Reading the candidates comes on top, but takes less than one step.
+# each. The judge's reading comes on top, and takes less than one step.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 5))
@@ -303,22 +307,25 @@ lesson.show(figure, "equal_work", f"N = {counts}; {PROMPTS} prompts, mean and ra
 # ### Why it stops
 #
 # Two things can stop the curve. There may be nothing to choose: all candidates of a prompt are
-# right, or all are wrong. Or the judge chooses badly. To tell how much a judge of this ranking
-# accuracy *should* gain, we make one up. Its scores are normal, with the mean of the right ones so
-# far above that of the wrong ones that it wins as many pairs as the real judge, and each
-# candidate's error is its own.
+# right, or all are wrong. Or the judge chooses badly. How much *should* a judge gain that orders
+# 70% of the pairs rightly? To find out, we make one up. Its scores are random: normal, of standard
+# deviation 1, with a mean for right candidates that lies above the mean for wrong ones. The
+# distance of the means is such that it wins as many pairs as the real judge, and it is the same for
+# all prompts.
 
 # %%
 def made_up_judge(right_of_candidates, accuracy, counts, repeats=200):
     """Right images by N, %, of a judge with independent errors that wins `accuracy` % of all pairs.
 
-    right_of_candidates: how many of the last count's candidates are right, for each prompt.
+    right_of_candidates: for each prompt, how many of its m candidates are right. counts: the
+    numbers N of candidates, of which the last is m. repeats: of the random scores.
     """
     rng = np.random.default_rng(0)
     m = counts[-1]
     right = np.arange(m) < np.array(right_of_candidates)[:, None]       # n m
     right = np.tile(right, (repeats, 1))                                # n*repeats m
-    # The difference of two normal scores has deviation sqrt(2): P(right > wrong) = Phi(d / sqrt 2).
+    # The difference of two scores has standard deviation sqrt(2). So for means at a distance d
+    #     P(right > wrong) = Phi(d / sqrt(2))
     distance = math.sqrt(2) * NormalDist().inv_cdf(accuracy / 100)
     scores = distance * right + rng.standard_normal(right.shape)
     return [best_of_n(right, scores, n) for n in counts]
@@ -340,7 +347,8 @@ panels[0].legend(fontsize=11)
 
 right_of_candidates = np.concatenate([run["right_of_candidates"] for run in results[arm]])
 panels[1].hist(right_of_candidates, np.arange(counts[-1] + 2) - 0.5, color=COLOURS[0])
-panels[1].set(xlabel=f"right ones among {counts[-1]} candidates", ylabel="prompts (of 3 seeds)",
+panels[1].set(xlabel=f"right ones among {counts[-1]} candidates",
+              ylabel=f"prompts, of 3 x {PROMPTS}",
               xticks=range(0, counts[-1] + 1, 4))
 
 made_up = []
@@ -359,27 +367,31 @@ lesson.show(figure, "why_it_stops", f"4 steps; {PROMPTS} prompts x {counts[-1]} 
 # %% [markdown]
 # ## Figure
 #
-# 1. *Candidates*: the judge is often unsure and sometimes wrong at the top. It is best at wrong
-#    numbers of objects, and worst at dented outlines.
-# 2. *In class* and *three seeds*: the oracle goes to 100%. "answer" takes part of the way, most of
-#    it from 1 to 4. Then it stops at 4 steps, where one of three seeds even falls, and rises slowly
-#    at
-#    24. "confidence" hardly gains, and with 24 steps it loses.
-# 3. *Equal work*: for the work of one image in 24 steps, both ways are about equally good. Beyond,
-#    it pays to take more steps first and more candidates then.
-# 4. *Why it stops*, left: half of the right candidates get a "yes" above 0.9, but so does every
-#    eighth wrong one. Middle: no prompt has wrong candidates alone, so the prompts are not to
-#    blame. Right: with two candidates, the real judge gains what a made-up one of its accuracy
-#    gains, as it must. With more, it falls behind, so its errors are not chance. The likely cause:
-#    a fault that it does not see, such as a dent, gets a high score each time, and the more
-#    candidates there are, the surer one of them is at the top.
+# 1. *Candidates*: of "four red squares" no candidate is right, so no judge can help. Of "two blue
+#    squares", the judge prefers two wrong images to the right one. Of the third prompt, it finds a
+#    right one. Most wrong images have dented outlines, so that `read_scene` cannot tell the shape.
+#    Some of them get as much "yes" as right ones.
+# 2. *In class* and *three seeds*: the oracle comes to 100% or close. "answer" goes part of the way,
+#    most of it from N = 1 to 4. With 4 steps it stops there, and in one of the three seeds it
+#    falls. With 24 steps it keeps rising slowly. "confidence" hardly gains, and at N = 16 with 24
+#    steps it loses.
+# 3. *Equal work*: for the work of one image in 24 steps, both ways are about equally good. For more
+#    work than that, several candidates of 24 steps are better than many of 4.
+# 4. *Why it stops*, left: half of the right candidates get a "yes" above 0.9, and so does every
+#    eighth wrong one. The panel mixes all prompts, and easy prompts get higher scores. That does
+#    not help to choose among the candidates of one prompt. Middle: each prompt has a right
+#    candidate, so there is something to choose. Right: at N = 2 the real judge gains as much as the
+#    made-up one, as it must, since both win as many pairs. From N = 4 on it falls behind. So its
+#    errors are not as the made-up judge has them: independent, normal, and as frequent in one
+#    prompt as in another. Exercise 5 looks at the last of the three.
 #
 # ## Number
 #
-# Mean and range of three seeds, 48 prompts, 16 candidates of each; right images in %. The last
-# column is the ranking accuracy:
+# Mean and range of three seeds, 48 prompts, 16 candidates for each; right images in %. N = 1 is
+# without choice, so it is the same for all judges. The last column has the pairs of a right and a
+# wrong candidate that are ordered rightly (`ranking_accuracy`):
 #
-# | steps, judge | N = 1 | 4 | 16 | order |
+# | steps, judge | N = 1 | N = 4 | N = 16 | pairs |
 # |---|---|---|---|---|
 # | 4, answer | 81.2 (80.5 to 82.3) | 88.2 (85.1 to 89.8) | 87.5 (81.2 to 91.7) | 70% (65 to 72) |
 # | 4, confidence | | 82.7 (80.5 to 85.0) | 81.9 (77.1 to 87.5) | 55% (54 to 56) |
@@ -388,8 +400,8 @@ lesson.show(figure, "why_it_stops", f"4 steps; {PROMPTS} prompts x {counts[-1]} 
 # | 24, confidence | | 90.8 (90.7 to 91.1) | 87.5 (85.4 to 89.6) | 57% (56 to 59) |
 # | 24, oracle | | 99.8 (99.6 to 99.9) | 100 | |
 #
-# At N = 16 each seed decides 48 times, so one seed is good to about 4 points. "answer_logits" is
-# within 1.5 points of "answer".
+# At N = 16 each seed decides 48 times, so one seed is good to about 4 points. The means of
+# "answer_logits" are within 1.5 points of those of "answer".
 
 # %%
 def percent(arm, judge, n):
@@ -420,34 +432,50 @@ lesson.end()
 #    oracle at 4 steps. Which assumption is wrong?
 # 2. Choose by two judges at once: rank the candidates by each and add the ranks. Is the sum better
 #    than the better one of the two?
-# 3. The paper keeps 4 of 4 N, we keep 1 of N. Which of the two gains more from the same judge?
+# 3. The paper keeps the best 4 of 4N, we keep the best 1 of N. Which of the two ways gains more
+#    from the same judge?
 # 4. What would you collect to make the judge better, and why does it help most to collect it from
 #    the model itself?
+# 5. Apply `ranking_accuracy` to each prompt alone, for example
+#    `ranking_accuracy(right[i:i + 1], scores["answer"][i:i + 1])`, and to all prompts as if they
+#    were one, `ranking_accuracy(right.reshape(1, -1), scores["answer"].reshape(1, -1))`. What do
+#    you find, and what does it say about the left and the right panel of the last figure?
 #
 # <details><summary>Answers</summary>
 #
-# 1. Independence holds *within* a prompt, but p differs from prompt to prompt: see the histogram.
-#    With p = 80% for all, the best of 8 would be right in all but 3 of a million; in class it is in
-#    98%.
+# 1. Attempts are independent for each prompt, but p differs from prompt to prompt: see the
+#    histogram. With p = 80% for all, the best of 8 would be right in all but 3 of a million; in
+#    class it is in 98%.
 # 2. Ranks are `scores["answer"].argsort(1).argsort(1)`; add those of "confidence", and give the sum
-#    to `best_of_n`. In class the sum of both is right in 87.5% for N = 8, "answer" alone in 89.6%:
-#    a worse judge in the jury costs more than it adds. (One seed, 48 prompts.)
-# 3. To keep one: the best of N lies higher in the order than the best quarter on average. So our
-#    curves should rise faster than the paper's by this alone.
-# 4. Its own mistakes, with the truth from `read_scene`. Wrong scenes that are rendered have wrong
-#    objects with clean outlines; wrong images that are drawn have dents. The judge of the shipped
-#    model was taught in this way (`assets/teach_verifier.py`).
+#    to `best_of_n`. In class the sum of both is right in 87.5% for N = 8, "answer" alone in 89.6%,
+#    a difference of one prompt. With 16 candidates and three seeds it is 86.1% and 87.5% for
+#    N = 16. So the sum gains nothing, and whether it loses, 48 prompts cannot tell.
+# 3. The paper's way. To keep the best of each of four groups of N is one of many ways to keep 4 of
+#    4N, and no other way has as high scores as the best 4 of all. By the oracle, the best 4 of 16
+#    are right in 99.1%, the best of 4 in 98.3%. By "answer" both are right in 88.2%. (4 steps, mean
+#    of three seeds.)
+# 4. Its own mistakes, with the truth from `read_scene`. One could also render wrong scenes, but
+#    there the objects are wrong and their outlines clean. Images that the model draws have dents.
+#    The judge of the shipped model was taught by such images (`assets/teach_verifier.py`).
+# 5. In class, 28 of the 48 prompts have both right and wrong candidates, and in 2 of these the
+#    judge orders less than half of the pairs rightly: there, more candidates do harm. Of all pairs,
+#    it orders 84% rightly, of those within a prompt 74%. So the left panel flatters the judge. With
+#    16 candidates and three seeds, the judge fails in this way in 2 to 8 of about 35 prompts. A
+#    made-up judge with the accuracy of each prompt is right in 90% at N = 16, that of the figure in
+#    93%, the real one in 87.5%. So much of the gap comes from prompts that the judge cannot judge.
+#    (A prompt has few wrong candidates, so its accuracy is known only roughly.)
 #
 # </details>
 #
 # ## The paper says / ours differs
 #
-# - Scale-RAE (arXiv 2601.16208, section 5, table 5) keeps 4 of 4 N candidates. With 1.5B and 5.5B:
-#   GenEval 53.2 without choice; by Answer Logits 59.6, 62.5 and 64.3 for 4 of 8, 16 and 32; by
-#   Prompt Confidence 56.7, 57.5 and 60.0. So the order is the same here: the judge that is asked
-#   beats the certainty, which gains nothing. And at 24 steps the gain goes on to N = 16, as theirs
-#   does up to 8 for each image kept; at 4 steps it ends at 4.
-# - Its judge was never taught on its own mistakes, ours was; and GenEval leaves much more to gain
-#   than our few failures.
-# - Its "logit of yes" is the raw logit of the token that was chosen, before any softmax
-#   (`answer_logits`); `answer` is a probability. Here, the two hardly differ.
+# - Scale-RAE (arXiv 2601.16208, section 5, table 5) keeps the best 4 of 4N candidates. With a
+#   language model of 1.5B and a DiT of 5.5B, GenEval is 53.2 without choice. By Answer Logits it is
+#   59.6, 62.5 and 64.3 for 4 of 8, 16 and 32; by Prompt Confidence 56.7, 57.5 and 60.0. The order
+#   is the same here: "answer" is better than "confidence". But "confidence" gains in the paper, and
+#   nothing here. With 24 steps "answer" gains up to N = 16, as the paper's does up to N = 8; with 4
+#   steps it ends at N = 4.
+# - Our judge was taught by the model's own mistakes, the paper's was not. And GenEval leaves much
+#   more to gain than our few failures.
+# - The paper ranks by the raw logit of the "yes" that was said, before any softmax
+#   ("answer_logits"); "answer" is a probability. Here the two hardly differ.

@@ -92,7 +92,7 @@ class Lesson:
         drawn = io.BytesIO()
         figure.savefig(drawn, bbox_inches="tight", dpi=self.size(100, quick=20))
         plt.close(figure)
-        # A palette takes a third of the bytes. Pillow's default one changes colours visibly.
+        # A palette takes a third of the bytes. Pillow's default one makes red crimson.
         picture = Image.open(drawn).convert("RGB")
         picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
         path = self.folder / f"{name}.png"
