@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Lesson 6: the wide head
 #
-# 30 minutes of class, 1 minute on 2 CPU cores. Needs: lesson 3. A model must be as wide as its
-# latents have channels, and width is expensive in every block. DiT^DH makes only its last block
-# wide. We build models of equal cost with and without such a head, and look where the head pays.
+# 30 minutes of class, 1 minute on 2 CPU cores. Needs: lesson 3. A model that predicts the velocity
+# must be as wide as its latents have channels, and width is expensive in every block. DiT^DH makes
+# only its last blocks wide: they are called its head. We build models of about equal cost with and
+# without such a head, and look where the head pays.
 
 # %% Set-up: find nanoRAE around this file, or clone it
 import importlib.util
@@ -47,16 +48,16 @@ device = lesson.device
 # %% [markdown]
 # ## Question
 #
-# DiT^DH-B beats DiT-XL in the paper at about 40% of its training compute. Where should a model of a
-# given cost have its width: in all blocks, or in the last one alone? And when is the head of no
-# use?
+# In the paper, DiT^DH-B beats DiT-XL with about 40% of its training compute. Where should a model
+# of a given cost have its width: in all blocks, or in the last one alone? And when is the head of
+# no use?
 #
 # ## Predict
 #
 # Our latents have 192 channels. Write down, before you run anything:
 #
-# 1. A backbone of width 96 and depth 9, or one of depth 2 with a head of width 192: both cost the
-#    same. Which learns faster, if the network predicts the velocity?
+# 1. A backbone of width 96 and depth 9 costs the same as one of width 96 and depth 2 with a head of
+#    width 192. Which of them learns faster, if the network predicts the velocity?
 # 2. The same question if the network predicts `x0` (lesson 3).
 # 3. A head of width 96, half as wide as the latents have channels: better or worse than no head?
 # 4. At the same cost, all blocks can be 192 wide if there are only two. Is that better or worse
@@ -66,9 +67,10 @@ device = lesson.device
 # ## Read
 #
 # - `DiTDH` in model.py, `[L6]`. There are two embeddings of `x_t`: `s_embedder` for the backbone
-#   and `x_embedder` for the head. So the noise has a road to the output that is `head_width` wide.
+#   and `x_embedder` for the head. The velocity is `eps - x0`, so the network must pass the noise in
+#   `x_t` on to its output (lesson 3). Here the noise has a road of its own, `head_width` wide.
 # - The backbone's output `s` is only a *condition*: it sets shift, scale and gate of the head's
-#   blocks, another one for each token (`Block`, `[L4]`, with `cond: b n d`).
+#   blocks, and each token has its own (`Block`, `[L4]`, with `cond: b n d`).
 # - What does that cost? `adaLN_modulation` runs once for an image in the backbone, and once for
 #   each *token* in the head.
 
@@ -77,8 +79,10 @@ device = lesson.device
 #
 # ### Models of equal cost
 #
-# We count multiplications, as PyTorch does them for one image. A block costs about `12 width^2` for
-# each token; a block of the head `18 width^2`, because of its adaLN.
+# We count the multiplications that PyTorch does for one image. A block of the backbone costs about
+# `12 width^2` for each token, a block of the head `18 width^2`, because of its adaLN. All heads
+# here have one block (`--head_depth`). The warnings are meant for people who build too narrow a
+# model by mistake; here it is on purpose.
 
 # %%
 MODELS = {
@@ -91,7 +95,7 @@ MODELS = {
 
 
 def cost(sizes):
-    """Millions of multiplications and of parameters of a model, for one image."""
+    """Millions of multiplications for one image, and millions of parameters, of a model."""
     args = train_dit.parse_args(command_line(sizes))
     model = build_dit(vars(args), channels=192, grid=4, num_classes=36).eval()
     with FlopCounterMode(display=False) as counter:
@@ -107,18 +111,21 @@ for name, sizes in MODELS.items():
 # %% [markdown]
 # ### One comparison, live
 #
-# Two of the models, for the velocity: without and with a head. We look at the error of their guess
-# of `x0`, from latents of images that they have not seen, at `t = 0.7`. (After so few steps, the
-# images that they draw are not readable yet.)
+# We train two of the models for the velocity, one without and one with a head. Then we add noise to
+# latents of images that they have not seen, up to `t = 0.7`, and measure how well they guess `x0`.
+# (After so few steps, the images that they draw are not readable yet.)
 
 # %%
 STEPS = lesson.size(150, quick=2)
-HELD_OUT = lesson.size(216, quick=6)                   # six or more images of each class
+HELD_OUT = lesson.size(216, quick=6)                   # images, 2 to 13 of each class
 
 
 @torch.no_grad()
 def error_of_x0(checkpoint, time=0.7):
-    """Squared error of the guess of x0 at one time: its share of the variance, 0 to 1."""
+    """Squared error of the guess of x0 at one time, over the variance of x0.
+
+    0: x0 is known. 1: no better than to guess the mean of all latents.
+    """
     model, rae, _ = release.load_dit(checkpoint, device, with_encoder=True)
     data = open_data(["shapes"], 64, split="val", objects=1)
     images = load_images(data, range(HELD_OUT)).permute(0, 3, 1, 2) / 255           # n 3 64 64
@@ -127,13 +134,15 @@ def error_of_x0(checkpoint, time=0.7):
     t = torch.full((HELD_OUT,), time, device=device)
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(x0.shape, generator=generator).to(device)
-    # v = (x_t - x0) / t, so an error of v is t times smaller in x0.
+    # x0 = x_t - t * v, so the error of x0 is t times that of v, and its square t^2 times.
     loss = flow_matching_loss(model, x0, labels, t, eps)                            # n
     return float(time ** 2 * loss.mean() / x0.var())
 
 
 def run_model(arm, seed, folder):
-    """Train a model, and judge it. arm: what it predicts, and its name in MODELS."""
+    """Train a model, and measure its error. arm: what it predicts and its name in MODELS, such as
+    "v, 96 x 9".
+    """
     prediction, name = arm.split(", ")
     checkpoint = train(train_dit, folder, seed, prediction=prediction, steps=STEPS, ema=0.98,
                        batch=lesson.size(32, quick=4), cache=lesson.size(1000, quick=32),
@@ -150,8 +159,8 @@ for arm, numbers in live.items():
 # %% [markdown]
 # ### All models
 #
-# The five models trained for `v`, and three of them for `x0`, with three seeds each, from the
-# results of the sweep.
+# The five models were trained for `v`, and three of them for `x0`, with three seeds each. Their
+# errors are read from a file, since this sweep takes too long for class (`--full` repeats it).
 
 # %%
 COMPARED = {"v": list(MODELS), "x0": ["96 x 9", "192 x 2", "96 x 2 + head 192"]}
@@ -169,25 +178,27 @@ for panel, (prediction, compared) in zip(panels, COMPARED.items(), strict=True):
     panel.set(title=f"the network predicts {prediction}", xlabel="backbone: width x depth")
 panels[0].set(ylabel="error of x0 at t = 0.7,\nshare of its variance")
 lesson.show(figure, "models", "16 to 18 M multiplications each, after 150 steps of 32 images; 216 "
-            "images; 3 seeds (dots), their mean (bars), this run (red)")
+            "held-out images; dots: 3 seeds, bars: their mean, red: this run")
 
 # %% [markdown]
 # ## Figure
 #
-# 1. *Left*, for `v`: what counts is the widest road to the output. It is 96 wide in the first and
-#    the fourth model (errors 0.46 and 0.45), 128 in the second (0.37), 192 in the third and the
-#    fifth (0.22 and 0.21). Seven blocks more do not make up for a narrow road, and a head of 96 is
-#    no wider than what it replaces.
-# 2. The head does not beat a backbone that is wide throughout, at this size: their seeds overlap.
-#    Wide throughout, all blocks cost `width^2`; with a head, only one does. That pays where there
-#    are many blocks: here only two.
-# 3. *Right*, for `x0`: all three are far better than any model for `v`, and differ little (0.12,
-#    0.12, 0.11). No theorem holds the narrow one back.
+# 1. *Left*, for `v` (predictions 1 and 3): what counts is the widest road to the output. It is 96
+#    wide in the first and the fourth model (errors 0.46 and 0.45), 128 in the second (0.37), 192 in
+#    the third and the fifth (0.22 and 0.21). Seven more blocks do not make up for a narrow road,
+#    and a head of width 96 is no wider than what it replaces.
+# 2. *Left*, third and fifth (prediction 4): the head does not beat a backbone that is wide
+#    throughout, at this size. Their seeds overlap, and the wide backbone costs 7% less. If all
+#    blocks are wide, each of them costs `12 * 192^2` a token; with a head, one costs `18 * 192^2`
+#    and the others `12 * 96^2`. That saves much where there are many blocks, but here are two.
+# 3. *Right*, for `x0` (prediction 2): all three are far better than any model for `v`, and differ
+#    little (0.12, 0.12, 0.11). The noise need not reach the output, and `x0` varies in few
+#    directions (lesson 1), so 96 is wide enough.
 #
 # ## Number
 #
-# For the velocity, at equal cost, the model with the head has an error 2.2 times smaller than the
-# narrow one. For `x0`, 1.1 times smaller.
+# The error of the narrow model (96 x 9) over that of the model with a head of 192, at equal cost:
+# 2.2 for the velocity, 1.1 for `x0`.
 
 # %%
 def mean_error(arm):
@@ -207,12 +218,11 @@ lesson.end()
 # ## Exercise
 #
 # 1. Count the weights of one block of width `d`: attention, SwiGLU, adaLN. Which part makes a block
-#    of the head `18 d^2` for each token, where a block of the backbone has `12 d^2`?
+#    of the head cost `18 d^2` for each token, where a block of the backbone costs `12 d^2`?
 # 2. In `DiTDH.forward`, the head reads `x_t` through its own embedding. Suppose it read `s` in
 #    place of `x_t`. Which bound would come back, and why?
-# 3. The paper's head is 2048 wide for latents of 768 channels. Theorem 1 asks only for 768. Add a
-#    model with a head of 256 to `MODELS`, lower the backbone so that `cost` stays the same, and
-#    train it.
+# 3. The paper's head is 2048 wide for latents of 768 channels. Theorem 1 asks only for 768. Look
+#    for a model with a head of 256 and the same `cost` as the others. How wide can its backbone be?
 # 4. Over a VAE with 4 channels, would you use a head?
 #
 # <details><summary>Answers</summary>
@@ -222,8 +232,8 @@ lesson.end()
 #    for each token.
 # 2. That of the backbone's width: all that the head knows of the noise would have passed through
 #    `width` numbers for each token.
-# 3. `cost(dict(width=64, depth=1, head_width=256))` is already 24 M: at our cost, such a head
-#    leaves nothing for the backbone.
+# 3. There is none: `18 * 256^2` for each of 16 tokens are 18.9 M, more than any of our models has
+#    in all. `cost(dict(width=64, depth=1, head_width=256))` is 24 M.
 # 4. No: every usual width is above 4. In the paper's Table 10, a head over SD-VAE makes the FID
 #    worse (11.70, without 7.13).
 #
@@ -234,9 +244,10 @@ lesson.end()
 # - RAE (arXiv 2510.11690): after 80 epochs, DiT^DH-B has a gFID of 3.38 and DiT-XL of 4.28, at
 #   about 40% of its training compute; DiT^DH-XL has 2.16. All of them predict `v`. **Holds here**
 #   for a backbone narrower than the channels: at equal cost an error of 0.21 (0.20 to 0.21, 3
-#   seeds) with the head, 0.46 (0.46 to 0.46) without. **Not seen here** for a backbone as wide as
-#   the channels: 0.22 (0.21 to 0.22). A likely cause: DiT-XL has 28 blocks whose width a head can
-#   spare, our model two. We judge by the error of `x0` at one time after 150 steps, not by a FID.
+#   seeds) with the head, 0.46 (0.45 to 0.46) without. **Not seen here** for a backbone as wide as
+#   the channels: 0.22 (0.21 to 0.22). A likely cause: with a head, 28 blocks of DiT-XL can be
+#   narrower, of our model two. We judge by the error of `x0` at one time after 150 steps, not by a
+#   FID.
 # - Table 17: heads of width 768, 1536, 2048, 2688 on DiT-B: 2.49, 2.24, 2.16, 2.22. So the best
 #   head is far wider than the 768 channels, for reasons beyond Theorem 1. **Not testable here** at
 #   equal cost, as our head of 192 takes most of it. A head narrower than the channels, 96, **does
@@ -246,4 +257,4 @@ lesson.end()
 #   for the narrow backbone, and not for the wide one. But theirs are above the channels in both
 #   cases, so Theorem 1 does not explain what they see.
 # - With x0-prediction, which neither paper trains, the head gains a factor of 1.1 where it gains
-#   2.2 with `v`. That is what Theorem 1 suggests: its bound is one of the noise in the target.
+#   2.2 with `v`. That is what Theorem 1 suggests: its bound is due to the noise in the target.
