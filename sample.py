@@ -15,12 +15,11 @@ import contextlib
 import difflib
 import hashlib
 import math
-import os
 import re
 import shutil
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -160,47 +159,14 @@ def noise(shape, seed, indices, step=0):
     alone.
     """
     samples = torch.empty(len(indices), *shape)
-    for i, own_samples in zip(indices, samples.numpy(), strict=True):
-        fill_with_noise(own_samples, seed, i, step)
+
+    def fill(i, own_samples):
+        rng = np.random.default_rng((seed, i, step))
+        rng.standard_normal(dtype=np.float32, out=own_samples)
+
+    with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+        list(threads.map(fill, indices, samples.numpy()))               # list() waits for them
     return samples
-
-
-def fill_with_noise(array, seed, i, step):
-    """Fill an fp32 array with the noise of image i, see noise()."""
-    rng = np.random.default_rng((seed, i, step))
-    rng.standard_normal(dtype=np.float32, out=array)
-
-
-class NoiseAhead:
-    """The noise of one step after the other of a solver, on the device: the same as of noise().
-
-    Threads draw the noise of a step, one image each, while the device computes the step before.
-    threads: ThreadPoolExecutor. last_step: the last one that needs noise.
-    """
-    def __init__(self, threads, shape, seed, indices, last_step, device):
-        self.threads, self.shape, self.seed, self.indices = threads, shape, seed, indices
-        self.last_step, self.device = last_step, device
-        self.begin(0)
-
-    def begin(self, step):
-        """Let the threads draw the noise of a step."""
-        self.step = step
-        # From pinned memory it is copied without a wait, see runtime.to_device().
-        self.samples = torch.empty(len(self.indices), *self.shape,
-                                   pin_memory=runtime.has_own_memory(self.device))
-        self.drawing = []
-        for i, own_samples in zip(self.indices, self.samples.numpy(), strict=True):
-            self.drawing.append(
-                self.threads.submit(fill_with_noise, own_samples, self.seed, i, step))
-
-    def __call__(self, step):
-        """The noise of a step, len(indices) x shape. Steps must come in turn: 0, 1, 2, ..."""
-        assert step == self.step
-        wait_for(self.drawing)
-        samples = self.samples
-        if step < self.last_step:
-            self.begin(step + 1)
-        return samples.to(self.device, non_blocking=True)
 
 
 def sampling_times(model, args):
@@ -214,61 +180,49 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     """Draw latents b c h w from conditions y.
 
     y: class ids b or text conditions b n d. args: sampling flags. indices: b image numbers, for the
-    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: dict whose
-    keys are times of the solver, rounded to fp32; its values become the states x_t b c h w there.
+    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: empty dict
+    that becomes {t: x_t b c h w} for all times of the solver, rounded to fp32.
     """
-    null = model.null_condition(y)
     if weak:
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
-    elif (y != null).any():
-        velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
-        velocity = cfg(model, y, null, 1, args.interval)                # y is null already
-    if states:
-        velocity = recorded(velocity, states)
-    times = sampling_times(model, args)
-    is_stochastic = args.solver == "euler_maruyama"
-    last_step = evaluations(args) if is_stochastic else 0               # that needs noise
+        null = model.null_condition(y)
+        velocity = cfg(model, y, null, args.guidance, args.interval)
     shape = (model.in_channels, model.grid, model.grid)                 # c h w
-    with (ThreadPoolExecutor(runtime.cores_of_process()) as threads,
-          progress.progress_bar(evaluations(args), "velocity") as bar):
-        noise_of_step = NoiseAhead(threads, shape, args.seed, indices, last_step, y.device)
-        x = noise_of_step(0)                                            # b c h w
-        velocity = counted(velocity, bar)
-        if is_stochastic:
+
+    def noise_of_step(k):
+        return runtime.to_device(noise(shape, args.seed, indices, k), y.device)     # b c h w
+
+    x = noise_of_step(0)
+    times = sampling_times(model, args)
+    with progress.progress_bar(evaluations(args.solver, times), "velocity") as bar:
+        velocity = watched(velocity, bar, states)
+        if args.solver == "euler_maruyama":
             x = euler_maruyama(velocity, x, times, noise_of_step)
         else:
             x = SOLVERS[args.solver](velocity, x, times)
-    if states:
+    if states is not None:
         states[times[-1].float().item()] = x                            # not evaluated at the end
     return x
 
 
-def counted(velocity, bar):
-    """The same velocity, each evaluation of which advances a progress bar."""
-    def velocity_and_count(x, t):
-        bar.update()
-        return velocity(x, t)
-    return velocity_and_count
+def evaluations(solver, times):
+    """How often a solver evaluates the velocity."""
+    steps = len(times) - 1
+    return 2 * steps - 1 if solver == "heun" else steps
 
 
-def recorded(velocity, states):
-    """The same velocity, which also keeps x in the dict `states` if t is one of its keys.
+def watched(velocity, bar, states):
+    """The same velocity, which also advances a progress bar and keeps x in the dict `states`.
 
     Heun evaluates most times twice, first at a guess, then at the state, which replaces the guess.
     """
-    def velocity_and_record(x, t):
-        time_now = t[0].item()                                          # all b are equal
-        if time_now in states:
-            states[time_now] = x
+    def watched_velocity(x, t):                                         # b c h w, b
+        bar.update()
+        if states is not None:
+            states[t[0].item()] = x                                     # all b times are equal
         return velocity(x, t)
-    return velocity_and_record
-
-
-def evaluations(args):
-    """How often a solver evaluates the velocity for a batch of images."""
-    steps = args.sampling_steps - 1 if args.release_grid else args.sampling_steps
-    return 2 * steps - 1 if args.solver == "heun" else steps
+    return watched_velocity
 
 
 def draw_prompts(t2i, prompts, args, indices, states=None):
@@ -422,21 +376,22 @@ def frame_steps(steps):
     return np.unique(np.linspace(0, steps, FRAMES + 1).round().astype(int)).tolist()
 
 
-def draw_frames(draw_images, rae, n, times, args):
-    """Draw the n images of an animation. Returns a list of frames, each uint8 n H W 3.
+def draw_frames(draw_images, rae, n, args):
+    """Draw the n images of an animation. Returns the times of the solver in fp32, a list, and the
+    frames, a dict: number of a step -> images uint8 n H W 3.
 
-    draw_images: function of image numbers and of states, which it fills in as draw() does. times:
-    of the solver, in fp32.
+    draw_images: function of image numbers and of states, which it fills in as draw() does.
     """
-    frame_times = [times[step] for step in frame_steps(len(times) - 1)]
-    batches = {t: [] for t in frame_times}
+    batches = defaultdict(list)
     for numbers in progress.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
-        states = dict.fromkeys(frame_times)
+        states = {}
         draw_images(numbers, states)
+        times = list(states)
         with runtime.autocast(rae.pixel_mean.device, args.dtype):
-            for t in frame_times:
-                batches[t].append(to_images(rae, states[t]))
-    return [torch.cat(batches[t]) for t in frame_times]
+            for step in frame_steps(len(times) - 1):
+                batches[step].append(to_images(rae, states[times[step]]))
+    frames = {step: torch.cat(images) for step, images in batches.items()}
+    return times, frames
 
 
 def draw_schedule(times, step):
@@ -482,12 +437,9 @@ def draw_frame(images, captions, times, step):
     return frame.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
 
 
-def save_animation(out, frames, captions, times):
-    """Write the frames of draw_frames() as a GIF, which holds the last one and starts again."""
-    steps = frame_steps(len(times) - 1)
-    pictures = []
-    for step, images in zip(steps, frames, strict=True):
-        pictures.append(draw_frame(images, captions, times, step))
+def save_animation(out, times, frames, captions):
+    """Write what draw_frames() returns as a GIF, which holds its last frame and starts again."""
+    pictures = [draw_frame(images, captions, times, step) for step, images in frames.items()]
     milliseconds = [FRAME_MS for _ in pictures[1:]] + [LAST_FRAME_MS]
     options = dict(format="gif", save_all=True, append_images=pictures[1:], duration=milliseconds,
                    loop=0)
@@ -616,10 +568,6 @@ def check_acting_flags(args):
     if "verifier" in given and given.get("best_of", 1) == 1:
         raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
                          "add --best_of 8, or leave it out")
-    has_guide = "weak_ckpt" in given or args.release in PUBLISHED_DITS
-    if given.get("labels") == ["none"] and given.get("guidance", 1) != 1 and not has_guide:
-        raise ValueError(f"--guidance {args.guidance} does nothing with --labels none, which it "
-                         f"would push away from; leave it out")
 
 
 def check_model_flags(args, text):
@@ -643,8 +591,8 @@ def parse_args(argv=None):
     p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
-                      "in turn), `random`, `none` (unconditional). Default: balanced, for a "
-                      "release eight classes.")
+                      "in turn), `random`, `none` (unconditional; take --guidance 1 with it). "
+                      "Default: balanced, for a release eight classes.")
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
     p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
@@ -800,9 +748,6 @@ def label_advice(label, names, num_classes):
 
 
 # ---------------------------------------------------------------------------- files
-PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
-
-
 def check_output(out):
     """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
     storage.check_suffix(out, OUT_SUFFIXES)
@@ -852,56 +797,28 @@ def delete_parts(parts):
         shutil.rmtree(folder, ignore_errors=True)                       # it may be renamed already
 
 
-def save_png(image, path):
-    """Write a PIL image as a PNG file that is there whole or not at all."""
-    storage.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
-
-
 def save_picture(image, path):
     """Write a PIL image in the format of its suffix, which is one of PICTURES."""
     options = PICTURES[Path(path).suffix.lower()]
     storage.write_whole(path, lambda f: image.save(f, **options))
 
 
-def is_drawn(path):
-    """True if a PNG file is there, to its end."""
-    if not path.exists():
-        return False
-    with open(path, "rb") as f:
-        f.seek(0, os.SEEK_END)
-        f.seek(max(0, f.tell() - len(PNG_END)))
-        return f.read() == PNG_END
-
-
 def draw_files(files, draw_images, batch, rank=0, world=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part. Threads write
-    the files of a batch while the next one is drawn.
+    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
     """
     batches = []
     for numbers in runtime.split_numbers(len(files), batch, rank, world):
-        missing = [i for i in numbers if not is_drawn(files[i])]
+        missing = [i for i in numbers if not files[i].exists()]
         if missing:
             batches.append(missing)
-    with says_what_is_kept(files):
-        with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
-            writing = []
-            for numbers in progress.progress_bar(batches, "batches"):
-                images = draw_images(numbers).numpy()
-                wait_for(writing)                      # no more than two batches are in memory
-                writing = []
-                for i, pixels in zip(numbers, images, strict=True):
-                    writing.append(threads.submit(save_png, Image.fromarray(pixels), files[i]))
-            wait_for(writing)
+    with says_what_is_kept(files), ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+        for numbers in progress.progress_bar(batches, "batches"):
+            pictures = [Image.fromarray(pixels) for pixels in draw_images(numbers).numpy()]
+            list(threads.map(save_picture, pictures, [files[i] for i in numbers]))
         if world > 1:
             dist.barrier()
-
-
-def wait_for(tasks):
-    """Wait for the tasks of a ThreadPoolExecutor. Raises what one of them has raised."""
-    for task in tasks:
-        task.result()
 
 
 @contextlib.contextmanager
@@ -910,7 +827,7 @@ def says_what_is_kept(files):
     try:
         yield
     except KeyboardInterrupt:
-        num_drawn = sum(is_drawn(file) for file in files)
+        num_drawn = sum(file.exists() for file in files)
         if num_drawn == 0:
             raise KeyboardInterrupt("stopped before an image was drawn; nothing is kept") from None
         raise KeyboardInterrupt(f"stopped; {num_drawn} of {len(files)} images are kept, and it "
@@ -1051,10 +968,8 @@ def sample_to(out, args, rank, world, device):
 
     # ---------------------------------------------------------------- images, and output
     if is_animation(out):
-        dit = model.dit if args.prompt else model
-        times = sampling_times(dit, args).float().tolist()
-        frames = draw_frames(draw_images, rae, n, times, args)
-        save_animation(out, frames, captions, times)
+        times, frames = draw_frames(draw_images, rae, n, args)
+        save_animation(out, times, frames, captions)
     else:
         parts = parts_folder(out, args, rae, *models)
         files = [parts / f"{i:06d}.png" for i in range(n)]

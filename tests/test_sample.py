@@ -5,15 +5,14 @@ Run: python -m pytest tests/test_sample.py
 import argparse
 import itertools
 import math
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import progress
 import sample
 import storage
 from conftest import ROOT, SHIPPED, run_script, start
@@ -337,10 +336,12 @@ def test_the_guesses_of_heun_are_not_recorded():
         return -x
 
     times = time_grid(4, 1.0)
-    states = dict.fromkeys(times[:-1].tolist())
-    heun(sample.recorded(velocity, states), torch.ones(1, 1, 1, 1), times)
+    states = {}
+    with progress.progress_bar(7, "velocity") as bar:
+        heun(sample.watched(velocity, bar, states), torch.ones(1, 1, 1, 1), times)
 
     assert len(inputs) == 7                            # noise, then a guess and a state, thrice
+    assert list(states) == times[:-1].tolist()
     assert torch.equal(torch.cat(list(states.values())), torch.cat(inputs[::2]))
 
 
@@ -351,10 +352,11 @@ def test_recorded_states_go_from_noise_to_the_latents_and_change_nothing(solver,
     args = four_steps(solver)
     args.release_grid = release_grid
     labels = torch.tensor([35])
-    states = dict.fromkeys(sample.sampling_times(model, args).float().tolist())
+    states = {}
 
     latents = draw(model, labels, args, range(1), states=states)
 
+    assert list(states) == sample.sampling_times(model, args).float().tolist()
     assert torch.equal(latents, draw(model, labels, args, range(1)))
     states = list(states.values())
     assert torch.equal(states[0], sample.noise((192, 4, 4), args.seed, range(1)))
@@ -498,26 +500,13 @@ def test_an_npz_holds_what_numpy_writes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
     for i, image in enumerate(images):
         files.append(tmp_path / f"{i}.png")
-        sample.save_png(Image.fromarray(image), files[i])
+        sample.save_picture(Image.fromarray(image), files[i])
     with open(tmp_path / "x.npz", "wb") as f:
         sample.save_npz(f, files, np.arange(3), ["7", "8", "9"])
     arrays = np.load(tmp_path / "x.npz")
     assert np.array_equal(arrays["arr_0"], images)
     assert arrays["labels"].tolist() == [0, 1, 2]
     assert arrays["names"].tolist() == ["7", "8", "9"]
-
-
-# ---------------------------------------------------------------------------- threads
-def test_threads_draw_the_noise_of_the_next_step_before_it_is_asked_for():
-    shape, indices, cpu = (3, 4, 4), [5, 2, 9], torch.device("cpu")
-    with ThreadPoolExecutor(2) as threads:
-        ahead = sample.NoiseAhead(threads, shape, 7, indices, last_step=2, device=cpu)
-        for step in range(3):
-            sample.wait_for(ahead.drawing)
-            samples = ahead.samples
-            assert ahead(step).data_ptr() == samples.data_ptr()
-            assert torch.equal(samples, sample.noise(shape, 7, indices, step))
-        assert ahead.samples.data_ptr() == samples.data_ptr()          # none after the last step
 
 
 def test_noise_is_what_numpy_draws_for_seed_image_and_step():
@@ -527,47 +516,11 @@ def test_noise_is_what_numpy_draws_for_seed_image_and_step():
         assert np.array_equal(own_samples, expected)
 
 
-def drawn_in_batches(monkeypatch, tmp_path, in_second_batch):
-    """Draw four images, two at a time, onto a disk that writes none before the second batch begins.
-
-    in_second_batch: function that is called there. Returns their paths.
-    """
-    second_has_begun = threading.Event()
-    original = sample.save_png
-
-    def save_late(image, path):
-        assert second_has_begun.wait(20)
-        original(image, path)
-
-    def draw_images(numbers):
-        if numbers[0] == 2:
-            second_has_begun.set()
-            in_second_batch()
-        return torch.full((2, 8, 8, 3), numbers[0], dtype=torch.uint8)
-
-    monkeypatch.setattr(sample, "save_png", save_late)
-    files = [tmp_path / f"{i}.png" for i in range(4)]
-    sample.draw_files(files, draw_images, batch=2)
-    return files
-
-
-def test_files_are_written_while_the_next_batch_is_drawn(monkeypatch, tmp_path):
-    files = drawn_in_batches(monkeypatch, tmp_path, in_second_batch=lambda: None)
-    assert [np.asarray(Image.open(file)).max() for file in files] == [0, 0, 2, 2]
-
-
-def test_whoever_stops_while_files_are_written_is_told_of_all_of_them(monkeypatch, tmp_path):
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match="2 of 4 images are kept"):
-        drawn_in_batches(monkeypatch, tmp_path, in_second_batch=stop)
-
-
-def test_a_file_that_a_thread_can_not_write_ends_the_run(monkeypatch, tmp_path):
+def test_a_file_that_a_thread_can_not_write_ends_the_run(tmp_path):
     (tmp_path / "0.png.tmp").mkdir()                   # which can not be written to
+    files = [tmp_path / f"{i}.png" for i in range(4)]
     with pytest.raises(OSError, match="0.png.tmp"):
-        drawn_in_batches(monkeypatch, tmp_path, in_second_batch=lambda: None)
+        sample.draw_files(files, lambda numbers: torch.zeros(2, 8, 8, 3).byte(), batch=2)
 
 
 @pytest.fixture
@@ -590,15 +543,13 @@ def draws_one_batch(monkeypatch):
     monkeypatch.setattr(sample, "generate", original)
 
 
-def test_half_an_image_of_a_stopped_run_is_drawn_again(tmp_path, draws_one_batch):
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, draws_one_batch):
     flags = [*QUICK, "--batch", 3, "--out"]
     run_script(sample, *flags, tmp_path / "whole.npz")
     draws_one_batch()
     message = "stopped; 3 of 5 images are kept, and it goes on when the command is given again"
     with pytest.raises(KeyboardInterrupt, match=message):
         run_script(sample, *flags, tmp_path / "cut.npz")
-    first = next(tmp_path.glob("*.parts")) / "000000.png"
-    first.write_bytes(first.read_bytes()[:100])
 
     run_script(sample, *flags, tmp_path / "cut.npz")
 
@@ -763,7 +714,6 @@ def test_resolving_flags_leaves_the_given_ones_as_they_are():
     (["--weak_ckpt", "x.pt", "--guidance", "1"], "--weak_ckpt does nothing without guidance"),
     (["--interval", "0", "0.5", "--guidance", "1"], "--interval does nothing without guidance"),
     (["--prompt", "a star", "--verifier", "confidence"], "--verifier chooses among the candidates"),
-    (["--labels", "none", "--guidance", "2"], "--guidance 2.0 does nothing with --labels none"),
     (["--best_of", "4"], "--best_of 4 needs --prompt"),
     (["--prompt", " "], "--prompt is given an empty text, perhaps a variable that is not set"),
     (["--prompt", "word " * 80_000], "a prompt has 400000 characters"),
