@@ -304,27 +304,20 @@ CAPTION_LINES = 4                          # of longer captions the beginning is
 GRID_SIDE = 8192
 
 
-def grid_shape(n, captions, width, height):
-    """How much of n images under captions fits in a grid: (columns, captions, images of each).
+def grid_columns(num_captions, width):
+    """Columns of a grid of images `width` pixels wide."""
+    return min(GRID_COLUMNS, num_captions, max(1, GRID_SIDE // (width + MARGIN)))
 
-    width, height: of an image, pixels.
-    """
-    columns = min(GRID_COLUMNS, captions, max(1, GRID_SIDE // (width + MARGIN)))
+
+def most_in_grid(num_captions, width, height):
+    """How many images of width x height pixels fit in a grid under so many captions."""
+    columns = grid_columns(num_captions, width)
     head = 4 + LINE * CAPTION_LINES
-    bands = max(1, GRID_SIDE // (head + height + 2 * MARGIN))           # with one image each
-    captions = min(captions, columns * bands)
-    band = GRID_SIDE // math.ceil(captions / columns)
-    return columns, captions, max(1, (band - head - MARGIN) // (height + MARGIN))
-
-
-def shown_in_grid(n, captions, width, height):
-    """Numbers of the images that fit in a grid, and how many captions: all, if there are few.
-
-    n images, of which image i has caption i % captions. width, height: of an image, pixels.
-    """
-    _, num_captions, rows = grid_shape(n, captions, width, height)
-    numbers = [i for i in range(min(n, rows * captions)) if i % captions < num_captions]
-    return numbers, num_captions
+    rows = max(1, GRID_SIDE // (head + height + 2 * MARGIN))            # with one image each
+    if num_captions > rows * columns:
+        return rows * columns
+    row_height = GRID_SIDE // math.ceil(num_captions / columns)
+    return num_captions * max(1, (row_height - head - MARGIN) // (height + MARGIN))
 
 
 def caption_lines(text, width):
@@ -340,7 +333,7 @@ def draw_grid(images, captions):
     """A PIL picture of uint8 images n H W 3; image i stands under caption i % len(captions)."""
     height, width = images.shape[1:3]
     captions = [caption_lines(text, width) for text in captions[:len(images)]]
-    columns, _, _ = grid_shape(len(images), len(captions), width, height)
+    columns = grid_columns(len(captions), width)
     head = 4 + LINE * max(len(lines) for lines in captions)
     per_caption = math.ceil(len(images) / len(captions))
     band = head + per_caption * (height + MARGIN) + MARGIN              # height of a caption's row
@@ -853,13 +846,12 @@ def save_npz(f, files, labels, names):
 
 def save_grid(out, files, captions):
     """Write a grid of the drawn files under their captions, and say what it does not show."""
-    numbers, num_captions = shown_in_grid(len(files), len(captions), *Image.open(files[0]).size)
-    if len(numbers) < len(files):
-        print(f"{out} shows {len(numbers)} of the {len(files)} images, as a grid has at most "
+    shown = files[:most_in_grid(len(captions), *Image.open(files[0]).size)]
+    if len(shown) < len(files):
+        print(f"{out} shows {len(shown)} of the {len(files)} images, as a grid has at most "
               f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
-    images = np.stack([np.asarray(Image.open(files[i])) for i in numbers])
-    sheet = draw_grid(images, captions[:num_captions])
-    save_picture(sheet, out)
+    images = np.stack([np.asarray(Image.open(file)) for file in shown])
+    save_picture(draw_grid(images, captions), out)
 
 
 def save_files(out, files, labels, names, captions):
