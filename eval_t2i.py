@@ -242,13 +242,15 @@ def draw_benchmark(args, rank, world, device):
     for number in range(IMAGES_PER_PROMPT):
         for prompt in prompts:
             files.append(folder / prompt.name / "samples" / f"{number:04d}.png")
+
     def draw_images(numbers):
         chosen = [texts[number % len(texts)] for number in numbers]
         return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype)
 
     if rank == 0:
         sample.report_stale_parts(folder)
-    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+    with sample.says_what_is_kept(files):
+        sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
     if rank > 0:
         return
     for prompt in prompts:
@@ -275,7 +277,6 @@ def parse_args(argv=None):
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
     sample.add_model_flags(p, classes=False)
-    sample.add_verifier_flags(p)
     args = p.parse_args(argv)
     try:
         args = sample.resolve_model_flags(args, text=True)

@@ -13,9 +13,9 @@ Give the command of a killed run again, and it goes on; only an animation starts
 import argparse
 import contextlib
 import difflib
+import glob
 import hashlib
 import math
-import re
 import shutil
 import time
 import zipfile
@@ -295,6 +295,279 @@ def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", states
         return to_images(rae, best_of(t2i, prompts, args, indices, states))
 
 
+# ---------------------------------------------------------------------------- flags
+# Sampling flags default to None, since presets (--release, --recipe) set some of them.
+SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
+                         interval=[0.0, 1.0], release_grid=False, release_dir=None)
+MODEL_DEFAULTS = dict(SAMPLING_DEFAULTS, seed=0, ckpt=None, release=None, weak_ckpt=None,
+                      weights="ema", batch=72, dtype="fp32", compile=False, best_of=1,
+                      verifier="answer")
+PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of both papers
+
+
+def add_sampling_flags(p):
+    """The flags that draw() reads, shared by all scripts that sample."""
+    p.add_argument("--sampling_steps", type=at_least(1),
+                   help="Steps of the solver; papers: 50.")
+    p.add_argument("--solver", choices=SOLVERS, help="Solver of the ODE or SDE; papers: euler.")
+    p.add_argument("--guidance", type=at_least(1.0),
+                   help="Scale of classifier-free guidance or AutoGuidance; 1: none.")
+    p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="Times between which guidance acts.")
+    p.add_argument("--release_grid", action="store_true", default=None,
+                   help="Use the official time grid, which ends short of 0.")
+    p.add_argument("--release_dir",
+                   help="Folder with a copy of the hub's repository (default: download once).")
+
+
+def check_sampling_flags(args):
+    """Raise ValueError for sampling flags that cannot be used."""
+    low, high = args.interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"--interval {low} {high} must be two times 0 <= LOW < HIGH <= 1")
+    if args.release_grid and args.sampling_steps < 2:
+        raise ValueError("--release_grid needs --sampling_steps 2 or more; try 50")
+
+
+def add_model_flags(p, classes=True, text=True):
+    """The flags of the model to draw from, and of drawing. See MODEL_DEFAULTS.
+
+    classes, text: whether the script draws classes and whether it draws prompts.
+    """
+    scripts = []
+    releases = []
+    if classes:
+        scripts.append("train_dit.py")
+        releases += PUBLISHED_DITS
+        p.add_argument("--weak_ckpt",
+                       help="Weaker model on the same latents, for AutoGuidance instead of "
+                            "classifier-free guidance (default: none; that of the --release).")
+    if text:
+        scripts.append("train_t2i.py")
+        releases += PUBLISHED_T2I
+        p.add_argument("--best_of", type=at_least(1), help="Candidates for each image of a prompt.")
+        p.add_argument("--verifier", choices=VERIFIERS,
+                       help="What chooses among the candidates of --best_of, looking at latents.")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--ckpt",
+                        help=f"Checkpoint of {' or '.join(scripts)} (default: the shipped one).")
+    source.add_argument("--release", choices=releases,
+                        help="Published model, drawn from as in its paper: 50 Euler steps.")
+    p.add_argument("--weights", choices=("ema", "model"), help="Weights of the checkpoint to take.")
+    add_sampling_flags(p)
+    p.add_argument("--seed", type=at_least(0), help="Seed of the noise.")
+    p.add_argument("--batch", type=at_least(1),
+                   help="Images per forward pass; does not change them.")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), help="Precision of matmuls.")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="Compile the blocks of all networks by torch.compile.")
+
+
+def resolve_model_flags(args, text):
+    """A copy of args with the flags of add_model_flags filled in. text: draw from prompts.
+
+    Raises ValueError for given flags that would do nothing.
+    """
+    check_acting_flags(args)
+    if args.release in PUBLISHED_DITS:
+        preset = dict(PAPER_SAMPLING, ckpt=args.release, weak_ckpt=f"{args.release}/guide",
+                      guidance=PUBLISHED_DITS[args.release].guidance)
+    elif args.release in PUBLISHED_T2I:
+        preset = dict(PAPER_SAMPLING, ckpt=args.release, guidance=1.0)
+    elif text:
+        preset = dict(ckpt=str(SHIPPED_T2I))
+    else:
+        preset = dict(ckpt=str(SHIPPED_DIT))
+    values = vars(args) | MODEL_DEFAULTS | preset | run_flags.given_flags(args)
+    return argparse.Namespace(**values)
+
+
+def check_acting_flags(args):
+    """Raise ValueError for given flags that would do nothing. args: None where none was given."""
+    given = run_flags.given_flags(args)
+    for name in ("weak_ckpt", "interval"):
+        if name in given and args.guidance == 1:
+            raise ValueError(f"--{name} does nothing without guidance, at --guidance 1; leave one "
+                             f"of them out")
+    if "verifier" in given and given.get("best_of", 1) == 1:
+        raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
+                         "add --best_of 8, or leave it out")
+
+
+def check_model_flags(args, text):
+    """Raise ValueError for flags of add_model_flags that do not go together."""
+    check_sampling_flags(args)
+    if args.release_dir and not args.release:
+        names = " ".join([*PUBLISHED_DITS, *PUBLISHED_T2I])
+        raise ValueError(f"--release_dir needs --release with one of {names}")
+    if text and args.release in PUBLISHED_DITS:
+        raise ValueError(f"--release {args.release} draws classes, not prompts; try one of "
+                         f"{' '.join(PUBLISHED_T2I)}")
+    if not text and args.release in PUBLISHED_T2I:
+        raise ValueError(f"--release {args.release} draws from text alone; give a --prompt, or one "
+                         f"of {' '.join(PUBLISHED_DITS)}")
+    if text and args.weak_ckpt:
+        raise ValueError(f"--weak_ckpt {args.weak_ckpt} is for class models; leave it out with "
+                         f"prompts")
+
+
+def parse_args(argv=None):
+    p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
+                      "in turn), `random`, `none` (unconditional; take --guidance 1 with it). "
+                      "Default: balanced, for a release eight classes.")
+    what.add_argument("--prompt", nargs="+",
+                      help="Texts to draw instead of classes, each in quotes.")
+    p.add_argument("--n", "--num_images", type=at_least(1),
+                   help="Number of images (default: 3 for each label or prompt, 1 in a .gif).")
+    p.add_argument("--out",
+                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.gif: the grid emerging from "
+                        f"noise; X.npz: arr_0, labels, names; without a suffix: a folder of PNG "
+                        f"files (default: samples.png, with --prompt prompts.png).")
+    add_model_flags(p)
+    return p.parse(argv, resolve, check_flags)
+
+
+def resolve(args):
+    """A copy of args in which every flag has its value."""
+    args = resolve_model_flags(args, text=args.prompt is not None)
+    if args.out is None:
+        args.out = "samples.png" if args.prompt is None else "prompts.png"
+    return args
+
+
+def check_flags(args):
+    """Raise ValueError for flags that cannot be used together."""
+    check_output(args.out)
+    check_model_flags(args, text=args.prompt is not None)
+    if args.best_of > 1 and not args.prompt:
+        raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
+                         f"images with prompts")
+    for prompt in args.prompt or []:
+        check_prompt(prompt)
+    if is_animation(args.out):
+        check_animation_flags(args)
+
+
+def check_output(out):
+    """Raise ValueError if --out can't be written, or is there and would be mixed with."""
+    storage.check_out(out)
+    storage.check_suffix(out, OUT_SUFFIXES)
+    if Path(out).is_dir() or Path(out).suffix == "" and Path(out).exists():
+        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+
+
+def check_animation_flags(args):
+    """Raise ValueError for flags that do not go with an animation."""
+    if args.best_of > 1:
+        raise ValueError(f"--best_of {args.best_of} chooses among finished images, but --out "
+                         f"{args.out} shows how each one emerges; use --best_of 1, or --out X.png")
+    if args.n and args.n > MOST_ANIMATED:
+        raise ValueError(f"--n {args.n} is too many for --out {args.out}, which shows at most "
+                         f"{MOST_ANIMATED} images; use --n {MOST_ANIMATED}, or --out X.png")
+    if runtime.world_size() > 1:
+        raise ValueError(f"--out {args.out} is drawn by one process, not {runtime.world_size()}; "
+                         f"start it with python, or use --out X.png")
+
+
+# ---------------------------------------------------------------------------- models and labels
+# Classes of ImageNet that the release draws: golden retriever, otter, lesser panda, geyser, macaw,
+# valley, balloon, arctic fox.
+EIGHT_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
+
+
+def load_models(args, device, with_encoder=False):
+    """The models of the flags, for classes: (DiT, RAE, checkpoint dict, weak DiT or None).
+
+    Raises FileNotFoundError; ValueError if a model does not fit the flags or the other model.
+    """
+    model, rae, state = release.load_dit(args.ckpt, device, with_encoder, args.weights,
+                                         args.release_dir)
+    weak = None
+    if args.guidance != 1 and args.weak_ckpt:
+        weak = load_weak_model(args, state, device)
+    elif args.guidance != 1 and state["args"]["class_dropout"] == 0:
+        raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, "
+                         f"and {args.ckpt} had --class_dropout 0; use --guidance 1 or --weak_ckpt")
+    if args.compile:
+        runtime.compile_blocks(model)
+        runtime.compile_blocks(rae)
+        if weak:
+            runtime.compile_blocks(weak)
+    return model, rae, state, weak
+
+
+def load_weak_model(args, state, device):
+    """The DiT of --weak_ckpt. state: dict of the model's checkpoint, whose latents it must
+    share.
+    """
+    weak, weak_state = release.load_dit_alone(args.weak_ckpt, device, folder=args.release_dir)
+    same_latents = all(torch.equal(weak_state["rae"][key], state["rae"][key])
+                       for key in ("latent_mean", "latent_var"))
+    if not same_latents or weak_state["class_names"] != state["class_names"]:
+        raise ValueError(f"--weak_ckpt {args.weak_ckpt} has other classes or latents than --ckpt; "
+                         f"give a model trained on the same data and --rae")
+    return weak
+
+
+def load_t2i_models(args, device, with_encoder=False):
+    """The models of the flags, for text: (T2I, RAE, checkpoint dict). Raises as load_models."""
+    t2i, rae, state = load_t2i(args.ckpt, device, with_encoder, args.weights, args.release_dir)
+    if args.best_of > 1 and not state["asked"]:
+        raise ValueError(f"--best_of {args.best_of} needs a model that was asked questions in "
+                         f"training, and {args.ckpt} never was (train with --questions above 0); "
+                         f"use --best_of 1")
+    if args.guidance != 1 and state["args"]["class_dropout"] == 0:
+        raise ValueError(f"--guidance {args.guidance} needs a model trained with dropout of its "
+                         f"conditions, and {args.ckpt} had --class_dropout 0; use --guidance 1")
+    if args.compile:
+        runtime.compile_blocks(t2i)
+        runtime.compile_blocks(rae)
+    return t2i, rae, state
+
+
+def parse_labels(labels, class_names, dropout):
+    """Class ids of --labels: ids, names, `none`, `balanced` or `random` (both: all classes).
+
+    `none`, the null class, has number len(class_names) and needs a model trained with dropout.
+    Raises ValueError for a label that the model does not know.
+    """
+    num_classes = len(class_names)
+    if labels in (["balanced"], ["random"]):
+        return list(range(num_classes))
+    names = [name.replace(" ", "_") for name in class_names]
+    counts = Counter(names)
+    numbers = {name: i for i, name in enumerate(names) if counts[name] == 1}
+    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are numbers
+    if not all(name.isdecimal() for name in names):
+        numbers |= {str(i): i for i in range(num_classes)}
+        examples = f"0 to {num_classes - 1} or {class_names[0]} ..."
+    if dropout:
+        numbers["none"] = num_classes
+    labels = [label.replace(" ", "_") for label in labels]
+    for label in labels:
+        if label not in numbers:
+            raise ValueError(f"--labels {label}: not among the model's {num_classes} classes, "
+                             f"{examples}; {label_advice(label, names)}")
+    return [numbers[label] for label in labels]
+
+
+def label_advice(label, names):
+    """What to give in place of a label that the model does not know, or why it can't be given."""
+    if label in ("balanced", "random"):
+        return f"{label} must stand alone"
+    if label == "none":
+        return "`none`, the null class, needs a model trained with label dropout"
+    if label in names:
+        return f"{label} is the name of several classes, so give its number"
+    near = [name for name in names if label.lower() in name.lower()]
+    near += difflib.get_close_matches(label, names)
+    if near:
+        return f"in place of {label}, try {' or '.join(list(dict.fromkeys(near))[:3])}"
+    return f"no name is like {label}"
+
+
 # ---------------------------------------------------------------------------- grids
 LETTER, LINE, MARGIN = 6, 12, 2            # pixels, of the 11 px font and between images
 GRID_COLUMNS = 12
@@ -444,17 +717,7 @@ def is_animation(out):
     return Path(out).suffix.lower() == ".gif"
 
 
-# ---------------------------------------------------------------------------- flags
-# Sampling flags default to None, since presets (--release, --recipe) set some of them.
-SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
-                         interval=[0.0, 1.0], release_grid=False, release_dir=None)
-MODEL_DEFAULTS = dict(SAMPLING_DEFAULTS, seed=0, ckpt=None, release=None, weak_ckpt=None,
-                      weights="ema", batch=72, dtype="fp32", compile=False, best_of=1,
-                      verifier="answer")
-PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of both papers
-# Bounds that catch a slip of the keyboard before it fills the memory: far beyond any use, as papers
-# draw 50,000 images in 50 steps.
-MOST_IMAGES, MOST_STEPS, MOST_CANDIDATES = 10 ** 6, 10 ** 4, 10 ** 4
+# ---------------------------------------------------------------------------- files
 # What --out can be: suffix -> how Pillow saves a grid; a .gif; an .npz of arrays; or a folder.
 PICTURES = {
     ".png": dict(format="png"),
@@ -463,289 +726,6 @@ PICTURES = {
     ".webp": dict(format="webp", lossless=True),
 }
 OUT_SUFFIXES = [*PICTURES, ".gif", ".npz", ""]
-
-
-def add_sampling_flags(p):
-    """The flags that draw() reads, shared by all scripts that sample."""
-    p.add_argument("--sampling_steps", type=at_least(1, MOST_STEPS + 1),
-                   help="Steps of the solver; papers: 50.")
-    p.add_argument("--solver", choices=SOLVERS, help="Solver of the ODE or SDE; papers: euler.")
-    p.add_argument("--guidance", type=at_least(1.0),
-                   help="Scale of classifier-free guidance or AutoGuidance; 1: none.")
-    p.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                   help="Times between which guidance acts.")
-    p.add_argument("--release_grid", action="store_true", default=None,
-                   help="Use the official time grid, which ends short of 0.")
-    p.add_argument("--release_dir",
-                   help="Folder with a copy of the hub's repository (default: download once).")
-
-
-def check_sampling_flags(args):
-    """Raise ValueError for sampling flags that cannot be used."""
-    low, high = args.interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"--interval {low} {high} must be two times 0 <= LOW < HIGH <= 1")
-    if args.release_grid and args.sampling_steps < 2:
-        raise ValueError("--release_grid needs --sampling_steps 2 or more; try 50")
-
-
-def add_model_flags(p, classes=True, text=True):
-    """The flags of the model to draw from, and of drawing. See MODEL_DEFAULTS.
-
-    classes, text: whether the script draws classes and whether it draws prompts.
-    """
-    scripts = []
-    releases = []
-    if classes:
-        scripts.append("train_dit.py")
-        releases += PUBLISHED_DITS
-        p.add_argument("--weak_ckpt",
-                       help="Weaker model on the same latents, for AutoGuidance instead of "
-                            "classifier-free guidance (default: none; that of the --release).")
-    if text:
-        scripts.append("train_t2i.py")
-        releases += PUBLISHED_T2I
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("--ckpt",
-                        help=f"Checkpoint of {' or '.join(scripts)} (default: the shipped one).")
-    source.add_argument("--release", choices=releases,
-                        help="Published model, drawn from as in its paper: 50 Euler steps.")
-    p.add_argument("--weights", choices=("ema", "model"), help="Weights of the checkpoint to take.")
-    add_sampling_flags(p)
-    p.add_argument("--seed", type=at_least(0), help="Seed of the noise.")
-    p.add_argument("--batch", type=at_least(1),
-                   help="Images per forward pass; does not change them.")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), help="Precision of matmuls.")
-    p.add_argument("--compile", action="store_true", default=None,
-                   help="Compile the blocks of all networks by torch.compile.")
-
-
-def add_verifier_flags(p):
-    """The flags of choosing the best of several candidates, for text to image."""
-    p.add_argument("--best_of", type=at_least(1, MOST_CANDIDATES + 1),
-                   help="Candidates for each image of a prompt.")
-    p.add_argument("--verifier", choices=VERIFIERS,
-                   help="What chooses among the candidates of --best_of, looking at latents.")
-
-
-def resolve_model_flags(args, text):
-    """A copy of args with the flags of add_model_flags filled in. text: draw from prompts.
-
-    Raises ValueError for given flags that would do nothing.
-    """
-    check_acting_flags(args)
-    values = dict(MODEL_DEFAULTS)
-    if args.release in PUBLISHED_DITS:
-        values |= PAPER_SAMPLING
-        values["ckpt"] = args.release
-        values["weak_ckpt"] = f"{args.release}/guide"
-        values["guidance"] = PUBLISHED_DITS[args.release].guidance
-    elif args.release in PUBLISHED_T2I:
-        values |= PAPER_SAMPLING
-        values["ckpt"] = args.release
-        values["guidance"] = 1.0
-    elif text:
-        values["ckpt"] = str(SHIPPED_T2I)
-    else:
-        values["ckpt"] = str(SHIPPED_DIT)
-    return argparse.Namespace(**(vars(args) | values | run_flags.given_flags(args)))
-
-
-def check_acting_flags(args):
-    """Raise ValueError for given flags that would do nothing. args: None where none was given."""
-    given = run_flags.given_flags(args)
-    for name in ("weak_ckpt", "interval"):
-        if name in given and args.guidance == 1:
-            raise ValueError(f"--{name} does nothing without guidance, at --guidance 1; leave one "
-                             f"of them out")
-    if "verifier" in given and given.get("best_of", 1) == 1:
-        raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
-                         "add --best_of 8, or leave it out")
-
-
-def check_model_flags(args, text):
-    """Raise ValueError for flags of add_model_flags that do not go together."""
-    check_sampling_flags(args)
-    if args.release_dir and not args.release:
-        names = " ".join([*PUBLISHED_DITS, *PUBLISHED_T2I])
-        raise ValueError(f"--release_dir needs --release with one of {names}")
-    if args.release and text and args.release not in PUBLISHED_T2I:
-        raise ValueError(f"--release {args.release} draws classes, not prompts; try one of "
-                         f"{' '.join(PUBLISHED_T2I)}")
-    if args.release and not text and args.release in PUBLISHED_T2I:
-        raise ValueError(f"--release {args.release} draws from text alone; give a --prompt, or one "
-                         f"of {' '.join(PUBLISHED_DITS)}")
-    if text and args.weak_ckpt:
-        raise ValueError(f"--weak_ckpt {args.weak_ckpt} is for class models; leave it out with "
-                         f"prompts")
-
-
-def parse_args(argv=None):
-    p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
-                      "in turn), `random`, `none` (unconditional; take --guidance 1 with it). "
-                      "Default: balanced, for a release eight classes.")
-    what.add_argument("--prompt", nargs="+",
-                      help="Texts to draw instead of classes, each in quotes.")
-    p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
-                   help="Number of images (default: 3 for each label or prompt, 1 in a .gif).")
-    p.add_argument("--out",
-                   help=f"A picture, {' '.join(PICTURES)}: a grid; X.gif: the grid emerging from "
-                        f"noise; X.npz: arr_0, labels, names; without a suffix: a folder of PNG "
-                        f"files (default: samples.png, with --prompt prompts.png).")
-    add_model_flags(p)
-    add_verifier_flags(p)
-    return p.parse(argv, resolve, check_flags)
-
-
-def resolve(args):
-    """A copy of args in which every flag has its value."""
-    args = resolve_model_flags(args, text=args.prompt is not None)
-    if args.out is None:
-        args.out = "samples.png" if args.prompt is None else "prompts.png"
-    return args
-
-
-def check_flags(args):
-    """Raise ValueError for flags that cannot be used together."""
-    storage.check_out(args.out)
-    check_model_flags(args, text=args.prompt is not None)
-    if args.best_of > 1 and not args.prompt:
-        raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
-                         f"images with prompts")
-    for prompt in args.prompt or []:
-        check_prompt(prompt)
-    if is_animation(args.out):
-        check_animation_flags(args)
-
-
-def check_animation_flags(args):
-    """Raise ValueError for flags that do not go with an animation."""
-    if args.best_of > 1:
-        raise ValueError(f"--best_of {args.best_of} chooses among finished images, but --out "
-                         f"{args.out} shows how each one emerges; use --best_of 1, or --out X.png")
-    if args.n and args.n > MOST_ANIMATED:
-        raise ValueError(f"--n {args.n} is too many for --out {args.out}, which shows at most "
-                         f"{MOST_ANIMATED} images; use --n {MOST_ANIMATED}, or --out X.png")
-    if runtime.world_size() > 1:
-        raise ValueError(f"--out {args.out} is drawn by one process, not {runtime.world_size()}; "
-                         f"start it with python, or use --out X.png")
-
-
-# ---------------------------------------------------------------------------- models and labels
-# Classes of ImageNet that the release draws: golden retriever, otter, lesser panda, geyser, macaw,
-# valley, balloon, arctic fox.
-EIGHT_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
-
-
-def load_models(args, device, with_encoder=False):
-    """The models of the flags, for classes: (DiT, RAE, checkpoint dict, weak DiT or None).
-
-    Raises FileNotFoundError; ValueError if a model does not fit the flags or the other model.
-    """
-    model, rae, state = release.load_dit(args.ckpt, device, with_encoder, args.weights,
-                                         args.release_dir)
-    weak = None
-    if args.guidance != 1 and args.weak_ckpt:
-        weak = load_weak_model(args, state, device)
-    elif args.guidance != 1 and state["args"]["class_dropout"] == 0:
-        raise ValueError(f"--guidance {args.guidance} needs a model trained with label dropout, "
-                         f"and {args.ckpt} had --class_dropout 0; use --guidance 1 or --weak_ckpt")
-    if args.compile:
-        runtime.compile_blocks(model)
-        runtime.compile_blocks(rae)
-    if args.compile and weak:
-        runtime.compile_blocks(weak)
-    return model, rae, state, weak
-
-
-def load_weak_model(args, state, device):
-    """The DiT of --weak_ckpt. state: dict of the model's checkpoint, whose latents it must
-    share.
-    """
-    weak, weak_state = release.load_dit_alone(args.weak_ckpt, device, folder=args.release_dir)
-    same_latents = all(torch.equal(weak_state["rae"][key], state["rae"][key])
-                       for key in ("latent_mean", "latent_var"))
-    if not same_latents or weak_state["class_names"] != state["class_names"]:
-        raise ValueError(f"--weak_ckpt {args.weak_ckpt} has other classes or latents than --ckpt; "
-                         f"give a model trained on the same data and --rae")
-    return weak
-
-
-def load_t2i_models(args, device, with_encoder=False):
-    """The models of the flags, for text: (T2I, RAE, checkpoint dict). Raises as load_models."""
-    t2i, rae, state = load_t2i(args.ckpt, device, with_encoder, args.weights, args.release_dir)
-    if args.best_of > 1 and not state["asked"]:
-        raise ValueError(f"--best_of {args.best_of} needs a model that was asked questions in "
-                         f"training, and {args.ckpt} never was (train with --questions above 0); "
-                         f"use --best_of 1")
-    if args.guidance != 1 and state["args"]["class_dropout"] == 0:
-        raise ValueError(f"--guidance {args.guidance} needs a model trained with dropout of its "
-                         f"conditions, and {args.ckpt} had --class_dropout 0; use --guidance 1")
-    if args.compile:
-        runtime.compile_blocks(t2i)
-        runtime.compile_blocks(rae)
-    return t2i, rae, state
-
-
-def parse_labels(labels, class_names, dropout):
-    """Class ids of --labels: ids, names, `none`, `balanced` or `random` (both: all classes).
-
-    `none`, the null class, has number len(class_names) and needs a model trained with dropout.
-    Raises ValueError for labels that the model does not know.
-    """
-    num_classes = len(class_names)
-    if labels in (["balanced"], ["random"]):
-        return list(range(num_classes))
-    known = {}
-    counts = Counter(name.replace(" ", "_") for name in class_names)
-    for i, name in enumerate(class_names):
-        name = name.replace(" ", "_")
-        if counts[name] == 1:
-            known[name] = i
-    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are ids
-    if not all(name.isdecimal() for name in counts):
-        known |= {str(i): i for i in range(num_classes)}
-        examples = f"0 to {num_classes - 1} or {class_names[0]} ..."
-    if dropout:
-        known["none"] = num_classes
-    labels = [label.replace(" ", "_") for label in labels]
-    unknown = [label for label in labels if label not in known]
-    if unknown:
-        reasons = [label_advice(label, list(counts), num_classes) for label in unknown]
-        raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
-                         f"classes, {examples}; {'; '.join(reasons)}")
-    return [known[label] for label in labels]
-
-
-def label_advice(label, names, num_classes):
-    """What to give in place of a label that the model does not know, or why it can't be given.
-
-    names: of the classes, each once.
-    """
-    if re.fullmatch(r"-?\d+", label) and not all(name.isdecimal() for name in names):
-        return f"{label} is not in 0 to {num_classes - 1}"
-    if label in ("balanced", "random"):
-        return f"{label} must stand alone"
-    if label == "none":
-        return "`none`, the null class, needs a model trained with label dropout"
-    if label in names:
-        return f"{label} is the name of several classes, so give its number"
-    near = [name for name in names if label.lower() in name.lower()]
-    near += difflib.get_close_matches(label, names, n=3)
-    near = list(dict.fromkeys(near))[:3]
-    if near:
-        return f"in place of {label}, try {' or '.join(near)}"
-    return f"no name is like {label}"
-
-
-# ---------------------------------------------------------------------------- files
-def check_output(out):
-    """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
-    storage.check_suffix(out, OUT_SUFFIXES)
-    if out.is_dir() or out.suffix == "" and out.exists():
-        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
 
 
 def parts_folder(out, args, rae, *models):
@@ -766,14 +746,10 @@ def parts_folder(out, args, rae, *models):
 
 
 def stale_parts(parts):
-    """Folders that killed runs with other flags or weights have left beside the folder `parts`."""
-    name = parts.name.rsplit(".", 2)[0]                                 # of the output
-    pattern = re.escape(name) + r"\.[0-9a-f]{8}\.parts"
-    folders = []
-    for folder in sorted(parts.parent.iterdir()):
-        if folder != parts and folder.is_dir() and re.fullmatch(pattern, folder.name):
-            folders.append(folder)
-    return folders
+    """Folders that stopped runs with other flags or weights have left beside the folder `parts`."""
+    output_name, _, _ = parts.name.rsplit(".", 2)
+    pattern = f"{glob.escape(output_name)}.{'[0-9a-f]' * 8}.parts"
+    return [folder for folder in sorted(parts.parent.glob(pattern)) if folder != parts]
 
 
 def report_stale_parts(parts):
@@ -806,12 +782,12 @@ def draw_files(files, draw_images, batch, rank=0, world=1):
         missing = [i for i in numbers if not files[i].exists()]
         if missing:
             batches.append(missing)
-    with says_what_is_kept(files), ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+    with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
         for numbers in progress.progress_bar(batches, "batches"):
             pictures = [Image.fromarray(pixels) for pixels in draw_images(numbers).numpy()]
             list(threads.map(save_picture, pictures, [files[i] for i in numbers]))
-        if world > 1:
-            dist.barrier()
+    if world > 1:
+        dist.barrier()
 
 
 @contextlib.contextmanager
@@ -918,7 +894,6 @@ def report_unknown_words(prompts, state):
 
 def main(args):
     out = Path(args.out)
-    check_output(out)
     rank, world, device = runtime.setup()
     with storage.locked(out):
         storage.check_shared(out)
@@ -938,19 +913,17 @@ def sample_to(out, args, rank, world, device):
         captions = names = args.prompt
         n = number_of_images(args, len(captions))
         labels = np.resize(range(len(captions)), n)                     # numbers of prompts
+        if rank == 0:
+            report_cut_prompts(model, captions)
+            report_unknown_words(captions, state)
     else:
         model, rae, state, weak = load_models(args, device)
         models = [model, weak] if weak else [model]
         labels, captions = choose_classes(args, state)
         names = [*state["class_names"], "none"]
         n = len(labels)
-
-    if rank == 0:
-        if args.prompt:
-            report_cut_prompts(model, captions)
-            report_unknown_words(captions, state)
-        if n < len(captions):
-            print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
+    if rank == 0 and n < len(captions):
+        print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
 
     def draw_images(numbers, states=None):
         if args.prompt:
@@ -967,14 +940,15 @@ def sample_to(out, args, rank, world, device):
         files = [parts / f"{i:06d}.png" for i in range(n)]
         if rank == 0:
             report_stale_parts(parts)
-        draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
-        if rank > 0:
-            return
         with says_what_is_kept(files):
-            save_files(out, files, labels, names, captions)
-        delete_parts(parts)
-    seconds = time.time() - start
-    print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
+            draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+            if rank == 0:
+                save_files(out, files, labels, names, captions)
+        if rank == 0:
+            delete_parts(parts)
+    if rank == 0:
+        print(f"{n} images in {time.time() - start:.1f} s, {args.sampling_steps} {args.solver} "
+              f"steps: {out}")
 
 
 if __name__ == "__main__":

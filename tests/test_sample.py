@@ -487,10 +487,10 @@ def test_the_suffix_chooses_the_format_of_a_grid(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", ["x.bmp", "x.npy", "x.tar.gz", "runs/v1.2"])
-def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"use one of .png .* .gif .npz, or a folder"):
-        run_script(sample, "--out", tmp_path / name)
-    assert not (tmp_path / name).exists()
+def test_other_suffixes_are_refused(tmp_path, name, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--out", str(tmp_path / name)])
+    assert "; use one of .png .jpg .jpeg .webp .gif .npz, or a folder" in capsys.readouterr().err
 
 
 def test_an_npz_holds_what_numpy_writes(tmp_path):
@@ -757,8 +757,8 @@ def test_guidance_needs_label_dropout_in_training(tmp_path):
 
 
 @pytest.mark.parametrize("label, advice", [
-    ("36", "36 is not in 0 to 35"),
-    ("-1", "-1 is not in 0 to 35"),
+    ("36", "0 to 35 or red circle"),
+    ("-1", "0 to 35 or red circle"),
     ("pink_circle", "in place of pink_circle, try .*red_circle"),
     ("Blue Star", "in place of Blue_Star, try blue_star"),
     ("balanced", "balanced must stand alone"),
