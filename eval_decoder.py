@@ -232,7 +232,7 @@ def parse_args(argv=None):
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: the autoencoder's own encoder).")
     p.add_argument("--inception", metavar="PATH",
-                   help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
+                   help=f"File {metrics.INCEPTION_FILE} (default: download once).")
     p.add_argument("--lpips", action="store_true", default=None,
                    help="Measure LPIPS as well, which needs the weights of VGG-16.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),

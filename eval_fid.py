@@ -269,7 +269,7 @@ def parse_args(argv=None):
                    help="Features of the distances: inception, fd-dinov2 or the name of an encoder "
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
-                   help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
+                   help=f"File {metrics.INCEPTION_FILE} (default: download once).")
     p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
     args = p.parse_args(argv)

@@ -61,12 +61,10 @@ from model import IMAGENET_PIXELS, Normalise
 from release import load_encoder, load_vit, pixel_statistics, training_data
 from shapes import CLASSES, read_scene
 
-# The weights that define FID, converted from TensorFlow's: one file under two names, of
-# torch-fidelity and of pytorch-fid.
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",
-                   "pt_inception-2015-12-05-6726825d.pth")
+# The weights that define FID, converted from TensorFlow's.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                 "weights-inception-2015-12-05-6726825d.pth")
+                 + INCEPTION_FILE)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # Images whose features are kept, for precision, recall and KID: as many as ADM's suite compares.
@@ -93,42 +91,34 @@ class FeatureNetwork(nn.Module):
     has_logits = False
 
 
-def average_pool(x):
-    """The 3 x 3 average pool of TensorFlow, which does not count the padding."""
-    return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+class PoolOf2015:
+    """A mixin for torchvision's blocks: the pool that TensorFlow's graph has in their last branch,
+    an average that does not count the padding.
+    """
+    def pool(self, x):
+        return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
-
-def max_pool(x):
-    return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-
-
-# torchvision's blocks, but with the pool that the graph of 2015 has in their last branch.
-class InceptionA(inception.InceptionA):
     def _forward(self, x):
         branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
+        branches[-1] = self.branch_pool(self.pool(x))
         return branches
 
 
-class InceptionC(inception.InceptionC):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
-        return branches
+class InceptionA(PoolOf2015, inception.InceptionA):
+    pass
 
 
-class InceptionE(inception.InceptionE):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
-        return branches
+class InceptionC(PoolOf2015, inception.InceptionC):
+    pass
 
 
-class LastInceptionE(inception.InceptionE):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(max_pool(x))
-        return branches
+class InceptionE(PoolOf2015, inception.InceptionE):
+    pass
+
+
+class LastInceptionE(InceptionE):
+    def pool(self, x):
+        return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
 def build_inception():
@@ -141,29 +131,22 @@ def build_inception():
     return network
 
 
-def download_inception(folder):
-    """Path of Inception's weights in a folder, downloaded if the file is not there."""
-    for name in INCEPTION_FILES:
-        if (folder / name).exists():
-            return folder / name
-    path = folder / INCEPTION_FILES[0]
-    advice = f"put {INCEPTION_URL} into {folder}, or name the file by --inception"
-    with storage.fetching(f"no {path}", advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
-    return path
-
-
 def load_inception_weights(path=None):
-    """State dict of the Inception that defines FID. path: a file, None: in torch.hub's folder.
+    """State dict of the Inception that defines FID. path: a file, None: in torch.hub's folder,
+    where it is downloaded to if it is not there.
 
     Raises FileNotFoundError; ValueError if the file is another one.
     """
-    if path is None:
-        path = download_inception(Path(torch.hub.get_dir()) / "checkpoints")
-    elif not Path(path).exists():
+    if path is not None and not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}; put {INCEPTION_URL} there, or leave "
                                 f"--inception out")
+    if path is None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not Path(path).exists():
+        advice = f"put {INCEPTION_URL} into {path.parent}, or name the file by --inception"
+        with storage.fetching(f"no {path}", advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 != INCEPTION_SHA256:
         raise ValueError(f"{path} has sha256 {sha256[:8]}, not {INCEPTION_SHA256[:8]}: it is no "
