@@ -288,21 +288,21 @@ def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
     state = release.read_rae(args.rae, args.release_dir)
-    reference = metrics.choose_reference(args, state, args.rae)
+    specs, hold_out = metrics.choose_reference(args, state, args.rae)
     packed_rae = state["rae"]
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     grid = packed_rae["latent_var"].shape[1]
     size = max(packed_rae["size"], grid * packed_rae["decoder_patch"])
     # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
     objects = 1 if "num_classes" in state else (1, 2, 3, 4)
-    val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
+    val = metrics.open_images(specs, size, hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
     metrics.check_n(n, len(val))
     metrics.report_data(val, rank)
     is_of_decoder = release.script_of(state) == "train_decoder.py"
-    reference = metrics.judge_split(reference, state, val, is_of_other_stage=not is_of_decoder)
+    split = metrics.split_of(val, specs, hold_out, state, args.rae, not is_of_decoder)
     if rank == 0:
-        metrics.report_reference(reference)
+        metrics.warn_of_split(split)
 
     # ---------------------------------------------------------------- models
     rae = release.unpack_rae(packed_rae, source=args.rae).to(device)
@@ -323,14 +323,14 @@ def reconstruct_all(args, rank, world, device):
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
                     tf32=runtime.uses_tf32(device),
-                    reference=" ".join(reference.specs), reference_split=reference.split)
+                    reference=" ".join(specs), reference_split=split)
     return results, features
 
 
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
+    metrics.prepare_output(args.out)
     if args.probe:
         encoder = release.load_encoder(args.probe, args.size).to(device)
         results = evaluate_probe(encoder, args.data, args.n, args.hold_out, args.seed, rank, world,

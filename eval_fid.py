@@ -31,9 +31,6 @@ from data import NPZ_ERRORS, Arrays, load_images, open_data, read_array_header
 from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from run_flags import at_least
 
-# What a FID is computed from, and by. They stand here, too, for those who look for them here.
-Moments, distance = metrics.Moments, metrics.distance
-
 MODEL_N = 720          # images of a model: 20 for each of the 36 classes of the built-in world
 PROTOCOL_N = 50_000    # samples that papers compare with a reference of as many images or more
 # The built-in worlds never end. As many of their images are taken as there are samples; for
@@ -326,29 +323,28 @@ def evaluate_model(args, features, rank, world, device):
         features = EncoderFeatures(rae.encoder)
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     size = max(rae.encoder.image_size, rae.decoder.image_size)
-    reference = metrics.choose_reference(args, state, args.ckpt)
+    specs, hold_out = metrics.choose_reference(args, state, args.ckpt)
     if uses_npz:
-        check_sizes(args.data, None, (size, size))
-        statistics = load_reference(args.data, None, features, None, rank, world, args.batch)
+        check_sizes(specs, None, (size, size))
+        statistics = load_reference(specs, None, features, None, rank, world, args.batch)
         n = args.n or MODEL_N
     else:
         if val is None:
-            val = open_data(reference.specs, size, split="val", hold_out=reference.hold_out,
-                            objects=1)
+            val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
         val.size = size
         n = args.n or min(MODEL_N, len(val))
         metrics.check_n(n, len(val))
         metrics.report_data(val, rank)
-        reference = metrics.judge_split(reference, state, val)
+    split = metrics.split_of(val, specs, hold_out, state, args.ckpt)
     if rank == 0:
-        metrics.report_reference(reference)
+        metrics.warn_of_split(split)
 
     results = evaluate_generation(model, rae, val, args, n, rank, world, args.batch, weak,
                                   args.dtype, features, statistics)
     results |= dict(guidance_interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
                     tf32=runtime.uses_tf32(device),
-                    reference=" ".join(reference.specs), reference_split=reference.split)
+                    reference=" ".join(specs), reference_split=split)
     return results, features, statistics
 
 
@@ -427,8 +423,8 @@ def write_statistics(args, features, rank, world):
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
-    metrics.prepare_output(args.save_stats, [".npz"])
+    metrics.prepare_output(args.out)
+    metrics.prepare_output(args.save_stats)
     features = None
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)

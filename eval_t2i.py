@@ -303,7 +303,7 @@ def main(args):
         with storage.locked(args.out):
             return draw_benchmark(args, rank, world, device)
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
+    metrics.prepare_output(args.out)
     t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)
     check_world(state, args.ckpt)
     n = args.n or IMAGES_PER_PROMPT * len(shapes_eval_prompts())

@@ -38,11 +38,9 @@ a number only by fp32's rounding of features. samples_sha1 and reference_sha1 id
 that were compared.
 """
 import hashlib
-import math
 import sys
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import lpips
 import numpy as np
@@ -70,9 +68,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 # Images whose features are kept, for precision, recall and KID: as many as ADM's suite compares.
 KEEP_REFERENCES = 10_000
 KEEP_SAMPLES = 50_000
-FEW = 100            # images, of which the Inception Score's ten parts have fewer than 10 each
 BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
-RESULT_SUFFIXES = (".json", ".jsonl", ".txt")      # of a line of JSON
 BLOCK = 1000         # features compared at a time: 1000 x 50,000 distances are 200 MB
 
 
@@ -410,17 +406,16 @@ class FeatureSet:
         self.n = self.pooled.n
         if self.n < 2:
             raise ValueError(f"{self.n} image is too few to measure a distance; give at least 2")
-        features, numbers = [], []
-        for process_features in runtime.gather(self.kept_features):
-            features += process_features
-        for process_numbers in runtime.gather(self.kept_numbers):
-            numbers += process_numbers
-        self.features = torch.cat(features)[torch.cat(numbers).argsort()]  # k c
-        sha1_sum = sum(runtime.gather(self.sha1_sum))
-        self.sha1 = f"{sha1_sum % 16 ** 40:040x}"[:12]                     # SHA-1 has 40 digits
-        for image_size in runtime.gather(self.image_size):
+        own = (self.kept_features, self.kept_numbers, self.sha1_sum, self.image_size)
+        features, numbers, sha1_sum = [], [], 0
+        for kept_features, kept_numbers, process_sum, image_size in runtime.gather(own):
+            features += kept_features
+            numbers += kept_numbers
+            sha1_sum += process_sum
             if self.image_size is None:                # this process had no image
                 self.image_size = image_size
+        self.features = torch.cat(features)[torch.cat(numbers).argsort()]  # k c
+        self.sha1 = f"{sha1_sum % 16 ** 40:040x}"[:12]                     # SHA-1 has 40 digits
         return self
 
 
@@ -440,7 +435,7 @@ def compare(real, fake):
     let one compute them, by runtime.on_rank_0().
 
     Precision, recall and the kernel distance need kept features, sFID spatial ones.
-    Raises ValueError if the images differ in size, or a number comes out that is not finite.
+    Raises ValueError if the images differ in size.
     """
     check_image_size(real.image_size, fake.image_size)
     network = fake.network
@@ -459,10 +454,6 @@ def compare(real, fake):
         mean, std = kernel_distance(real.features, fake.features)
         results[network.kernel_name] = mean
         results[f"{network.kernel_name}_std"] = std
-    for name, value in results.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, since features are too large for its formula; "
-                             f"choose other --features")
     results["reference_sha1"] = real.sha1
     results["samples_sha1"] = fake.sha1
     return results
@@ -505,11 +496,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def square_root(cov):
     """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
-    try:
-        values, vectors = torch.linalg.eigh(cov)       # cov = V D V^T, eigenvalues ascending
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"a covariance of features has no eigenvalues ({error}); measure the "
-                         f"images anew") from error
+    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
     if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
         raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
                          f"measure the images anew")
@@ -760,61 +747,49 @@ def verify(images, labels):
 
 
 # ---------------------------------------------------------------------------- images to measure
+# What the training of a model has seen of the images that it is compared with.
 HELD_OUT, TRAIN, OVERLAP, OTHER = "held out", "train", "may overlap train", "other data"
 
 
-class Reference(NamedTuple):
-    """The images that a model is compared with.
-
-    specs, hold_out: for open_data(). split: HELD_OUT of its training, TRAIN, OVERLAP, or OTHER.
-    """
-    specs: list
-    hold_out: int
-    split: str
-
-
 def choose_reference(args, state, source):
-    """The Reference of --data and --hold_out, by default the images that training held out.
+    """The specs and hold-out of --data and --hold_out, by default of what training held out.
 
     args: data and hold_out, each None if it was not given. state: dict of the checkpoint, from the
     file `source`.
+    """
+    specs, hold_out = training_data(state, source)
+    if args.data:
+        return args.data, args.hold_out or 0
+    if not specs:
+        raise ValueError(f"{source} does not say what it was trained on; give --data")
+    return specs, hold_out if args.hold_out is None else args.hold_out
+
+
+def split_of(data, specs, hold_out, state, source, is_of_other_stage=False):
+    """HELD_OUT, TRAIN, OVERLAP or OTHER: what training has seen of the images of a reference.
+
+    data: ImageData of them; None, of statistics. specs, hold_out, state, source: as in
+    choose_reference(). is_of_other_stage: whether the checkpoint's hold-out is not that of the
+    model, as of a DiT's checkpoint for its decoder.
     Raises ValueError if training held out fewer images than --hold_out.
     """
     trained_specs, trained_hold_out = training_data(state, source)
-    specs = args.data or trained_specs
-    if not specs:
-        raise ValueError(f"{source} does not say what it was trained on; give --data")
-    hold_out = args.hold_out
-    if hold_out is None:
-        hold_out = 0 if args.data else trained_hold_out
-
     files = paths_of_files(specs)
     trained_files = paths_of_files(trained_specs)
     if not files:                                      # training never sees these built-in images
-        return Reference(specs, hold_out, HELD_OUT)
+        return HELD_OUT
     if not overlap(files, trained_files):
-        return Reference(specs, hold_out, OTHER)
+        return OTHER
     if files != trained_files:                         # then it is not known which were held out
-        return Reference(specs, hold_out, OVERLAP)
+        return OVERLAP
     if hold_out > trained_hold_out:
         raise ValueError(f"--hold_out {hold_out} is more than the {trained_hold_out} images that "
                          f"the training of {source} held out: it has seen the others; give at "
                          f"most --hold_out {trained_hold_out}, or other images by --data")
-    return Reference(specs, hold_out, HELD_OUT if hold_out > 0 else TRAIN)
-
-
-def judge_split(reference, state, data, is_of_other_stage=False):
-    """The reference, whose images are only held out if the files are as they were in training.
-
-    state: dict of the checkpoint. data: ImageData of the reference. is_of_other_stage: whether the
-    checkpoint's hold-out is not that of the model, as of a DiT's checkpoint for its decoder.
-    """
-    if reference.split != HELD_OUT or not data.identity():             # built-in worlds are known
-        return reference
+    if hold_out == 0:
+        return TRAIN
     has_changed = state.get("data") not in (None, data.identity())
-    if has_changed or is_of_other_stage:
-        return reference._replace(split=OVERLAP)
-    return reference
+    return OVERLAP if has_changed or is_of_other_stage else HELD_OUT
 
 
 def paths_of_files(specs):
@@ -841,12 +816,12 @@ def report_data(data, rank):
         print(data.describe(), file=sys.stderr)
 
 
-def report_reference(reference):
-    """Say, on stderr, that numbers are of images that the model knows."""
-    if reference.split == TRAIN:
+def warn_of_split(split):
+    """Warn, on stderr, of numbers of images that the model knows."""
+    if split == TRAIN:
         print("warning: the model was trained on the reference images, so the numbers look too "
               "good; give other images by --data, or train with --hold_out N", file=sys.stderr)
-    if reference.split == OVERLAP:
+    if split == OVERLAP:
         print("warning: the training may have seen some of the reference images: their folder is "
               "in or around its --data, has changed since, or was held out of another stage; then "
               "the numbers look too good", file=sys.stderr)
@@ -898,14 +873,6 @@ def check_n(n, available):
         raise ValueError(f"{n} image is too few to measure a distance; give at least 2")
 
 
-def check_eval_n(args, val):
-    """Raise ValueError if a training run's --eval_n exceeds the images of a source of `val`."""
-    available = min(val.source_lengths)                # each source is evaluated on its own
-    if args.eval_every and args.eval_n > available:
-        raise ValueError(f"--eval_n {args.eval_n} is more than the {available} held-out images; "
-                         f"lower it, or raise --hold_out")
-
-
 def check_eval_side(args, val, side):
     """Raise ValueError if a training run's images, of `side` pixels, are too small to evaluate."""
     is_built_in = [val.is_built_in(source) for source in range(len(val.domains))]
@@ -926,7 +893,7 @@ def warn_of_few_images(n, channels, protocol):
         reasons.append(f"distances of {n} images come out too large")
     if n <= channels:                                  # the covariance is singular
         reasons.append(f"{n} images give no full covariance of {channels} features")
-    if n < FEW:
+    if n < 100:                                        # fewer than 10 for each of IS's ten parts
         reasons.append(f"precision, recall, KID and Inception Score of {n} images are mostly noise")
     if n != protocol:
         reasons.append(f"the reference's protocol has {protocol} images, not {n}")
@@ -962,12 +929,11 @@ def report(results, seconds, path=None):
         storage.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
 
 
-def prepare_output(path, suffixes):
+def prepare_output(path):
     """Make the folder of an output file: what fails, fails before the work. None: no output."""
     if path is None:
         return
     storage.check_out(path, "the output")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")
-    storage.check_suffix(path, suffixes, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1020,7 +1020,6 @@ def main(args, data=None):
     identity = data.identity()
     run_flags.check_same_run(args, resumed, identity)
     change_of_data = saving.describe_change(resumed, identity, args.hold_out)
-    metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:
         features = metrics.feature_network(args.eval_features).to(device)

@@ -323,7 +323,6 @@ def main(args, data=None):
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
                          hold_out=args.hold_out, objects=1)
-    metrics.check_eval_n(args, val_data)
     metrics.check_eval_side(args, val_data, drawn_size)
     features = None
     if args.eval_features:
