@@ -72,6 +72,305 @@ BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
 BLOCK = 1000         # features compared at a time: 1000 x 50,000 distances are 200 MB
 
 
+# ---------------------------------------------------------------------------- features to numbers
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """Fréchet distance of two Gaussians, a float, computed in fp64.
+
+        |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
+
+    mean1, mean2: f. cov1, cov2: f f, possibly rank-deficient. Arrays or tensors.
+    Raises ValueError if the shapes differ, or the numbers are not finite or no covariance.
+    Source: arXiv 1706.08500
+    """
+    mean1 = torch.as_tensor(mean1, dtype=torch.float64)
+    mean2 = torch.as_tensor(mean2, dtype=torch.float64)
+    cov1 = torch.as_tensor(cov1, dtype=torch.float64)
+    cov2 = torch.as_tensor(cov2, dtype=torch.float64)
+    f = len(mean1)
+    if len(mean2) != f or cov1.shape != (f, f) or cov2.shape != (f, f):
+        raise ValueError(f"features of {f} and {len(mean2)} dimensions differ; use one encoder")
+    for mean, cov in ((mean1, cov1), (mean2, cov2)):
+        if not (mean.isfinite().all() and cov.isfinite().all()):
+            raise ValueError("means or covariances of features are not finite, so there is no "
+                             "distance; measure the images anew, with a model that has not "
+                             "diverged")
+    # tr (A B)^(1/2) is the sum of the singular values of R1^T R2 for any R1 R1^T = A, R2 R2^T = B.
+    # Unlike scipy.linalg.sqrtm(A @ B), this takes no square roots of rounding errors.
+    root1, root2 = square_root(cov1), square_root(cov2)
+    trace = torch.linalg.svdvals(root1.T @ root2).sum()
+    squared = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
+    return max(0.0, float(squared))                    # below 0 by rounding, for equal images
+
+
+def square_root(cov):
+    """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
+    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
+    if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
+        raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
+                         f"measure the images anew")
+    precision = values[-1] * len(values) * 2e-16       # 2e-16: of fp64
+    is_positive = values > precision                   # the others are zeros, rounded
+    return vectors[:, is_positive] * values[is_positive].sqrt()
+
+
+def check_finite(features):
+    """Raise ValueError unless all features, n f, or logits are finite numbers."""
+    finite = torch.isfinite(features).flatten(1).all(1)                    # n
+    if not finite.all():
+        raise ValueError(f"features of {int((~finite).sum())} of {len(features)} images are not "
+                         f"finite: the model that drew or encodes these images has diverged (one "
+                         f"whose weights are not finite draws black images); take an earlier "
+                         f"checkpoint")
+
+
+def inception_score(logits, splits=10):
+    """Inception Score exp(mean KL(p(y|x) || p(y))), over `splits` parts of the images.
+
+    logits: n k. Returns mean and standard deviation over the parts.
+    Raises ValueError without images, or if logits are not finite.
+    Source: arXiv 1606.03498; each part is ten percent, in the order of torch-fidelity
+    """
+    logits = torch.as_tensor(logits)
+    check_finite(logits)
+    if len(logits) == 0:
+        raise ValueError("the Inception Score needs images, and there is none")
+    # Shuffled, as parts of images sorted by class would have few classes each.
+    order = np.random.RandomState(2020).permutation(len(logits))
+    logits = logits.double()[order]
+    ends = [len(logits) * i // splits for i in range(1, splits)]
+    scores = []
+    for part in logits.tensor_split(ends):
+        if len(part) == 0:
+            continue
+        p = part.softmax(1).clamp(min=1e-300)                              # n k; not 0 * log(0)
+        divergence = (p * (p.log() - p.mean(0).log())).sum(1)              # n
+        scores.append(divergence.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Fraction of `fake` inside the manifold of `real` (precision), and the reverse (recall).
+
+    real: n c. fake: m c. The manifold of a set is the union of the balls around its points, each
+    of which reaches to the k-th nearest other point of the set, or to the farthest of fewer.
+    Raises ValueError for sets of less than two, or features that are not finite.
+    Source: arXiv 1904.06991, as in ADM's evaluator.py
+    """
+    check_pair(real, fake)
+    return fraction_inside(fake, real, k), fraction_inside(real, fake, k)
+
+
+def check_pair(real, fake):                                                # n c, m c
+    """Raise ValueError unless two sets of features can be compared pair by pair."""
+    check_finite(real)
+    check_finite(fake)
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"{len(real)} and {len(fake)} images are too few to compare in pairs; "
+                         f"give at least 2 of each")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"features of {real.shape[1]} and {fake.shape[1]} dimensions differ; use "
+                         f"one encoder")
+
+
+def fraction_inside(points, manifold, k):
+    """Fraction of points, n c, inside the manifold of a set of others, m c."""
+    nearest = min(k + 1, len(manifold))                # the nearest point is the point itself
+    radii = []
+    for block in manifold.split(BLOCK):
+        radii.append(torch.cdist(block, manifold).kthvalue(nearest).values)
+    radii = torch.cat(radii)                                               # m
+    inside = 0
+    for block in points.split(BLOCK):
+        is_inside = (torch.cdist(block, manifold) <= radii).any(1)         # b
+        inside += int(is_inside.sum())
+    return inside / len(points)
+
+
+def kernel_distance(real, fake, subsets=100, size=1000):
+    """Squared maximum mean discrepancy (KID): mean and standard deviation over random subsets.
+
+        mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  k(x, y) = (x.y / c + 1)^3
+
+    over all pairs of a subset of `size` images x of real, n c, and y of fake, m c, without pairs
+    of an image with itself, so that it is unbiased.
+    Raises ValueError for sets of less than two, or features that are not finite.
+    Source: arXiv 1801.01401; the subsets are those of torch-fidelity
+    """
+    check_pair(real, fake)
+    rng = np.random.RandomState(2020)
+    size = min(size, len(real), len(fake))
+    distances = []
+    for _ in range(subsets):
+        y = fake[rng.choice(len(fake), size, replace=False)]               # s c
+        x = real[rng.choice(len(real), size, replace=False)]               # s c
+        xx = cubic_kernel(x, x)                                            # s s
+        yy = cubic_kernel(y, y)                                            # s s
+        xy = cubic_kernel(x, y)                                            # s s
+        off_diagonal = (xx.sum() - xx.trace()) + (yy.sum() - yy.trace())
+        within = off_diagonal / (size * (size - 1))
+        distances.append(float(within - 2 * xy.mean()))
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def cubic_kernel(x, y):                                                    # s c, s c
+    return ((x @ y.T).double() / x.shape[1] + 1) ** 3                      # s s
+
+
+def extrapolate_distance(features, real_mean, real_cov):
+    """Fréchet distance at ten sample sizes, and its limit for infinitely many samples.
+
+    The bias of n samples falls like 1/n: the limit is where a straight line through the points
+    (1/n, distance) meets 1/n = 0.
+    features: n c, of the samples. real_mean: c. real_cov: c c.
+    Returns a list of ten (size, distance), and the limit. Raises ValueError for too few samples.
+    Source: arXiv 1911.07023
+    """
+    features = features.double()
+    n, channels = features.shape
+    if n < 4:                                          # half of them must have a covariance
+        raise ValueError(f"{n} samples are too few to extrapolate a distance; give at least 4")
+    rng = np.random.default_rng(0)
+    # Far fewer samples than dimensions do not lie on the line yet.
+    smallest = max(n / 10, min(2 * channels, n / 2))
+    points = []
+    for size in np.linspace(smallest, n, 10).astype(int).tolist():
+        subset = features[rng.permutation(n)[:size]]
+        value = frechet_distance(subset.mean(0), subset.T.cov(), real_mean, real_cov)
+        points.append((size, value))
+    sizes, distances = np.array(points).T
+    slope, limit = np.polyfit(1 / sizes, distances, 1).tolist()
+    return points, limit
+
+
+@runtime.full_precision()
+def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
+    """Accuracy in [0,1] on held-out images of a linear classifier of features.
+
+    x: m c and y: m class ids, to train on. x_test: n c and y_test: n, to test on. Features are
+    standardised; AdamW in fp32, on batches of 1000.
+    Raises ValueError if features are not finite, or a set is too small.
+    """
+    check_finite(x)
+    check_finite(x_test)
+    if len(x) < 2 or len(x_test) < 1:
+        raise ValueError(f"{len(x)} images to train and {len(x_test)} to test a probe are too few; "
+                         f"give at least 2 and 1")
+    mean = x.mean(0)                                                       # c
+    std = x.std(0) + 1e-6                                                  # c
+    x = (x - mean) / std
+    x_test = (x_test - mean) / std
+    with torch.random.fork_rng([]):                    # leaves the caller's random state as it was
+        torch.manual_seed(seed)
+        probe = nn.Linear(x.shape[1], classes)
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            batch = torch.randint(len(x), (min(1000, len(x)),))
+            loss = F.cross_entropy(probe(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    is_right = probe(x_test).argmax(1) == y_test                           # n
+    return is_right.float().mean().item()
+
+
+# ---------------------------------------------------------------------------- images to numbers
+def in_fp64(x):
+    """A tensor in fp64: on its device or, since Apple's GPUs have no fp64, on the CPU."""
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.double()
+
+
+def psnr(images, others):
+    """Peak signal-to-noise ratio of each pair, 10 log10(255^2 / mse), in dB.
+
+    images, others: uint8 b H W 3. Returns b, fp64; infinite for equal images.
+    """
+    difference = in_fp64(images) - in_fp64(others)
+    mse = difference.square().flatten(1).mean(1)                           # b
+    return 10 * torch.log10(255 ** 2 / mse)
+
+
+def blur_matrix(n, device):
+    """The matrix n-10 n, fp64, whose product with n pixels is their blur by a Gaussian window of 11
+    pixels and sigma 1.5, where the whole window is inside the image.
+    """
+    first = torch.arange(n - 10, device=device)        # pixel of each window
+    offset = torch.arange(n, device=device) - first[:, None] - 5           # n-10 n, from its centre
+    weights = torch.exp(-offset.double() ** 2 / (2 * 1.5 ** 2))
+    weights = torch.where(offset.abs() <= 5, weights, 0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def ssim(images, others):
+    """Structural similarity of each pair, a mean over pixels and channels.
+
+        (2 ma mb + c1) (2 cov + c2) / ((ma^2 + mb^2 + c1) (va + vb + c2))
+
+    with means ma, mb, variances va, vb and covariance cov under a Gaussian window.
+    images, others: uint8 b H W 3. Returns b, fp64, at most 1.
+    Raises ValueError for images of less than 11 pixels a side.
+    Source: Wang et al. 2004, equation 13, with its constants
+    """
+    a = in_fp64(rearrange(images, "b h w c -> b c h w"))
+    b = in_fp64(rearrange(others, "b h w c -> b c h w"))
+    height, width = a.shape[2:]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {height} x {width}")
+    # A Gaussian window of 11 x 11 pixels is the product of one over columns and one over rows.
+    blur_columns = blur_matrix(height, a.device)                           # h-10 h
+    blur_rows = blur_matrix(width, a.device).T                             # w w-10
+    moments = torch.stack([a, b, a * a + b * b, a * b])                    # 4 b c h w
+    mean_a, mean_b, mean_squares, mean_product = blur_columns @ moments @ blur_rows
+    var_sum = mean_squares - mean_a ** 2 - mean_b ** 2
+    cov = mean_product - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    denominator = (mean_a ** 2 + mean_b ** 2 + c1) * (var_sum + c2)
+    return (numerator / denominator).flatten(1).mean(1)
+
+
+def load_lpips():
+    """LPIPS on VGG-16, frozen: a lpips.LPIPS. Raises FileNotFoundError if it has no weights.
+
+    Source: arXiv 1801.03924
+    """
+    advice = (f"put download.pytorch.org/models/vgg16-397923af.pth into "
+              f"{torch.hub.get_dir()}/checkpoints/, or do without, in train_decoder.py by "
+              f"--lpips 0 --gram 0")
+    with storage.fetching("no weights of VGG-16", advice):
+        return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+
+
+def verify(images, labels):
+    """Count images of the built-in world that show one object, of the class of their label.
+
+    images: uint8 b H W 3. labels: b class ids.
+    Returns three counts, fp64: right colour; right colour and shape; unsure. read_scene() would
+    rather be unsure than guess, and that counts as wrong. The colour is read by itself, since it
+    can be plain where the shape is not.
+    """
+    right_colour, right_class, unsure = 0, 0, 0
+    for image, label in zip(images.numpy(), labels, strict=True):
+        objects = read_scene(image)
+        if objects is None:
+            unsure += 1
+            colours = read_scene(image, colours=True)
+            classes = None
+        else:
+            colours = [thing.colour for thing in objects]
+            classes = [thing.label for thing in objects]
+        colour = CLASSES[label].split()[0]             # of "red star"
+        if colours == [colour]:
+            right_colour += 1
+        if classes == [label]:
+            right_class += 1
+    return torch.tensor([right_colour, right_class, unsure], dtype=torch.float64)
+
+
 # ---------------------------------------------------------------------------- feature networks
 class FeatureNetwork(nn.Module):
     """What all feature networks have in common.
@@ -346,23 +645,6 @@ class Moments:
         return self.scatter / (self.n - 1)
 
 
-def in_fp64(x):
-    """A tensor in fp64: on its device or, since Apple's GPUs have no fp64, on the CPU."""
-    if x.device.type == "mps":
-        x = x.cpu()
-    return x.double()
-
-
-def check_finite(features):
-    """Raise ValueError unless all features, n f, or logits are finite numbers."""
-    finite = torch.isfinite(features).flatten(1).all(1)                    # n
-    if not finite.all():
-        raise ValueError(f"features of {int((~finite).sum())} of {len(features)} images are not "
-                         f"finite: the model that drew or encodes these images has diverged (one "
-                         f"whose weights are not finite draws black images); take an earlier "
-                         f"checkpoint")
-
-
 class FeatureSet:
     """What distances need of a set of images: moments of features, some features, a hash.
 
@@ -462,288 +744,6 @@ def compare(real, fake):
 def distance(moments, other):
     """Fréchet distance of two Moments."""
     return frechet_distance(moments.mean, moments.cov, other.mean, other.cov)
-
-
-# ---------------------------------------------------------------------------- features to numbers
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Fréchet distance of two Gaussians, a float, computed in fp64.
-
-        |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
-
-    mean1, mean2: f. cov1, cov2: f f, possibly rank-deficient. Arrays or tensors.
-    Raises ValueError if the shapes differ, or the numbers are not finite or no covariance.
-    Source: arXiv 1706.08500
-    """
-    mean1 = torch.as_tensor(mean1, dtype=torch.float64)
-    mean2 = torch.as_tensor(mean2, dtype=torch.float64)
-    cov1 = torch.as_tensor(cov1, dtype=torch.float64)
-    cov2 = torch.as_tensor(cov2, dtype=torch.float64)
-    f = len(mean1)
-    if len(mean2) != f or cov1.shape != (f, f) or cov2.shape != (f, f):
-        raise ValueError(f"features of {f} and {len(mean2)} dimensions differ; use one encoder")
-    for mean, cov in ((mean1, cov1), (mean2, cov2)):
-        if not (mean.isfinite().all() and cov.isfinite().all()):
-            raise ValueError("means or covariances of features are not finite, so there is no "
-                             "distance; measure the images anew, with a model that has not "
-                             "diverged")
-    # tr (A B)^(1/2) is the sum of the singular values of R1^T R2 for any R1 R1^T = A, R2 R2^T = B.
-    # Unlike scipy.linalg.sqrtm(A @ B), this takes no square roots of rounding errors.
-    root1, root2 = square_root(cov1), square_root(cov2)
-    trace = torch.linalg.svdvals(root1.T @ root2).sum()
-    squared = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace
-    return max(0.0, float(squared))                    # below 0 by rounding, for equal images
-
-
-def square_root(cov):
-    """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
-    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
-    if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
-        raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
-                         f"measure the images anew")
-    precision = values[-1] * len(values) * 2e-16       # 2e-16: of fp64
-    is_positive = values > precision                   # the others are zeros, rounded
-    return vectors[:, is_positive] * values[is_positive].sqrt()
-
-
-def inception_score(logits, splits=10):
-    """Inception Score exp(mean KL(p(y|x) || p(y))), over `splits` parts of the images.
-
-    logits: n k. Returns mean and standard deviation over the parts.
-    Raises ValueError without images, or if logits are not finite.
-    Source: arXiv 1606.03498; each part is ten percent, in the order of torch-fidelity
-    """
-    logits = torch.as_tensor(logits)
-    check_finite(logits)
-    if len(logits) == 0:
-        raise ValueError("the Inception Score needs images, and there is none")
-    # Shuffled, as parts of images sorted by class would have few classes each.
-    order = np.random.RandomState(2020).permutation(len(logits))
-    logits = logits.double()[order]
-    ends = [len(logits) * i // splits for i in range(1, splits)]
-    scores = []
-    for part in logits.tensor_split(ends):
-        if len(part) == 0:
-            continue
-        p = part.softmax(1).clamp(min=1e-300)                              # n k; not 0 * log(0)
-        divergence = (p * (p.log() - p.mean(0).log())).sum(1)              # n
-        scores.append(divergence.mean().exp())
-    scores = torch.stack(scores)
-    return scores.mean().item(), scores.std(correction=0).item()
-
-
-def precision_recall(real, fake, k=3):
-    """Fraction of `fake` inside the manifold of `real` (precision), and the reverse (recall).
-
-    real: n c. fake: m c. The manifold of a set is the union of the balls around its points, each
-    of which reaches to the k-th nearest other point of the set, or to the farthest of fewer.
-    Raises ValueError for sets of less than two, or features that are not finite.
-    Source: arXiv 1904.06991, as in ADM's evaluator.py
-    """
-    check_pair(real, fake)
-    return fraction_inside(fake, real, k), fraction_inside(real, fake, k)
-
-
-def check_pair(real, fake):                                                # n c, m c
-    """Raise ValueError unless two sets of features can be compared pair by pair."""
-    check_finite(real)
-    check_finite(fake)
-    if min(len(real), len(fake)) < 2:
-        raise ValueError(f"{len(real)} and {len(fake)} images are too few to compare in pairs; "
-                         f"give at least 2 of each")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of {real.shape[1]} and {fake.shape[1]} dimensions differ; use "
-                         f"one encoder")
-
-
-def fraction_inside(points, manifold, k):
-    """Fraction of points, n c, inside the manifold of a set of others, m c."""
-    nearest = min(k + 1, len(manifold))                # the nearest point is the point itself
-    radii = []
-    for block in manifold.split(BLOCK):
-        radii.append(torch.cdist(block, manifold).kthvalue(nearest).values)
-    radii = torch.cat(radii)                                               # m
-    inside = 0
-    for block in points.split(BLOCK):
-        is_inside = (torch.cdist(block, manifold) <= radii).any(1)         # b
-        inside += int(is_inside.sum())
-    return inside / len(points)
-
-
-def kernel_distance(real, fake, subsets=100, size=1000):
-    """Squared maximum mean discrepancy (KID): mean and standard deviation over random subsets.
-
-        mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  k(x, y) = (x.y / c + 1)^3
-
-    over all pairs of a subset of `size` images x of real, n c, and y of fake, m c, without pairs
-    of an image with itself, so that it is unbiased.
-    Raises ValueError for sets of less than two, or features that are not finite.
-    Source: arXiv 1801.01401; the subsets are those of torch-fidelity
-    """
-    check_pair(real, fake)
-    rng = np.random.RandomState(2020)
-    size = min(size, len(real), len(fake))
-    distances = []
-    for _ in range(subsets):
-        y = fake[rng.choice(len(fake), size, replace=False)]               # s c
-        x = real[rng.choice(len(real), size, replace=False)]               # s c
-        xx = cubic_kernel(x, x)                                            # s s
-        yy = cubic_kernel(y, y)                                            # s s
-        xy = cubic_kernel(x, y)                                            # s s
-        off_diagonal = (xx.sum() - xx.trace()) + (yy.sum() - yy.trace())
-        within = off_diagonal / (size * (size - 1))
-        distances.append(float(within - 2 * xy.mean()))
-    return float(np.mean(distances)), float(np.std(distances))
-
-
-def cubic_kernel(x, y):                                                    # s c, s c
-    return ((x @ y.T).double() / x.shape[1] + 1) ** 3                      # s s
-
-
-def extrapolate_distance(features, real_mean, real_cov):
-    """Fréchet distance at ten sample sizes, and its limit for infinitely many samples.
-
-    The bias of n samples falls like 1/n: the limit is where a straight line through the points
-    (1/n, distance) meets 1/n = 0.
-    features: n c, of the samples. real_mean: c. real_cov: c c.
-    Returns a list of ten (size, distance), and the limit. Raises ValueError for too few samples.
-    Source: arXiv 1911.07023
-    """
-    features = features.double()
-    n, channels = features.shape
-    if n < 4:                                          # half of them must have a covariance
-        raise ValueError(f"{n} samples are too few to extrapolate a distance; give at least 4")
-    rng = np.random.default_rng(0)
-    # Far fewer samples than dimensions do not lie on the line yet.
-    smallest = max(n / 10, min(2 * channels, n / 2))
-    points = []
-    for size in np.linspace(smallest, n, 10).astype(int).tolist():
-        subset = features[rng.permutation(n)[:size]]
-        value = frechet_distance(subset.mean(0), subset.T.cov(), real_mean, real_cov)
-        points.append((size, value))
-    sizes, distances = np.array(points).T
-    slope, limit = np.polyfit(1 / sizes, distances, 1).tolist()
-    return points, limit
-
-
-@runtime.full_precision()
-def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
-    """Accuracy in [0,1] on held-out images of a linear classifier of features.
-
-    x: m c and y: m class ids, to train on. x_test: n c and y_test: n, to test on. Features are
-    standardised; AdamW in fp32, on batches of 1000.
-    Raises ValueError if features are not finite, or a set is too small.
-    """
-    check_finite(x)
-    check_finite(x_test)
-    if len(x) < 2 or len(x_test) < 1:
-        raise ValueError(f"{len(x)} images to train and {len(x_test)} to test a probe are too few; "
-                         f"give at least 2 and 1")
-    mean = x.mean(0)                                                       # c
-    std = x.std(0) + 1e-6                                                  # c
-    x = (x - mean) / std
-    x_test = (x_test - mean) / std
-    with torch.random.fork_rng([]):                    # leaves the caller's random state as it was
-        torch.manual_seed(seed)
-        probe = nn.Linear(x.shape[1], classes)
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            batch = torch.randint(len(x), (min(1000, len(x)),))
-            loss = F.cross_entropy(probe(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    is_right = probe(x_test).argmax(1) == y_test                           # n
-    return is_right.float().mean().item()
-
-
-# ---------------------------------------------------------------------------- images to numbers
-def psnr(images, others):
-    """Peak signal-to-noise ratio of each pair, 10 log10(255^2 / mse), in dB.
-
-    images, others: uint8 b H W 3. Returns b, fp64; infinite for equal images.
-    """
-    difference = in_fp64(images) - in_fp64(others)
-    mse = difference.square().flatten(1).mean(1)                           # b
-    return 10 * torch.log10(255 ** 2 / mse)
-
-
-def blur_matrix(n, device):
-    """The matrix n-10 n, fp64, whose product with n pixels is their blur by a Gaussian window of 11
-    pixels and sigma 1.5, where the whole window is inside the image.
-    """
-    first = torch.arange(n - 10, device=device)        # pixel of each window
-    offset = torch.arange(n, device=device) - first[:, None] - 5           # n-10 n, from its centre
-    weights = torch.exp(-offset.double() ** 2 / (2 * 1.5 ** 2))
-    weights = torch.where(offset.abs() <= 5, weights, 0.0)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def ssim(images, others):
-    """Structural similarity of each pair, a mean over pixels and channels.
-
-        (2 ma mb + c1) (2 cov + c2) / ((ma^2 + mb^2 + c1) (va + vb + c2))
-
-    with means ma, mb, variances va, vb and covariance cov under a Gaussian window.
-    images, others: uint8 b H W 3. Returns b, fp64, at most 1.
-    Raises ValueError for images of less than 11 pixels a side.
-    Source: Wang et al. 2004, equation 13, with its constants
-    """
-    a = in_fp64(rearrange(images, "b h w c -> b c h w"))
-    b = in_fp64(rearrange(others, "b h w c -> b c h w"))
-    height, width = a.shape[2:]
-    if min(height, width) < 11:
-        raise ValueError(f"SSIM needs images of at least 11 pixels a side, not {height} x {width}")
-    # A Gaussian window of 11 x 11 pixels is the product of one over columns and one over rows.
-    blur_columns = blur_matrix(height, a.device)                           # h-10 h
-    blur_rows = blur_matrix(width, a.device).T                             # w w-10
-    moments = torch.stack([a, b, a * a + b * b, a * b])                    # 4 b c h w
-    mean_a, mean_b, mean_squares, mean_product = blur_columns @ moments @ blur_rows
-    var_sum = mean_squares - mean_a ** 2 - mean_b ** 2
-    cov = mean_product - mean_a * mean_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    denominator = (mean_a ** 2 + mean_b ** 2 + c1) * (var_sum + c2)
-    return (numerator / denominator).flatten(1).mean(1)
-
-
-def load_lpips():
-    """LPIPS on VGG-16, frozen: a lpips.LPIPS. Raises FileNotFoundError if it has no weights.
-
-    Source: arXiv 1801.03924
-    """
-    advice = (f"put download.pytorch.org/models/vgg16-397923af.pth into "
-              f"{torch.hub.get_dir()}/checkpoints/, or do without, in train_decoder.py by "
-              f"--lpips 0 --gram 0")
-    with storage.fetching("no weights of VGG-16", advice):
-        return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-
-
-def verify(images, labels):
-    """Count images of the built-in world that show one object, of the class of their label.
-
-    images: uint8 b H W 3. labels: b class ids.
-    Returns three counts, fp64: right colour; right colour and shape; unsure. read_scene() would
-    rather be unsure than guess, and that counts as wrong. The colour is read by itself, since it
-    can be plain where the shape is not.
-    """
-    right_colour, right_class, unsure = 0, 0, 0
-    for image, label in zip(images.numpy(), labels, strict=True):
-        objects = read_scene(image)
-        if objects is None:
-            unsure += 1
-            colours = read_scene(image, colours=True)
-            classes = None
-        else:
-            colours = [thing.colour for thing in objects]
-            classes = [thing.label for thing in objects]
-        colour = CLASSES[label].split()[0]             # of "red star"
-        if colours == [colour]:
-            right_colour += 1
-        if classes == [label]:
-            right_class += 1
-    return torch.tensor([right_colour, right_class, unsure], dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------- images to measure
