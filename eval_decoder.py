@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
+import evaluation
 import metrics
 import progress
 import release
@@ -187,8 +188,8 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     size = encoder.image_size
     train = open_data(specs, size, split="train", hold_out=hold_out, objects=1)
     val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
-    metrics.report_data(train, rank)
-    metrics.report_data(val, rank)
+    evaluation.report_data(train, rank)
+    evaluation.report_data(val, rank)
     if not train.labelled:
         raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
     if n is None:
@@ -288,21 +289,21 @@ def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
     state = release.read_rae(args.rae, args.release_dir)
-    specs, hold_out = metrics.choose_reference(args, state, args.rae)
+    specs, hold_out = evaluation.choose_reference(args, state, args.rae)
     packed_rae = state["rae"]
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     grid = packed_rae["latent_var"].shape[1]
     size = max(packed_rae["size"], grid * packed_rae["decoder_patch"])
     # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
     objects = 1 if "num_classes" in state else (1, 2, 3, 4)
-    val = metrics.open_images(specs, size, hold_out, objects)
+    val = evaluation.open_images(specs, size, hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
-    metrics.check_n(n, len(val))
-    metrics.report_data(val, rank)
+    evaluation.check_n(n, len(val))
+    evaluation.report_data(val, rank)
     is_of_decoder = release.script_of(state) == "train_decoder.py"
-    split = metrics.split_of(val, specs, hold_out, state, args.rae, not is_of_decoder)
+    split = evaluation.split_of(val, specs, hold_out, state, args.rae, not is_of_decoder)
     if rank == 0:
-        metrics.warn_of_split(split)
+        evaluation.warn_of_split(split)
 
     # ---------------------------------------------------------------- models
     rae = release.unpack_rae(packed_rae, source=args.rae).to(device)
@@ -330,7 +331,7 @@ def reconstruct_all(args, rank, world, device):
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out)
+    evaluation.prepare_output(args.out)
     if args.probe:
         encoder = release.load_encoder(args.probe, args.size).to(device)
         results = evaluate_probe(encoder, args.data, args.n, args.hold_out, args.seed, rank, world,
@@ -340,11 +341,11 @@ def main(args):
         results, features = reconstruct_all(args, rank, world, device)
         n = results.get("n")                           # of a mixture, each source has its own
         if n and rank == 0:
-            metrics.warn_of_few_images(n, features.channels, protocol=n)
+            evaluation.warn_of_few_images(n, features.channels, protocol=n)
         results |= dict(features=features.name, reference_n=n)
-    results |= metrics.environment(device)
+    results |= evaluation.environment(device)
     if rank == 0:
-        metrics.report(results, time.time() - start, args.out)
+        evaluation.report(results, time.time() - start, args.out)
     return results
 
 

@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-import metrics
+import evaluation
 import progress
 import release
 import run_flags
@@ -303,7 +303,7 @@ def main(args):
         with storage.locked(args.out):
             return draw_benchmark(args, rank, world, device)
     start = time.time()
-    metrics.prepare_output(args.out)
+    evaluation.prepare_output(args.out)
     t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)
     check_world(state, args.ckpt)
     n = args.n or IMAGES_PER_PROMPT * len(shapes_eval_prompts())
@@ -311,9 +311,9 @@ def main(args):
     results |= dict(solver=args.solver, guidance_interval=list(args.interval),
                     release_grid=args.release_grid, weights=args.weights, checkpoint=args.ckpt,
                     seed=args.seed, dtype=args.dtype, tf32=runtime.uses_tf32(device))
-    results |= metrics.environment(device)
+    results |= evaluation.environment(device)
     if rank == 0:
-        metrics.report(results, time.time() - start, args.out)
+        evaluation.report(results, time.time() - start, args.out)
     return results
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evaluation
 import metrics
 import progress
 import release
@@ -323,7 +324,7 @@ def main(args, data=None):
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
                          hold_out=args.hold_out, objects=1)
-    metrics.check_eval_side(args, val_data, drawn_size)
+    evaluation.check_eval_side(args, val_data, drawn_size)
     features = None
     if args.eval_features:
         features = metrics.feature_network(args.eval_features).to(device)

@@ -14,7 +14,7 @@ from scipy import ndimage
 import eval_decoder
 import eval_fid
 import eval_t2i
-import metrics
+import evaluation
 import release
 import storage
 from conftest import SHIPPED, run_script
@@ -301,7 +301,7 @@ def test_the_images_of_an_npz_are_reconstructed(tmp_path):
 def test_json_is_strict(tmp_path, capsys):
     """PSNR of equal images is infinite, for which JSON has no word."""
     results = dict(psnr=float("inf"), by_source=dict(a=float("nan")), interval=[0.0, 1.0], n=3)
-    metrics.report(results, 1.0, tmp_path / "line.json")
+    evaluation.report(results, 1.0, tmp_path / "line.json")
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")

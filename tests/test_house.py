@@ -70,7 +70,7 @@ def test_nothing_that_the_house_forbids(path):
 LEVELS = [
     {"runtime", "storage", "run_flags", "saving", "speed", "progress", "sharding"},
     {"model", "llm", "data", "index", "listing", "order", "shapes"},
-    {"t2i", "release", "baselines", "metrics"},
+    {"t2i", "release", "baselines", "metrics", "evaluation"},
     {"sample", "eval_decoder", "eval_fid", "eval_t2i"},
     {"train_decoder", "train_dit", "train_t2i"},
 ]
@@ -82,7 +82,8 @@ WITHIN_A_LEVEL = {
     ("sharding", "run_flags"),
     ("llm", "model"), ("data", "index"), ("data", "listing"), ("data", "order"), ("data", "shapes"),
     ("index", "listing"),
-    ("release", "baselines"), ("metrics", "release"), ("t2i", "release"),
+    ("release", "baselines"), ("metrics", "release"), ("evaluation", "release"),
+    ("t2i", "release"),
     ("eval_decoder", "sample"), ("eval_fid", "sample"), ("eval_t2i", "sample"),
 }
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -29,6 +29,7 @@ import train_t2i
 from conftest import SHIPPED, read_log, run_script, torchrun
 from data import open_data
 from eval_fid import load_statistics
+from evaluation import open_images
 from metrics import (
     InceptionFeatures,
     Moments,
@@ -37,7 +38,6 @@ from metrics import (
     inception_score,
     kernel_distance,
     measure_images,
-    open_images,
     precision_recall,
 )
 from model import IMAGENET_PIXELS
