@@ -23,13 +23,12 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from textwrap import wrap
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import progress
 import release
@@ -38,6 +37,7 @@ import runtime
 import storage
 from data import parse_specs
 from model import time_shift
+from pictures import PICTURES, draw_grid, most_in_grid, save_animation, save_picture
 from release import PUBLISHED_DITS, PUBLISHED_T2I, SHIPPED_DIT, SHIPPED_T2I
 from run_flags import at_least
 from shapes import unknown_words
@@ -568,73 +568,11 @@ def label_advice(label, names):
     return f"no name is like {label}"
 
 
-# ---------------------------------------------------------------------------- grids
-LETTER, LINE, MARGIN = 6, 12, 2            # pixels, of the 11 px font and between images
-GRID_COLUMNS = 12
-CAPTION_LINES = 4                          # of longer captions the beginning is shown
-# Pixels along each side of a grid. Viewers and browsers show larger pictures badly or not at all,
-# as their textures end at 8192 or 16384.
-GRID_SIDE = 8192
-
-
-def grid_columns(num_captions, width):
-    """Columns of a grid of images `width` pixels wide."""
-    return min(GRID_COLUMNS, num_captions, max(1, GRID_SIDE // (width + MARGIN)))
-
-
-def most_in_grid(num_captions, width, height):
-    """How many images of width x height pixels fit in a grid under so many captions."""
-    columns = grid_columns(num_captions, width)
-    head = 4 + LINE * CAPTION_LINES
-    rows = max(1, GRID_SIDE // (head + height + 2 * MARGIN))            # with one image each
-    if num_captions > rows * columns:
-        return rows * columns
-    row_height = GRID_SIDE // math.ceil(num_captions / columns)
-    return num_captions * max(1, (row_height - head - MARGIN) // (height + MARGIN))
-
-
-def caption_lines(text, width):
-    """A caption as the lines to print above an image `width` pixels wide, without odd characters.
-    """
-    letters = max(4, width // LETTER)
-    text = text[:CAPTION_LINES * letters * 4].replace("_", " ")         # a book would take long
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return wrap(text, letters, max_lines=CAPTION_LINES, placeholder="...")
-
-
-def draw_grid(images, captions):
-    """A PIL picture of uint8 images n H W 3; image i stands under caption i % len(captions)."""
-    height, width = images.shape[1:3]
-    captions = [caption_lines(text, width) for text in captions[:len(images)]]
-    columns = grid_columns(len(captions), width)
-    head = 4 + LINE * max(len(lines) for lines in captions)
-    per_caption = math.ceil(len(images) / len(captions))
-    band = head + per_caption * (height + MARGIN) + MARGIN              # height of a caption's row
-    size = (columns * (width + MARGIN) + MARGIN, math.ceil(len(captions) / columns) * band)
-    sheet = Image.new("RGB", size, "white")
-    page = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    for i, image in enumerate(np.asarray(images)):
-        number, place = divmod(i, len(captions))                        # of the images of a caption
-        left = place % columns * (width + MARGIN) + MARGIN
-        top = place // columns * band + head
-        sheet.paste(Image.fromarray(image), (left, top + number * (height + MARGIN)))
-        if number == 0:
-            centre = (left + width / 2, top - head / 2)
-            text = "\n".join(captions[place])
-            page.multiline_text(centre, text, "black", font, "mm", 1, "center")
-    return sheet
-
-
 # ---------------------------------------------------------------------------- animations
 # A frame is the decoded state x_t of the solver itself, which is pure noise at t = 1. The model's
 # estimate of x_0, x_t - t v, would show the final shapes after a third of the steps.
 FRAMES = 24                                # after the first one, which is noise
-FRAME_MS, LAST_FRAME_MS = 120, 2000        # how long frames are shown
 MOST_ANIMATED = 72                         # images, since all their frames are in memory at once
-# The plot of t beside the grid, in pixels.
-SCHEDULE_SIZE = (220, 240)
-SCHEDULE_AXES = (58, 34, 208, 184)         # left, top, right, bottom
 
 
 def frame_steps(steps):
@@ -660,71 +598,13 @@ def draw_frames(draw_images, rae, n, args):
     return times, frames
 
 
-def draw_schedule(times, step):
-    """A PIL picture of t over the solver's steps, with a dot at t after `step` steps.
-
-    times: of the solver. A grey line shows them without the time shift.
-    """
-    steps = len(times) - 1
-    left, top, right, bottom = SCHEDULE_AXES
-
-    def place(step, t):
-        return left + (right - left) * step / steps, bottom - (bottom - top) * t
-
-    picture = Image.new("RGB", SCHEDULE_SIZE, "white")
-    page = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=11)
-    page.rectangle(SCHEDULE_AXES, outline="silver")
-    page.line([place(0, 1), place(steps, 0)], "darkgray")
-    page.line([place(k, t) for k, t in enumerate(times)], "black", 2)
-    x, y = place(step, times[step])
-    page.ellipse((x - 4, y - 4, x + 4, y + 4), "red")
-    page.text((left, top - 12), f"t = {times[step]:.3f}", "red", ImageFont.load_default(15), "ls")
-    page.text((left - 8, top), "noise 1", "black", font, "rm")
-    page.text((left - 8, (top + bottom) / 2), "t", "black", font, "rm")
-    page.text((left - 8, bottom), "data 0", "black", font, "rm")
-    page.text((left, bottom + 8), "0", "black", font, "ma")
-    page.text(((left + right) / 2, bottom + 8), "steps done", "black", font, "ma")
-    page.text((right, bottom + 8), f"{steps}", "black", font, "ma")
-    page.text((left, bottom + 26), "black: shifted time grid", "black", font, "la")
-    page.text((left, bottom + 40), "grey: without the shift", "gray", font, "la")
-    return picture
-
-
-def draw_frame(images, captions, times, step):
-    """A PIL picture of a frame in 256 colours: the grid of its images, beside it the schedule."""
-    grid = draw_grid(images, captions)
-    schedule = draw_schedule(times, step)
-    size = (grid.width + schedule.width, max(grid.height, schedule.height))
-    frame = Image.new("RGB", size, "white")
-    frame.paste(grid, (0, 0))
-    frame.paste(schedule, (grid.width, (frame.height - schedule.height) // 2))
-    # Median cut, Pillow's default, is no closer to the picture, and takes 1.8 times the bytes.
-    return frame.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
-
-
-def save_animation(out, times, frames, captions):
-    """Write what draw_frames() returns as a GIF, which holds its last frame and starts again."""
-    pictures = [draw_frame(images, captions, times, step) for step, images in frames.items()]
-    milliseconds = [FRAME_MS for _ in pictures[1:]] + [LAST_FRAME_MS]
-    options = dict(format="gif", save_all=True, append_images=pictures[1:], duration=milliseconds,
-                   loop=0)
-    storage.write_whole(out, lambda f: pictures[0].save(f, **options))
-
-
 def is_animation(out):
     """Whether --out asks for an animation."""
     return Path(out).suffix.lower() == ".gif"
 
 
 # ---------------------------------------------------------------------------- files
-# What --out can be: suffix -> how Pillow saves a grid; a .gif; an .npz of arrays; or a folder.
-PICTURES = {
-    ".png": dict(format="png"),
-    ".jpg": dict(format="jpeg", quality=95),
-    ".jpeg": dict(format="jpeg", quality=95),
-    ".webp": dict(format="webp", lossless=True),
-}
+# What --out can be: a picture of a grid; an animation; arrays; or a folder.
 OUT_SUFFIXES = [*PICTURES, ".gif", ".npz", ""]
 
 
@@ -764,12 +644,6 @@ def delete_parts(parts):
     """
     for folder in [*stale_parts(parts), parts]:
         shutil.rmtree(folder, ignore_errors=True)                       # it may be renamed already
-
-
-def save_picture(image, path):
-    """Write a PIL image in the format of its suffix, which is one of PICTURES."""
-    options = PICTURES[Path(path).suffix.lower()]
-    storage.write_whole(path, lambda f: image.save(f, **options))
 
 
 def draw_files(files, draw_images, batch, rank=0, world=1):
@@ -824,8 +698,8 @@ def save_grid(out, files, captions):
     """Write a grid of the drawn files under their captions, and say what it does not show."""
     shown = files[:most_in_grid(len(captions), *Image.open(files[0]).size)]
     if len(shown) < len(files):
-        print(f"{out} shows {len(shown)} of the {len(files)} images, as a grid has at most "
-              f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
+        print(f"{out} shows {len(shown)} of the {len(files)} images, since viewers can't show a "
+              f"larger grid; give --out X.npz or a folder to get all")
     images = np.stack([np.asarray(Image.open(file)) for file in shown])
     save_picture(draw_grid(images, captions), out)
 

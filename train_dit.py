@@ -20,6 +20,7 @@ import torch
 
 import evaluation
 import metrics
+import pictures
 import progress
 import release
 import run_flags
@@ -371,7 +372,7 @@ def main(args, data=None):
     def draw_preview():
         labels = list(range(min(36, data.num_classes)))
         images = sample.generate(ema, rae, labels + labels, args, dtype=args.dtype)
-        return sample.draw_grid(images, data.class_names[:36])
+        return pictures.draw_grid(images, data.class_names[:36])
 
     def evaluate(step):
         results = evaluate_generation(ema, rae, val_data, args, args.eval_n, rank, world,

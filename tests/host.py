@@ -17,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import metrics  # noqa: E402
+import pictures  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
 import saving  # noqa: E402
@@ -64,7 +65,7 @@ def files(folder):
 
     def write_each():
         for i, path in enumerate(paths):
-            sample.save_picture(Image.fromarray(images[i % BATCH].numpy()), path)
+            pictures.save_picture(Image.fromarray(images[i % BATCH].numpy()), path)
 
     alone = milliseconds(write_each)
     for path in paths:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pictures
 import progress
 import sample
 import storage
@@ -276,7 +277,7 @@ def test_images_that_are_not_finite_are_refused():
 
 # ---------------------------------------------------------------------------- grids
 def test_a_long_caption_is_cut_to_four_lines():
-    lines = sample.caption_lines("a red star and " * 1000, 64)
+    lines = pictures.caption_lines("a red star and " * 1000, 64)
     assert len(lines) == 4
     assert lines[0] == "a red star"
     assert lines[3].endswith("...")
@@ -288,7 +289,7 @@ def test_a_long_caption_is_cut_to_four_lines():
     "half a pair \udcff", "\u202eright to left", "", "x" * 400_000, "\u732b" * 50])
 def test_any_caption_can_be_drawn(text):
     images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
-    sheet = sample.draw_grid(images, [text, "a red star"])
+    sheet = pictures.draw_grid(images, [text, "a red star"])
     assert sheet.size[0] == 2 * 66 + 2
     assert sheet.size[1] <= 4 + 4 * 12 + 66 + 2
 
@@ -301,15 +302,15 @@ def test_any_caption_can_be_drawn(text):
     (30, 3, 64, 3000),
 ])
 def test_a_grid_is_bounded(n, captions, width, height):
-    shown = sample.most_in_grid(captions, width, height)
+    shown = pictures.most_in_grid(captions, width, height)
     assert 0 < shown < n
     tiny = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(shown, height, width, 3)
-    sheet = sample.draw_grid(tiny, ["a caption of many, many words " * 9] * captions)
-    assert max(sheet.size) <= sample.GRID_SIDE
+    sheet = pictures.draw_grid(tiny, ["a caption of many, many words " * 9] * captions)
+    assert max(sheet.size) <= pictures.GRID_SIDE
 
 
 def test_a_small_grid_shows_all():
-    assert sample.most_in_grid(36, 64, 64) > 108
+    assert pictures.most_in_grid(36, 64, 64) > 108
 
 
 # ---------------------------------------------------------------------------- animations
@@ -393,8 +394,8 @@ def test_an_animation_goes_from_noise_to_the_grid(tmp_path, flags, steps):
     grid = Image.open(tmp_path / "x.png")
     assert milliseconds == [120] * steps + [2000]
     assert loops == 0                                  # without end
-    assert frames[0].width == grid.width + sample.SCHEDULE_SIZE[0]
-    assert frames[0].height == max(grid.height, sample.SCHEDULE_SIZE[1])
+    assert frames[0].width == grid.width + pictures.SCHEDULE_SIZE[0]
+    assert frames[0].height == max(grid.height, pictures.SCHEDULE_SIZE[1])
     of_grid = (0, 0, *grid.size)
     assert difference(frames[-1].crop(of_grid), grid) < 1.5             # of 256 colours
     assert difference(frames[0].crop(of_grid), grid) > 5
@@ -404,12 +405,12 @@ def test_an_animation_goes_from_noise_to_the_grid(tmp_path, flags, steps):
 def test_the_schedule_shows_where_the_solver_is():
     times = time_grid(8, 3.0).tolist()
     red = (255, 0, 0)
-    left, top, right, bottom = sample.SCHEDULE_AXES
-    assert sample.draw_schedule(times, 0).getpixel((left, top)) == red
-    assert sample.draw_schedule(times, 8).getpixel((right, bottom)) == red
+    left, top, right, bottom = pictures.SCHEDULE_AXES
+    assert pictures.draw_schedule(times, 0).getpixel((left, top)) == red
+    assert pictures.draw_schedule(times, 8).getpixel((right, bottom)) == red
     middle = ((left + right) // 2, round(bottom - 150 * times[4]))
     assert times[4] == 0.75
-    assert sample.draw_schedule(times, 4).getpixel(middle) == red
+    assert pictures.draw_schedule(times, 4).getpixel(middle) == red
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -498,7 +499,7 @@ def test_an_npz_holds_what_numpy_writes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
     for i, image in enumerate(images):
         files.append(tmp_path / f"{i}.png")
-        sample.save_picture(Image.fromarray(image), files[i])
+        pictures.save_picture(Image.fromarray(image), files[i])
     with open(tmp_path / "x.npz", "wb") as f:
         sample.save_npz(f, files, np.arange(3), ["7", "8", "9"])
     arrays = np.load(tmp_path / "x.npz")
@@ -620,7 +621,7 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path):
 
 
 def test_what_a_grid_leaves_out_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "GRID_SIDE", 200)      # pixels: one image of each of 3 classes
+    monkeypatch.setattr(pictures, "GRID_SIDE", 200)      # pixels: one image of each of 3 classes
     run_script(sample, "--n", 12, "--sampling_steps", 1, "--out", tmp_path / "x.png")
     assert "x.png shows 3 of the 12 images" in capsys.readouterr().out
     assert max(Image.open(tmp_path / "x.png").size) <= 200
