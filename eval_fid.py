@@ -271,14 +271,7 @@ def parse_args(argv=None):
                    help=f"File {metrics.INCEPTION_FILE} (default: download once).")
     p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
-    args = p.parse_args(argv)
-    try:
-        check_given_flags(args)
-        args = resolve(args)
-        sample.check_model_flags(args, text=False)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, lambda args: sample.check_model_flags(args, text=False))
 
 
 def check_given_flags(args):
@@ -301,7 +294,8 @@ def check_given_flags(args):
 
 
 def resolve(args):
-    """A copy of args with defaults filled in."""
+    """A copy of args with defaults filled in. Raises ValueError as check_given_flags()."""
+    check_given_flags(args)
     args = sample.resolve_model_flags(args, text=False)
     uses_inception = args.samples or args.save_stats or args.release or args.inception
     if args.features is None and uses_inception:       # as papers do

@@ -277,13 +277,7 @@ def parse_args(argv=None):
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
     sample.add_model_flags(p, classes=False)
-    args = p.parse_args(argv)
-    try:
-        args = sample.resolve_model_flags(args, text=True)
-        check_flags(args)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, lambda args: sample.resolve_model_flags(args, text=True), check_flags)
 
 
 def check_flags(args):
