@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
+import evaluation
 import metrics
 import progress
 import release
@@ -187,8 +188,8 @@ def evaluate_probe(encoder, specs, n, hold_out, seed=0, rank=0, world=1, batch=7
     size = encoder.image_size
     train = open_data(specs, size, split="train", hold_out=hold_out, objects=1)
     val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
-    metrics.report_data(train, rank)
-    metrics.report_data(val, rank)
+    evaluation.report_data(train, rank)
+    evaluation.report_data(val, rank)
     if not train.labelled:
         raise ValueError(f"--data {' '.join(specs)} has no classes to probe; give class folders")
     if n is None:
@@ -232,7 +233,7 @@ def parse_args(argv=None):
                    help="Features of the Fréchet distance: inception, fd-dinov2 or the name of an "
                         "encoder (default: the autoencoder's own encoder).")
     p.add_argument("--inception", metavar="PATH",
-                   help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
+                   help=f"File {metrics.INCEPTION_FILE} (default: download once).")
     p.add_argument("--lpips", action="store_true", default=None,
                    help="Measure LPIPS as well, which needs the weights of VGG-16.")
     p.add_argument("--dtype", choices=("bf16", "fp32"),
@@ -288,21 +289,21 @@ def reconstruct_all(args, rank, world, device):
     """Evaluate --rae on each source of the reference. Returns results and the feature network."""
     # ---------------------------------------------------------------- checkpoint and data
     state = release.read_rae(args.rae, args.release_dir)
-    reference = metrics.choose_reference(args, state, args.rae)
+    specs, hold_out = evaluation.choose_reference(args, state, args.rae)
     packed_rae = state["rae"]
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     grid = packed_rae["latent_var"].shape[1]
     size = max(packed_rae["size"], grid * packed_rae["decoder_patch"])
     # Stage 1 is trained on scenes of one to four objects, stage 2 on single objects with a class.
     objects = 1 if "num_classes" in state else (1, 2, 3, 4)
-    val = metrics.open_images(reference.specs, size, reference.hold_out, objects)
+    val = evaluation.open_images(specs, size, hold_out, objects)
     n = args.n or min(RECONSTRUCTION_N, len(val))
-    metrics.check_n(n, len(val))
-    metrics.report_data(val, rank)
+    evaluation.check_n(n, len(val))
+    evaluation.report_data(val, rank)
     is_of_decoder = release.script_of(state) == "train_decoder.py"
-    reference = metrics.judge_split(reference, state, val, is_of_other_stage=not is_of_decoder)
+    split = evaluation.split_of(val, specs, hold_out, state, args.rae, not is_of_decoder)
     if rank == 0:
-        metrics.report_reference(reference)
+        evaluation.warn_of_split(split)
 
     # ---------------------------------------------------------------- models
     rae = release.unpack_rae(packed_rae, source=args.rae).to(device)
@@ -323,14 +324,14 @@ def reconstruct_all(args, rank, world, device):
         results = by_source[val.domains[0]]
     results |= dict(checkpoint=args.rae, seed=args.seed, dtype=args.dtype,
                     tf32=runtime.uses_tf32(device),
-                    reference=" ".join(reference.specs), reference_split=reference.split)
+                    reference=" ".join(specs), reference_split=split)
     return results, features
 
 
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
+    evaluation.prepare_output(args.out)
     if args.probe:
         encoder = release.load_encoder(args.probe, args.size).to(device)
         results = evaluate_probe(encoder, args.data, args.n, args.hold_out, args.seed, rank, world,
@@ -340,11 +341,11 @@ def main(args):
         results, features = reconstruct_all(args, rank, world, device)
         n = results.get("n")                           # of a mixture, each source has its own
         if n and rank == 0:
-            metrics.warn_of_few_images(n, features.channels, protocol=n)
+            evaluation.warn_of_few_images(n, features.channels, protocol=n)
         results |= dict(features=features.name, reference_n=n)
-    results |= metrics.environment(device)
+    results |= evaluation.environment(device)
     if rank == 0:
-        metrics.report(results, time.time() - start, args.out)
+        evaluation.report(results, time.time() - start, args.out)
     return results
 
 

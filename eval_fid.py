@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evaluation
 import metrics
 import progress
 import run_flags
@@ -28,11 +29,9 @@ import runtime
 import sample
 import storage
 from data import NPZ_ERRORS, Arrays, load_images, open_data, read_array_header
-from metrics import BUILT_IN, KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
+from evaluation import BUILT_IN
+from metrics import KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from run_flags import at_least
-
-# What a FID is computed from, and by. They stand here, too, for those who look for them here.
-Moments, distance = metrics.Moments, metrics.distance
 
 MODEL_N = 720          # images of a model: 20 for each of the 36 classes of the built-in world
 PROTOCOL_N = 50_000    # samples that papers compare with a reference of as many images or more
@@ -226,14 +225,14 @@ def load_reference(specs, size, network, n=None, rank=0, world=1, batch=72):
     """
     statistics = None
     has_images = True
-    if metrics.is_npz(specs) and zipfile.is_zipfile(specs[0]):
+    if evaluation.is_npz(specs) and zipfile.is_zipfile(specs[0]):
         statistics = load_statistics(specs[0], network)
         has_images = Arrays.contains_images(specs[0])
     if statistics is not None and (len(statistics.features) > 0 or not has_images):
         return statistics
 
-    data = metrics.open_images(specs, size)
-    metrics.report_data(data, rank)
+    data = evaluation.open_images(specs, size)
+    evaluation.report_data(data, rank)
     n = min(n or len(data), len(data))
     measured = metrics.measure_images(data, n, network, KEEP_REFERENCES, rank, world, batch)
     if statistics is None:
@@ -269,17 +268,10 @@ def parse_args(argv=None):
                    help="Features of the distances: inception, fd-dinov2 or the name of an encoder "
                         "(default: the model's own encoder; inception for files and --release).")
     p.add_argument("--inception", metavar="PATH",
-                   help=f"File {metrics.INCEPTION_FILES[0]} (default: download once).")
+                   help=f"File {metrics.INCEPTION_FILE} (default: download once).")
     p.add_argument("--out", type=Path, help="File to write the line of JSON to as well.")
     sample.add_model_flags(p, text=False)
-    args = p.parse_args(argv)
-    try:
-        check_given_flags(args)
-        args = resolve(args)
-        sample.check_model_flags(args, text=False)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, resolve, lambda args: sample.check_model_flags(args, text=False))
 
 
 def check_given_flags(args):
@@ -302,7 +294,8 @@ def check_given_flags(args):
 
 
 def resolve(args):
-    """A copy of args with defaults filled in."""
+    """A copy of args with defaults filled in. Raises ValueError as check_given_flags()."""
+    check_given_flags(args)
     args = sample.resolve_model_flags(args, text=False)
     uses_inception = args.samples or args.save_stats or args.release or args.inception
     if args.features is None and uses_inception:       # as papers do
@@ -315,7 +308,7 @@ def resolve(args):
 # FeatureSet of a reference that was given as such, or None.
 def evaluate_model(args, features, rank, world, device):
     """Draw images from a model, and compare them with held-out images or with --data."""
-    uses_npz = args.data is not None and metrics.is_npz(args.data)
+    uses_npz = args.data is not None and evaluation.is_npz(args.data)
     val, statistics = None, None
     if args.data and not uses_npz:
         # Fail before a model is loaded; only that tells the size.
@@ -326,29 +319,28 @@ def evaluate_model(args, features, rank, world, device):
         features = EncoderFeatures(rae.encoder)
     # An upsampling decoder draws larger images than its encoder sees: compare at the larger side.
     size = max(rae.encoder.image_size, rae.decoder.image_size)
-    reference = metrics.choose_reference(args, state, args.ckpt)
+    specs, hold_out = evaluation.choose_reference(args, state, args.ckpt)
     if uses_npz:
-        check_sizes(args.data, None, (size, size))
-        statistics = load_reference(args.data, None, features, None, rank, world, args.batch)
+        check_sizes(specs, None, (size, size))
+        statistics = load_reference(specs, None, features, None, rank, world, args.batch)
         n = args.n or MODEL_N
     else:
         if val is None:
-            val = open_data(reference.specs, size, split="val", hold_out=reference.hold_out,
-                            objects=1)
+            val = open_data(specs, size, split="val", hold_out=hold_out, objects=1)
         val.size = size
         n = args.n or min(MODEL_N, len(val))
-        metrics.check_n(n, len(val))
-        metrics.report_data(val, rank)
-        reference = metrics.judge_split(reference, state, val)
+        evaluation.check_n(n, len(val))
+        evaluation.report_data(val, rank)
+    split = evaluation.split_of(val, specs, hold_out, state, args.ckpt)
     if rank == 0:
-        metrics.report_reference(reference)
+        evaluation.warn_of_split(split)
 
     results = evaluate_generation(model, rae, val, args, n, rank, world, args.batch, weak,
                                   args.dtype, features, statistics)
     results |= dict(guidance_interval=list(args.interval), release_grid=args.release_grid,
                     weights=args.weights, checkpoint=args.ckpt, seed=args.seed, dtype=args.dtype,
                     tf32=runtime.uses_tf32(device),
-                    reference=" ".join(reference.specs), reference_split=reference.split)
+                    reference=" ".join(specs), reference_split=split)
     return results, features, statistics
 
 
@@ -368,18 +360,18 @@ def check_sizes(specs, size, drawn_size):
     """
     height, width = drawn_size
     arrays = {}
-    if metrics.is_npz(specs) and zipfile.is_zipfile(specs[0]):
+    if evaluation.is_npz(specs) and zipfile.is_zipfile(specs[0]):
         arrays = read_statistics(specs[0])
     if "side" in arrays:
         real_size = tuple(arrays["side"].tolist())
     elif arrays and not Arrays.contains_images(specs[0]):
         return                                         # of pytorch-fid, which does not say
     else:
-        real_size = image_size(metrics.open_images(specs, size))
+        real_size = image_size(evaluation.open_images(specs, size))
     if arrays:
         advice = (f"make statistics of such images by --data IMAGES --size {width} --save_stats "
                   f"X.npz, and give that by --data")
-    elif metrics.is_npz(specs):
+    elif evaluation.is_npz(specs):
         advice = f"an .npz is not cropped: write {height} x {width} pixels to it"
     else:
         advice = f"crop the reference by --size {width}"
@@ -395,8 +387,8 @@ def reference_size(args):
 
 def evaluate_samples(args, features, rank, world):
     """Compare the images of --samples with --data."""
-    samples = metrics.open_images(args.samples)
-    metrics.report_data(samples, rank)
+    samples = evaluation.open_images(args.samples)
+    evaluation.report_data(samples, rank)
     n = args.n or len(samples)
     if n > len(samples):
         raise ValueError(f"--n {n} is more than the {len(samples)} of --samples; try --n "
@@ -427,8 +419,8 @@ def write_statistics(args, features, rank, world):
 def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
-    metrics.prepare_output(args.save_stats, [".npz"])
+    evaluation.prepare_output(args.out)
+    evaluation.prepare_output(args.save_stats)
     features = None
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)
@@ -448,11 +440,11 @@ def main(args):
         reference_n = n
         protocol_n = n
     if rank == 0 and not args.save_stats:
-        metrics.warn_of_few_images(n, features.channels, protocol_n)
+        evaluation.warn_of_few_images(n, features.channels, protocol_n)
     results |= dict(features=features.name, reference_n=reference_n)
-    results |= metrics.environment(device)
+    results |= evaluation.environment(device)
     if rank == 0:
-        metrics.report(results, time.time() - start, args.out)
+        evaluation.report(results, time.time() - start, args.out)
     return results
 
 

@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-import metrics
+import evaluation
 import progress
 import release
 import run_flags
@@ -242,13 +242,15 @@ def draw_benchmark(args, rank, world, device):
     for number in range(IMAGES_PER_PROMPT):
         for prompt in prompts:
             files.append(folder / prompt.name / "samples" / f"{number:04d}.png")
+
     def draw_images(numbers):
         chosen = [texts[number % len(texts)] for number in numbers]
         return sample.generate_prompts(t2i, rae, chosen, args, numbers, args.dtype)
 
     if rank == 0:
         sample.report_stale_parts(folder)
-    sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+    with sample.says_what_is_kept(files):
+        sample.draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
     if rank > 0:
         return
     for prompt in prompts:
@@ -275,14 +277,7 @@ def parse_args(argv=None):
                    help="File to write the line of JSON to as well; with --prompts, the folder to "
                         "draw into.")
     sample.add_model_flags(p, classes=False)
-    sample.add_verifier_flags(p)
-    args = p.parse_args(argv)
-    try:
-        args = sample.resolve_model_flags(args, text=True)
-        check_flags(args)
-    except ValueError as error:
-        p.error(str(error))
-    return args
+    return p.parse(argv, lambda args: sample.resolve_model_flags(args, text=True), check_flags)
 
 
 def check_flags(args):
@@ -302,7 +297,7 @@ def main(args):
         with storage.locked(args.out):
             return draw_benchmark(args, rank, world, device)
     start = time.time()
-    metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
+    evaluation.prepare_output(args.out)
     t2i, rae, state = sample.load_t2i_models(args, device, with_encoder=True)
     check_world(state, args.ckpt)
     n = args.n or IMAGES_PER_PROMPT * len(shapes_eval_prompts())
@@ -310,9 +305,9 @@ def main(args):
     results |= dict(solver=args.solver, guidance_interval=list(args.interval),
                     release_grid=args.release_grid, weights=args.weights, checkpoint=args.ckpt,
                     seed=args.seed, dtype=args.dtype, tf32=runtime.uses_tf32(device))
-    results |= metrics.environment(device)
+    results |= evaluation.environment(device)
     if rank == 0:
-        metrics.report(results, time.time() - start, args.out)
+        evaluation.report(results, time.time() - start, args.out)
     return results
 
 

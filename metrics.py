@@ -38,11 +38,7 @@ a number only by fp32's rounding of features. samples_sha1 and reference_sha1 id
 that were compared.
 """
 import hashlib
-import math
-import sys
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import lpips
 import numpy as np
@@ -56,438 +52,21 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import progress
 import runtime
 import storage
-from data import Arrays, load_images, open_data, parse_specs, resize_images
+from data import load_images, resize_images
 from model import IMAGENET_PIXELS, Normalise
-from release import load_encoder, load_vit, pixel_statistics, training_data
+from release import load_encoder, load_vit, pixel_statistics
 from shapes import CLASSES, read_scene
 
-# The weights that define FID, converted from TensorFlow's: one file under two names, of
-# torch-fidelity and of pytorch-fid.
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",
-                   "pt_inception-2015-12-05-6726825d.pth")
+# The weights that define FID, converted from TensorFlow's.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                 "weights-inception-2015-12-05-6726825d.pth")
+                 + INCEPTION_FILE)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # Images whose features are kept, for precision, recall and KID: as many as ADM's suite compares.
 KEEP_REFERENCES = 10_000
 KEEP_SAMPLES = 50_000
-FEW = 100            # images, of which the Inception Score's ten parts have fewer than 10 each
-BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
-RESULT_SUFFIXES = (".json", ".jsonl", ".txt")      # of a line of JSON
 BLOCK = 1000         # features compared at a time: 1000 x 50,000 distances are 200 MB
-
-
-# ---------------------------------------------------------------------------- feature networks
-class FeatureNetwork(nn.Module):
-    """What all feature networks have in common.
-
-    name: as of --features. channels: c, dimensions of a feature.
-    distance_name, kernel_name: keys of the Fréchet and the kernel distance in results.
-    has_logits: True if it also has logits(features b c) of classes, for the Inception Score.
-    forward: images uint8 b H W 3, on any device -> features b c and spatial features b s, or None
-        if it has none; fp32, on the network's device.
-    """
-    distance_name = "frechet_distance"
-    kernel_name = "kernel_distance"
-    has_logits = False
-
-
-def average_pool(x):
-    """The 3 x 3 average pool of TensorFlow, which does not count the padding."""
-    return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-
-
-def max_pool(x):
-    return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-
-
-# torchvision's blocks, but with the pool that the graph of 2015 has in their last branch.
-class InceptionA(inception.InceptionA):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
-        return branches
-
-
-class InceptionC(inception.InceptionC):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
-        return branches
-
-
-class InceptionE(inception.InceptionE):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(average_pool(x))
-        return branches
-
-
-class LastInceptionE(inception.InceptionE):
-    def _forward(self, x):
-        branches = super()._forward(x)
-        branches[-1] = self.branch_pool(max_pool(x))
-        return branches
-
-
-def build_inception():
-    """TensorFlow's Inception v3 of 2015-12-05 in torchvision's module names, without weights."""
-    blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC,
-              inception.InceptionD, InceptionE, inception.InceptionAux]
-    network = Inception3(num_classes=1008, aux_logits=False, inception_blocks=blocks,
-                         init_weights=False)              # 1008: 1000 classes and 8 unused logits
-    network.Mixed_7c = LastInceptionE(2048)
-    return network
-
-
-def download_inception(folder):
-    """Path of Inception's weights in a folder, downloaded if the file is not there."""
-    for name in INCEPTION_FILES:
-        if (folder / name).exists():
-            return folder / name
-    path = folder / INCEPTION_FILES[0]
-    advice = f"put {INCEPTION_URL} into {folder}, or name the file by --inception"
-    with storage.fetching(f"no {path}", advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
-    return path
-
-
-def load_inception_weights(path=None):
-    """State dict of the Inception that defines FID. path: a file, None: in torch.hub's folder.
-
-    Raises FileNotFoundError; ValueError if the file is another one.
-    """
-    if path is None:
-        path = download_inception(Path(torch.hub.get_dir()) / "checkpoints")
-    elif not Path(path).exists():
-        raise FileNotFoundError(f"there is no {path}; put {INCEPTION_URL} there, or leave "
-                                f"--inception out")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if sha256 != INCEPTION_SHA256:
-        raise ValueError(f"{path} has sha256 {sha256[:8]}, not {INCEPTION_SHA256[:8]}: it is no "
-                         f"copy of {INCEPTION_URL}; get that one")
-    return torch.load(path, weights_only=True)
-
-
-def resize_as_tensorflow(images, side):
-    """Images b c H W resized to b c side side, bilinearly as in TensorFlow 1.
-
-    Pixel i of the result is at i * H / side of the image: no half-pixel centres, and no
-    antialiasing.
-    """
-    for dim in (3, 2):
-        length = images.shape[dim]
-        position = torch.arange(side, device=images.device) * (length / side)
-        lower = position.long()
-        weight = position - lower                      # of the upper neighbour
-        if dim == 2:
-            weight = weight[:, None]                   # one weight for each row
-        below = images.index_select(dim, lower.clamp(max=length - 1))
-        above = images.index_select(dim, (lower + 1).clamp(max=length - 1))
-        images = below + (above - below) * weight
-    return images
-
-
-class InceptionFeatures(FeatureNetwork):
-    """The network that defines FID: TensorFlow's Inception v3 of 2015-12-05.
-
-    path: file of its weights, see load_inception_weights().
-    forward: features b 2048, after the average pool; spatial features b 2023, for sFID: 17 x 17 x
-        the first 7 channels of TensorFlow's mixed_6/conv.
-    logits: features b 2048 -> b 1008. Without the bias, as in ADM's evaluator.py.
-    Source: arXiv 1512.00567 (network), 1706.08500 (FID), 1606.03498 (IS), 2103.03841 (sFID)
-    """
-    name = "inception"
-    channels = 2048
-    distance_name = "fid"
-    kernel_name = "kid"
-    has_logits = True
-
-    def __init__(self, path=None):
-        super().__init__()
-        network = build_inception()
-        network.load_state_dict(load_inception_weights(path))
-        self.register_buffer("fc", network.fc.weight.detach())             # 1008 2048
-        layers = {"Mixed_6d.branch1x1": "spatial", "avgpool": "pooled"}
-        self.network = create_feature_extractor(network.eval(), layers)
-        self.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def forward(self, images):                                             # b H W 3
-        x = rearrange(images.to(self.fc.device), "b h w c -> b c h w").float()
-        x = resize_as_tensorflow(x, 299)                                   # b 3 299 299
-        x = (x - 128) / 128                            # as in TensorFlow's graph
-        maps = self.network(x)
-        features = maps["pooled"].flatten(1)                               # b 2048
-        spatial = rearrange(maps["spatial"][:, :7], "b c h w -> b (h w c)")    # b 2023
-        return features, spatial
-
-    def logits(self, features):                                            # b 2048
-        return (features.to(self.fc.device) @ self.fc.T).cpu()             # b 1008
-
-
-class DINOv2Features(FeatureNetwork):
-    """The network of FD-DINOv2: the class token of ViT-L/14 without registers, at 224 pixels.
-
-    As in dgm-eval: bicubic, antialiased resizing, and positions as DINOv2's own code resamples
-    them, which scales the table of 37 x 37 to 16.1 and keeps 16 x 16.
-    Source: arXiv 2306.04675
-    """
-    name = "fd-dinov2"
-    channels = 1024
-    distance_name = "fd_dinov2"
-    timm_name = "vit_large_patch14_dinov2.lvd142m"
-    image_size, grid = 224, 16                 # here
-    trained_size, trained_grid = 518, 37       # in its training
-
-    def __init__(self):
-        super().__init__()
-        self.vit = load_vit(self.timm_name, self.trained_size)
-        self.vit.patch_embed.set_input_size(img_size=self.image_size)
-        positions = self.vit.pos_embed.data                                # 1 1+37*37 c
-        class_position, table = positions[:, :1], positions[:, 1:]
-        table = rearrange(table, "1 (h w) c -> 1 c h w", h=self.trained_grid)
-        scale = (self.grid + 0.1) / self.trained_grid
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic")   # 1 c 16 16
-        table = rearrange(table, "1 c h w -> 1 (h w) c")
-        self.vit.pos_embed.data = torch.cat([class_position, table], 1)    # 1 1+16*16 c
-        self.normalise = Normalise(*IMAGENET_PIXELS)
-        self.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def forward(self, images):                                             # b H W 3
-        device = self.vit.pos_embed.device
-        x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
-        x = resize_images(x, self.image_size)                              # b 3 224 224
-        features = self.vit(self.normalise(x))                             # b c
-        return features, None
-
-
-class EncoderFeatures(FeatureNetwork):
-    """The mean token of an Encoder. encoder: a model.Encoder, on any device."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.name = encoder.name
-        self.channels = encoder.channels
-
-    @torch.no_grad()
-    def forward(self, images):                                             # b H W 3
-        # The encoder "pixel" has no weights; then the images stay on the CPU.
-        weight = next(self.encoder.parameters(), torch.empty(0))
-        x = rearrange(images, "b h w c -> b c h w").to(weight.device).float() / 255
-        x = resize_images(x, self.encoder.image_size)                      # b 3 S S
-        features = self.encoder.encode(x).mean((2, 3))                     # b c
-        return features, None
-
-
-def feature_network(name, inception_path=None):
-    """The feature network of a name: "inception", "fd-dinov2", or any encoder of load_encoder().
-
-    inception_path: file of Inception's weights; default: see load_inception_weights().
-    Raises FileNotFoundError if there are no weights.
-    """
-    if name == "inception":
-        return InceptionFeatures(inception_path)
-    if name == "fd-dinov2":
-        return DINOv2Features()
-    return EncoderFeatures(load_encoder(name))
-
-
-def check_feature_name(name, flag):
-    """Raise ValueError unless feature_network() knows `name`. None: no name was given.
-
-    flag: the flag that gave it, for the message, such as "--features".
-    """
-    if name not in (None, "inception", "fd-dinov2"):
-        check_encoder_name(name, flag)
-
-
-def check_encoder_name(name, flag):
-    """Raise ValueError unless `name` is an encoder that has weights. flag: that gave it."""
-    is_vae = name.startswith("vae")                    # trained together with its decoder
-    if name in ("inception", "fd-dinov2") or is_vae:
-        raise ValueError(f"{flag} {name} can't be used here; give an encoder with weights")
-    try:
-        pixel_statistics(name)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--encoder", flag)) from None
-
-
-# ---------------------------------------------------------------------------- sets of features
-class Moments:
-    """Mean and covariance of features, streamed in fp64: the same for all batches and processes.
-
-    n: number of features. mean: f. scatter: f f, sum of the outer products of centred features.
-    cov: f f, the scatter over n - 1. They are where the features are, after merge() on the CPU.
-    Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
-        computing sample variances"
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self.n = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self.scatter = torch.zeros((), dtype=torch.float64)
-
-    def add(self, features):                                               # b f
-        check_finite(features)
-        features = in_fp64(features)
-        mean = features.mean(0)                                            # f
-        centred = features - mean                                          # b f
-        self.combine(len(features), mean, centred.T @ centred)
-
-    def combine(self, n, mean, scatter):
-        """Take in the moments of n more features: mean f, scatter f f."""
-        if n == 0:
-            return
-        total = self.n + n
-        delta = mean - self.mean                                           # f
-        # S = S1 + S2 + d d^T n1 n2 / (n1 + n2), with d the difference of the means
-        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.n = total
-
-    def merge(self):
-        """Combine the moments of all processes; afterwards all have the same."""
-        parts = runtime.gather((self.n, self.mean.cpu(), self.scatter.cpu()))
-        self.clear()
-        for n, mean, scatter in parts:
-            self.combine(n, mean, scatter)
-
-    @property
-    def cov(self):
-        if self.n < 2:
-            raise ValueError(f"{self.n} image is too few for a covariance; give at least 2")
-        return self.scatter / (self.n - 1)
-
-
-def in_fp64(x):
-    """A tensor in fp64: on its device or, since Apple's GPUs have no fp64, on the CPU."""
-    if x.device.type == "mps":
-        x = x.cpu()
-    return x.double()
-
-
-def check_finite(features):
-    """Raise ValueError unless all features, n f, or logits are finite numbers."""
-    finite = torch.isfinite(features).flatten(1).all(1)                    # n
-    if not finite.all():
-        raise ValueError(f"features of {int((~finite).sum())} of {len(features)} images are not "
-                         f"finite: the model that drew or encodes these images has diverged (one "
-                         f"whose weights are not finite draws black images); take an earlier "
-                         f"checkpoint")
-
-
-class FeatureSet:
-    """What distances need of a set of images: moments of features, some features, a hash.
-
-    network: a FeatureNetwork. keep: the first `keep` features, by the images' numbers, are kept.
-    add() images in any batches on any processes, then merge() once. Then it has the attributes
-    n: number of images; None for saved statistics that do not say.
-    pooled: Moments of the features. spatial: Moments of the spatial features, n 0 without any.
-    features: the kept ones, k c. image_size: (H, W); None if unknown.
-    sha1: 12 hex digits, which depend on all pixels but not on the order of the images.
-    """
-
-    def __init__(self, network, keep=KEEP_REFERENCES):
-        self.network = network
-        self.keep = keep
-        self.pooled = Moments()
-        self.spatial = Moments()
-        self.kept_features = []
-        self.kept_numbers = []
-        self.sha1_sum = 0
-        self.image_size = None
-
-    def add(self, images, numbers):
-        """Add images, uint8 b H W 3, with their numbers: b ints that never repeat."""
-        with runtime.full_precision():
-            features, spatial = self.network(images)   # a GPU begins, and the CPU goes on
-        for image in images.cpu().numpy():
-            self.sha1_sum += int.from_bytes(hashlib.sha1(image.tobytes()).digest(), "big")
-        self.pooled.add(features)
-        if spatial is not None:
-            self.spatial.add(spatial)
-        numbers = torch.tensor(list(numbers))                              # b
-        is_kept = numbers < self.keep                                      # b
-        self.kept_numbers.append(numbers[is_kept])
-        self.kept_features.append(features.cpu()[is_kept])
-        self.image_size = tuple(images.shape[1:3])
-
-    def merge(self):
-        """Combine the sets of all processes; afterwards all have the same. Returns itself."""
-        self.pooled.merge()
-        self.spatial.merge()
-        self.n = self.pooled.n
-        if self.n < 2:
-            raise ValueError(f"{self.n} image is too few to measure a distance; give at least 2")
-        features, numbers = [], []
-        for process_features in runtime.gather(self.kept_features):
-            features += process_features
-        for process_numbers in runtime.gather(self.kept_numbers):
-            numbers += process_numbers
-        self.features = torch.cat(features)[torch.cat(numbers).argsort()]  # k c
-        sha1_sum = sum(runtime.gather(self.sha1_sum))
-        self.sha1 = f"{sha1_sum % 16 ** 40:040x}"[:12]                     # SHA-1 has 40 digits
-        for image_size in runtime.gather(self.image_size):
-            if self.image_size is None:                # this process had no image
-                self.image_size = image_size
-        return self
-
-
-def check_image_size(size, other, advice="resize one of them"):
-    """Raise ValueError if the (H, W) of two sets of images differ. None: unknown.
-
-    advice: what to do about it, if the caller knows more.
-    """
-    if size and other and size != other:
-        raise ValueError(f"images of {size[0]} x {size[1]} and {other[0]} x {other[1]} pixels "
-                         f"can't be compared; {advice}")
-
-
-@runtime.full_precision()
-def compare(real, fake):
-    """All distances of one FeatureSet to another, after merge(), as a dict. Of several processes,
-    let one compute them, by runtime.on_rank_0().
-
-    Precision, recall and the kernel distance need kept features, sFID spatial ones.
-    Raises ValueError if the images differ in size, or a number comes out that is not finite.
-    """
-    check_image_size(real.image_size, fake.image_size)
-    network = fake.network
-    results = {network.distance_name: distance(real.pooled, fake.pooled)}
-    if real.spatial.n > 0:
-        results["sfid"] = distance(real.spatial, fake.spatial)
-    if network.has_logits:
-        logits = torch.cat([network.logits(block) for block in fake.features.split(BLOCK)])
-        mean, std = inception_score(logits)
-        results["inception_score"] = mean
-        results["inception_score_std"] = std
-    if len(real.features) > 0:
-        precision, recall = precision_recall(real.features, fake.features)
-        results["precision"] = precision
-        results["recall"] = recall
-        mean, std = kernel_distance(real.features, fake.features)
-        results[network.kernel_name] = mean
-        results[f"{network.kernel_name}_std"] = std
-    for name, value in results.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, since features are too large for its formula; "
-                             f"choose other --features")
-    results["reference_sha1"] = real.sha1
-    results["samples_sha1"] = fake.sha1
-    return results
-
-
-def distance(moments, other):
-    """Fréchet distance of two Moments."""
-    return frechet_distance(moments.mean, moments.cov, other.mean, other.cov)
 
 
 # ---------------------------------------------------------------------------- features to numbers
@@ -522,17 +101,23 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def square_root(cov):
     """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
-    try:
-        values, vectors = torch.linalg.eigh(cov)       # cov = V D V^T, eigenvalues ascending
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"a covariance of features has no eigenvalues ({error}); measure the "
-                         f"images anew") from error
+    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
     if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
         raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
                          f"measure the images anew")
     precision = values[-1] * len(values) * 2e-16       # 2e-16: of fp64
     is_positive = values > precision                   # the others are zeros, rounded
     return vectors[:, is_positive] * values[is_positive].sqrt()
+
+
+def check_finite(features):
+    """Raise ValueError unless all features, n f, or logits are finite numbers."""
+    finite = torch.isfinite(features).flatten(1).all(1)                    # n
+    if not finite.all():
+        raise ValueError(f"features of {int((~finite).sum())} of {len(features)} images are not "
+                         f"finite: the model that drew or encodes these images has diverged (one "
+                         f"whose weights are not finite draws black images); take an earlier "
+                         f"checkpoint")
 
 
 def inception_score(logits, splits=10):
@@ -689,6 +274,13 @@ def linear_probe(x, y, x_test, y_test, classes, steps=1500, seed=0):
 
 
 # ---------------------------------------------------------------------------- images to numbers
+def in_fp64(x):
+    """A tensor in fp64: on its device or, since Apple's GPUs have no fp64, on the CPU."""
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.double()
+
+
 def psnr(images, others):
     """Peak signal-to-noise ratio of each pair, 10 log10(255^2 / mse), in dB.
 
@@ -776,116 +368,342 @@ def verify(images, labels):
     return torch.tensor([right_colour, right_class, unsure], dtype=torch.float64)
 
 
-# ---------------------------------------------------------------------------- images to measure
-HELD_OUT, TRAIN, OVERLAP, OTHER = "held out", "train", "may overlap train", "other data"
+# ---------------------------------------------------------------------------- feature networks
+class FeatureNetwork(nn.Module):
+    """What all feature networks have in common.
 
-
-class Reference(NamedTuple):
-    """The images that a model is compared with.
-
-    specs, hold_out: for open_data(). split: HELD_OUT of its training, TRAIN, OVERLAP, or OTHER.
+    name: as of --features. channels: c, dimensions of a feature.
+    distance_name, kernel_name: keys of the Fréchet and the kernel distance in results.
+    has_logits: True if it also has logits(features b c) of classes, for the Inception Score.
+    forward: images uint8 b H W 3, on any device -> features b c and spatial features b s, or None
+        if it has none; fp32, on the network's device.
     """
-    specs: list
-    hold_out: int
-    split: str
+    distance_name = "frechet_distance"
+    kernel_name = "kernel_distance"
+    has_logits = False
 
 
-def choose_reference(args, state, source):
-    """The Reference of --data and --hold_out, by default the images that training held out.
-
-    args: data and hold_out, each None if it was not given. state: dict of the checkpoint, from the
-    file `source`.
-    Raises ValueError if training held out fewer images than --hold_out.
+class PoolOf2015:
+    """A mixin for torchvision's blocks: the pool that TensorFlow's graph has in their last branch,
+    an average that does not count the padding.
     """
-    trained_specs, trained_hold_out = training_data(state, source)
-    specs = args.data or trained_specs
-    if not specs:
-        raise ValueError(f"{source} does not say what it was trained on; give --data")
-    hold_out = args.hold_out
-    if hold_out is None:
-        hold_out = 0 if args.data else trained_hold_out
+    def pool(self, x):
+        return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
-    files = paths_of_files(specs)
-    trained_files = paths_of_files(trained_specs)
-    if not files:                                      # training never sees these built-in images
-        return Reference(specs, hold_out, HELD_OUT)
-    if not overlap(files, trained_files):
-        return Reference(specs, hold_out, OTHER)
-    if files != trained_files:                         # then it is not known which were held out
-        return Reference(specs, hold_out, OVERLAP)
-    if hold_out > trained_hold_out:
-        raise ValueError(f"--hold_out {hold_out} is more than the {trained_hold_out} images that "
-                         f"the training of {source} held out: it has seen the others; give at "
-                         f"most --hold_out {trained_hold_out}, or other images by --data")
-    return Reference(specs, hold_out, HELD_OUT if hold_out > 0 else TRAIN)
+    def _forward(self, x):
+        branches = super()._forward(x)
+        branches[-1] = self.branch_pool(self.pool(x))
+        return branches
 
 
-def judge_split(reference, state, data, is_of_other_stage=False):
-    """The reference, whose images are only held out if the files are as they were in training.
+class InceptionA(PoolOf2015, inception.InceptionA):
+    pass
 
-    state: dict of the checkpoint. data: ImageData of the reference. is_of_other_stage: whether the
-    checkpoint's hold-out is not that of the model, as of a DiT's checkpoint for its decoder.
+
+class InceptionC(PoolOf2015, inception.InceptionC):
+    pass
+
+
+class InceptionE(PoolOf2015, inception.InceptionE):
+    pass
+
+
+class LastInceptionE(InceptionE):
+    def pool(self, x):
+        return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+
+
+def build_inception():
+    """TensorFlow's Inception v3 of 2015-12-05 in torchvision's module names, without weights."""
+    blocks = [inception.BasicConv2d, InceptionA, inception.InceptionB, InceptionC,
+              inception.InceptionD, InceptionE, inception.InceptionAux]
+    network = Inception3(num_classes=1008, aux_logits=False, inception_blocks=blocks,
+                         init_weights=False)              # 1008: 1000 classes and 8 unused logits
+    network.Mixed_7c = LastInceptionE(2048)
+    return network
+
+
+def load_inception_weights(path=None):
+    """State dict of the Inception that defines FID. path: a file, None: in torch.hub's folder,
+    where it is downloaded to if it is not there.
+
+    Raises FileNotFoundError; ValueError if the file is another one.
     """
-    if reference.split != HELD_OUT or not data.identity():             # built-in worlds are known
-        return reference
-    has_changed = state.get("data") not in (None, data.identity())
-    if has_changed or is_of_other_stage:
-        return reference._replace(split=OVERLAP)
-    return reference
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"there is no {path}; put {INCEPTION_URL} there, or leave "
+                                f"--inception out")
+    if path is None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not Path(path).exists():
+        advice = f"put {INCEPTION_URL} into {path.parent}, or name the file by --inception"
+        with storage.fetching(f"no {path}", advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if sha256 != INCEPTION_SHA256:
+        raise ValueError(f"{path} has sha256 {sha256[:8]}, not {INCEPTION_SHA256[:8]}: it is no "
+                         f"copy of {INCEPTION_URL}; get that one")
+    return torch.load(path, weights_only=True)
 
 
-def paths_of_files(specs):
-    """The paths that --data names, without the built-in worlds: a set."""
-    if not specs or is_npz(specs):
-        return set(specs)
-    paths, _ = parse_specs(specs)
-    names = [name for of_source in paths.values() for name in of_source]
-    return {Path(name).resolve() for name in names if name not in BUILT_IN}
+def resize_as_tensorflow(images, side):
+    """Images b c H W resized to b c side side, bilinearly as in TensorFlow 1.
 
-
-def overlap(files, others):
-    """Whether a path of one set is in the other set, or inside a folder that is."""
-    for file in files:
-        for other in others:
-            if Path(file).is_relative_to(other) or Path(other).is_relative_to(file):
-                return True
-    return False
-
-
-def report_data(data, rank):
-    """Say, on stderr, which images are read."""
-    if rank == 0:
-        print(data.describe(), file=sys.stderr)
-
-
-def report_reference(reference):
-    """Say, on stderr, that numbers are of images that the model knows."""
-    if reference.split == TRAIN:
-        print("warning: the model was trained on the reference images, so the numbers look too "
-              "good; give other images by --data, or train with --hold_out N", file=sys.stderr)
-    if reference.split == OVERLAP:
-        print("warning: the training may have seen some of the reference images: their folder is "
-              "in or around its --data, has changed since, or was held out of another stage; then "
-              "the numbers look too good", file=sys.stderr)
-
-
-def is_npz(specs):
-    """True if --data or --samples names one .npz."""
-    return len(specs) == 1 and (specs[0].endswith(".npz") or zipfile.is_zipfile(specs[0]))
-
-
-def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
-    """The images that --data or --samples names: Arrays or ImageData of the held-out split.
-
-    size: side to centre-crop to, pixels; None: as they are. An .npz is never cropped.
-    hold_out: number of images that training held out; 0: all. objects: counts in scenes of shapes.
-    Raises FileNotFoundError, ValueError.
+    Pixel i of the result is at i * H / side of the image: no half-pixel centres, and no
+    antialiasing.
     """
-    if not is_npz(specs):
-        return open_data(specs, size, split="val", hold_out=hold_out, objects=objects)
-    if not Path(specs[0]).exists():
-        raise FileNotFoundError(f"{specs[0]} does not exist; give an .npz, a folder or tars")
-    return Arrays(specs[0])
+    for dim in (3, 2):
+        length = images.shape[dim]
+        position = torch.arange(side, device=images.device) * (length / side)
+        lower = position.long()
+        weight = position - lower                      # of the upper neighbour
+        if dim == 2:
+            weight = weight[:, None]                   # one weight for each row
+        below = images.index_select(dim, lower.clamp(max=length - 1))
+        above = images.index_select(dim, (lower + 1).clamp(max=length - 1))
+        images = below + (above - below) * weight
+    return images
+
+
+class InceptionFeatures(FeatureNetwork):
+    """The network that defines FID: TensorFlow's Inception v3 of 2015-12-05.
+
+    path: file of its weights, see load_inception_weights().
+    forward: features b 2048, after the average pool; spatial features b 2023, for sFID: 17 x 17 x
+        the first 7 channels of TensorFlow's mixed_6/conv.
+    logits: features b 2048 -> b 1008. Without the bias, as in ADM's evaluator.py.
+    Source: arXiv 1512.00567 (network), 1706.08500 (FID), 1606.03498 (IS), 2103.03841 (sFID)
+    """
+    name = "inception"
+    channels = 2048
+    distance_name = "fid"
+    kernel_name = "kid"
+    has_logits = True
+
+    def __init__(self, path=None):
+        super().__init__()
+        network = build_inception()
+        network.load_state_dict(load_inception_weights(path))
+        self.register_buffer("fc", network.fc.weight.detach())             # 1008 2048
+        layers = {"Mixed_6d.branch1x1": "spatial", "avgpool": "pooled"}
+        self.network = create_feature_extractor(network.eval(), layers)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images):                                             # b H W 3
+        x = rearrange(images.to(self.fc.device), "b h w c -> b c h w").float()
+        x = resize_as_tensorflow(x, 299)                                   # b 3 299 299
+        x = (x - 128) / 128                            # as in TensorFlow's graph
+        maps = self.network(x)
+        features = maps["pooled"].flatten(1)                               # b 2048
+        spatial = rearrange(maps["spatial"][:, :7], "b c h w -> b (h w c)")    # b 2023
+        return features, spatial
+
+    def logits(self, features):                                            # b 2048
+        return (features.to(self.fc.device) @ self.fc.T).cpu()             # b 1008
+
+
+class DINOv2Features(FeatureNetwork):
+    """The network of FD-DINOv2: the class token of ViT-L/14 without registers, at 224 pixels.
+
+    As in dgm-eval: bicubic, antialiased resizing, and positions as DINOv2's own code resamples
+    them, which scales the table of 37 x 37 to 16.1 and keeps 16 x 16.
+    Source: arXiv 2306.04675
+    """
+    name = "fd-dinov2"
+    channels = 1024
+    distance_name = "fd_dinov2"
+    timm_name = "vit_large_patch14_dinov2.lvd142m"
+    image_size, grid = 224, 16                 # here
+    trained_size, trained_grid = 518, 37       # in its training
+
+    def __init__(self):
+        super().__init__()
+        self.vit = load_vit(self.timm_name, self.trained_size)
+        self.vit.patch_embed.set_input_size(img_size=self.image_size)
+        positions = self.vit.pos_embed.data                                # 1 1+37*37 c
+        class_position, table = positions[:, :1], positions[:, 1:]
+        table = rearrange(table, "1 (h w) c -> 1 c h w", h=self.trained_grid)
+        scale = (self.grid + 0.1) / self.trained_grid
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic")   # 1 c 16 16
+        table = rearrange(table, "1 c h w -> 1 (h w) c")
+        self.vit.pos_embed.data = torch.cat([class_position, table], 1)    # 1 1+16*16 c
+        self.normalise = Normalise(*IMAGENET_PIXELS)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images):                                             # b H W 3
+        device = self.vit.pos_embed.device
+        x = rearrange(images, "b h w c -> b c h w").to(device).float() / 255
+        x = resize_images(x, self.image_size)                              # b 3 224 224
+        features = self.vit(self.normalise(x))                             # b c
+        return features, None
+
+
+class EncoderFeatures(FeatureNetwork):
+    """The mean token of an Encoder. encoder: a model.Encoder, on any device."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.name = encoder.name
+        self.channels = encoder.channels
+
+    @torch.no_grad()
+    def forward(self, images):                                             # b H W 3
+        # The encoder "pixel" has no weights; then the images stay on the CPU.
+        weight = next(self.encoder.parameters(), torch.empty(0))
+        x = rearrange(images, "b h w c -> b c h w").to(weight.device).float() / 255
+        x = resize_images(x, self.encoder.image_size)                      # b 3 S S
+        features = self.encoder.encode(x).mean((2, 3))                     # b c
+        return features, None
+
+
+def feature_network(name, inception_path=None):
+    """The feature network of a name: "inception", "fd-dinov2", or any encoder of load_encoder().
+
+    inception_path: file of Inception's weights; default: see load_inception_weights().
+    Raises FileNotFoundError if there are no weights.
+    """
+    if name == "inception":
+        return InceptionFeatures(inception_path)
+    if name == "fd-dinov2":
+        return DINOv2Features()
+    return EncoderFeatures(load_encoder(name))
+
+
+def check_feature_name(name, flag):
+    """Raise ValueError unless feature_network() knows `name`. None: no name was given.
+
+    flag: the flag that gave it, for the message, such as "--features".
+    """
+    if name not in (None, "inception", "fd-dinov2"):
+        check_encoder_name(name, flag)
+
+
+def check_encoder_name(name, flag):
+    """Raise ValueError unless `name` is an encoder that has weights. flag: that gave it."""
+    is_vae = name.startswith("vae")                    # trained together with its decoder
+    if name in ("inception", "fd-dinov2") or is_vae:
+        raise ValueError(f"{flag} {name} can't be used here; give an encoder with weights")
+    try:
+        pixel_statistics(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--encoder", flag)) from None
+
+
+def check_feature_flags(args):
+    """Raise ValueError if --features is no feature network, or contradicts --inception."""
+    check_feature_name(args.features, "--features")
+    if args.inception and args.features not in (None, "inception"):
+        raise ValueError(f"--inception {args.inception} does nothing with --features "
+                         f"{args.features}; leave one out")
+
+
+# ---------------------------------------------------------------------------- sets of features
+class Moments:
+    """Mean and covariance of features, streamed in fp64: the same for all batches and processes.
+
+    n: number of features. mean: f. scatter: f f, sum of the outer products of centred features.
+    cov: f f, the scatter over n - 1. They are where the features are, after merge() on the CPU.
+    Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
+        computing sample variances"
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.n = 0
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self.scatter = torch.zeros((), dtype=torch.float64)
+
+    def add(self, features):                                               # b f
+        check_finite(features)
+        features = in_fp64(features)
+        mean = features.mean(0)                                            # f
+        centred = features - mean                                          # b f
+        self.combine(len(features), mean, centred.T @ centred)
+
+    def combine(self, n, mean, scatter):
+        """Take in the moments of n more features: mean f, scatter f f."""
+        if n == 0:
+            return
+        total = self.n + n
+        delta = mean - self.mean                                           # f
+        # S = S1 + S2 + d d^T n1 n2 / (n1 + n2), with d the difference of the means
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.n = total
+
+    def merge(self):
+        """Combine the moments of all processes; afterwards all have the same."""
+        parts = runtime.gather((self.n, self.mean.cpu(), self.scatter.cpu()))
+        self.clear()
+        for n, mean, scatter in parts:
+            self.combine(n, mean, scatter)
+
+    @property
+    def cov(self):
+        if self.n < 2:
+            raise ValueError(f"{self.n} image is too few for a covariance; give at least 2")
+        return self.scatter / (self.n - 1)
+
+
+class FeatureSet:
+    """What distances need of a set of images: moments of features, some features, a hash.
+
+    network: a FeatureNetwork. keep: the first `keep` features, by the images' numbers, are kept.
+    add() images in any batches on any processes, then merge() once. Then it has the attributes
+    n: number of images; None for saved statistics that do not say.
+    pooled: Moments of the features. spatial: Moments of the spatial features, n 0 without any.
+    features: the kept ones, k c. image_size: (H, W); None if unknown.
+    sha1: 12 hex digits, which depend on all pixels but not on the order of the images.
+    """
+
+    def __init__(self, network, keep=KEEP_REFERENCES):
+        self.network = network
+        self.keep = keep
+        self.pooled = Moments()
+        self.spatial = Moments()
+        self.kept_features = []
+        self.kept_numbers = []
+        self.sha1_sum = 0
+        self.image_size = None
+
+    def add(self, images, numbers):
+        """Add images, uint8 b H W 3, with their numbers: b ints that never repeat."""
+        with runtime.full_precision():
+            features, spatial = self.network(images)   # a GPU begins, and the CPU goes on
+        for image in images.cpu().numpy():
+            self.sha1_sum += int.from_bytes(hashlib.sha1(image.tobytes()).digest(), "big")
+        self.pooled.add(features)
+        if spatial is not None:
+            self.spatial.add(spatial)
+        numbers = torch.tensor(list(numbers))                              # b
+        is_kept = numbers < self.keep                                      # b
+        self.kept_numbers.append(numbers[is_kept])
+        self.kept_features.append(features.cpu()[is_kept])
+        self.image_size = tuple(images.shape[1:3])
+
+    def merge(self):
+        """Combine the sets of all processes; afterwards all have the same. Returns itself."""
+        self.pooled.merge()
+        self.spatial.merge()
+        self.n = self.pooled.n
+        if self.n < 2:
+            raise ValueError(f"{self.n} image is too few to measure a distance; give at least 2")
+        own = (self.kept_features, self.kept_numbers, self.sha1_sum, self.image_size)
+        features, numbers, sha1_sum = [], [], 0
+        for kept_features, kept_numbers, process_sum, image_size in runtime.gather(own):
+            features += kept_features
+            numbers += kept_numbers
+            sha1_sum += process_sum
+            if self.image_size is None:                # this process had no image
+                self.image_size = image_size
+        self.features = torch.cat(features)[torch.cat(numbers).argsort()]  # k c
+        self.sha1 = f"{sha1_sum % 16 ** 40:040x}"[:12]                     # SHA-1 has 40 digits
+        return self
 
 
 def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batch=72):
@@ -897,58 +715,49 @@ def measure_images(data, n, network, keep=KEEP_REFERENCES, rank=0, world=1, batc
     return feature_set.merge()
 
 
-# ---------------------------------------------------------------------------- checks and reports
-def check_feature_flags(args):
-    """Raise ValueError if --features is no feature network, or contradicts --inception."""
-    check_feature_name(args.features, "--features")
-    if args.inception and args.features not in (None, "inception"):
-        raise ValueError(f"--inception {args.inception} does nothing with --features "
-                         f"{args.features}; leave one out")
+def check_image_size(size, other, advice="resize one of them"):
+    """Raise ValueError if the (H, W) of two sets of images differ. None: unknown.
 
-
-def check_n(n, available):
-    """Raise ValueError unless n images can be taken of those of a reference, and compared."""
-    if n > available:
-        raise ValueError(f"--n {n} is more than the {available} reference images; try --n "
-                         f"{available}")
-    if n < 2:
-        raise ValueError(f"{n} image is too few to measure a distance; give at least 2")
-
-
-def check_eval_n(args, val):
-    """Raise ValueError if a training run's --eval_n exceeds the images of a source of `val`."""
-    available = min(val.source_lengths)                # each source is evaluated on its own
-    if args.eval_every and args.eval_n > available:
-        raise ValueError(f"--eval_n {args.eval_n} is more than the {available} held-out images; "
-                         f"lower it, or raise --hold_out")
-
-
-def check_eval_side(args, val, side):
-    """Raise ValueError if a training run's images, of `side` pixels, are too small to evaluate."""
-    is_built_in = [val.is_built_in(source) for source in range(len(val.domains))]
-    smallest = 32 if any(is_built_in) else 11          # for read_scene(); for the window of SSIM
-    if args.eval_every and side < smallest:
-        raise ValueError(f"images of {side} pixels are too small to evaluate; make them at least "
-                         f"{smallest}, by --size or --decoder_patch, or give --eval_every 0")
-
-
-def warn_of_few_images(n, channels, protocol):
-    """Warn, on stderr, of a Fréchet distance that says less than it seems to.
-
-    n: number of images. channels: of the features. protocol: number of images with which papers
-    use this reference.
+    advice: what to do about it, if the caller knows more.
     """
-    reasons = []
-    if n < 10_000:
-        reasons.append(f"distances of {n} images come out too large")
-    if n <= channels:                                  # the covariance is singular
-        reasons.append(f"{n} images give no full covariance of {channels} features")
-    if n < FEW:
-        reasons.append(f"precision, recall, KID and Inception Score of {n} images are mostly noise")
-    if n != protocol:
-        reasons.append(f"the reference's protocol has {protocol} images, not {n}")
-    for reason in reasons:
-        print(f"warning: {reason}; compare with numbers of the same n only", file=sys.stderr)
+    if size and other and size != other:
+        raise ValueError(f"images of {size[0]} x {size[1]} and {other[0]} x {other[1]} pixels "
+                         f"can't be compared; {advice}")
+
+
+@runtime.full_precision()
+def compare(real, fake):
+    """All distances of one FeatureSet to another, after merge(), as a dict. Of several processes,
+    let one compute them, by runtime.on_rank_0().
+
+    Precision, recall and the kernel distance need kept features, sFID spatial ones.
+    Raises ValueError if the images differ in size.
+    """
+    check_image_size(real.image_size, fake.image_size)
+    network = fake.network
+    results = {network.distance_name: distance(real.pooled, fake.pooled)}
+    if real.spatial.n > 0:
+        results["sfid"] = distance(real.spatial, fake.spatial)
+    if network.has_logits:
+        logits = torch.cat([network.logits(block) for block in fake.features.split(BLOCK)])
+        mean, std = inception_score(logits)
+        results["inception_score"] = mean
+        results["inception_score_std"] = std
+    if len(real.features) > 0:
+        precision, recall = precision_recall(real.features, fake.features)
+        results["precision"] = precision
+        results["recall"] = recall
+        mean, std = kernel_distance(real.features, fake.features)
+        results[network.kernel_name] = mean
+        results[f"{network.kernel_name}_std"] = std
+    results["reference_sha1"] = real.sha1
+    results["samples_sha1"] = fake.sha1
+    return results
+
+
+def distance(moments, other):
+    """Fréchet distance of two Moments."""
+    return frechet_distance(moments.mean, moments.cov, other.mean, other.cov)
 
 
 def format_results(results):
@@ -960,31 +769,3 @@ def format_results(results):
         text = f"{value:.4g}" if isinstance(value, float) else f"{value}"
         parts.append(f"{key} {text}")
     return " | ".join(parts)
-
-
-def environment(device):
-    """What ran: commit, version of torch and device, to be kept with results."""
-    return dict(commit=progress.git_commit(), torch=torch.__version__, device=device.type)
-
-
-def report(results, seconds, path=None):
-    """Print results as a table and as a line of JSON, and write that line to the file `path`."""
-    for key, value in results.items():
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
-        print(f"{key:>24}  {text}")
-    print(f"{'seconds':>24}  {seconds:.1f}")
-    line = storage.to_json(results)                    # null for the PSNR of equal images
-    print(line)
-    if path:
-        storage.write_whole(path, lambda f: f.write(f"{line}\n".encode()))
-
-
-def prepare_output(path, suffixes):
-    """Make the folder of an output file: what fails, fails before the work. None: no output."""
-    if path is None:
-        return
-    storage.check_out(path, "the output")
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
-    storage.check_suffix(path, suffixes, "the output")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)

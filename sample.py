@@ -13,24 +13,22 @@ Give the command of a killed run again, and it goes on; only an animation starts
 import argparse
 import contextlib
 import difflib
+import glob
 import hashlib
 import math
-import os
-import re
 import shutil
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from textwrap import wrap
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import progress
 import release
@@ -39,6 +37,7 @@ import runtime
 import storage
 from data import parse_specs
 from model import time_shift
+from pictures import PICTURES, draw_grid, most_in_grid, save_animation, save_picture
 from release import PUBLISHED_DITS, PUBLISHED_T2I, SHIPPED_DIT, SHIPPED_T2I
 from run_flags import at_least
 from shapes import unknown_words
@@ -160,47 +159,14 @@ def noise(shape, seed, indices, step=0):
     alone.
     """
     samples = torch.empty(len(indices), *shape)
-    for i, own_samples in zip(indices, samples.numpy(), strict=True):
-        fill_with_noise(own_samples, seed, i, step)
+
+    def fill(i, own_samples):
+        rng = np.random.default_rng((seed, i, step))
+        rng.standard_normal(dtype=np.float32, out=own_samples)
+
+    with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+        list(threads.map(fill, indices, samples.numpy()))               # list() waits for them
     return samples
-
-
-def fill_with_noise(array, seed, i, step):
-    """Fill an fp32 array with the noise of image i, see noise()."""
-    rng = np.random.default_rng((seed, i, step))
-    rng.standard_normal(dtype=np.float32, out=array)
-
-
-class NoiseAhead:
-    """The noise of one step after the other of a solver, on the device: the same as of noise().
-
-    Threads draw the noise of a step, one image each, while the device computes the step before.
-    threads: ThreadPoolExecutor. last_step: the last one that needs noise.
-    """
-    def __init__(self, threads, shape, seed, indices, last_step, device):
-        self.threads, self.shape, self.seed, self.indices = threads, shape, seed, indices
-        self.last_step, self.device = last_step, device
-        self.begin(0)
-
-    def begin(self, step):
-        """Let the threads draw the noise of a step."""
-        self.step = step
-        # From pinned memory it is copied without a wait, see runtime.to_device().
-        self.samples = torch.empty(len(self.indices), *self.shape,
-                                   pin_memory=runtime.has_own_memory(self.device))
-        self.drawing = []
-        for i, own_samples in zip(self.indices, self.samples.numpy(), strict=True):
-            self.drawing.append(
-                self.threads.submit(fill_with_noise, own_samples, self.seed, i, step))
-
-    def __call__(self, step):
-        """The noise of a step, len(indices) x shape. Steps must come in turn: 0, 1, 2, ..."""
-        assert step == self.step
-        wait_for(self.drawing)
-        samples = self.samples
-        if step < self.last_step:
-            self.begin(step + 1)
-        return samples.to(self.device, non_blocking=True)
 
 
 def sampling_times(model, args):
@@ -214,61 +180,49 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     """Draw latents b c h w from conditions y.
 
     y: class ids b or text conditions b n d. args: sampling flags. indices: b image numbers, for the
-    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: dict whose
-    keys are times of the solver, rounded to fp32; its values become the states x_t b c h w there.
+    noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: empty dict
+    that becomes {t: x_t b c h w} for all times of the solver, rounded to fp32.
     """
-    null = model.null_condition(y)
     if weak:
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
-    elif (y != null).any():
-        velocity = cfg(model, y, null, args.guidance, args.interval)
     else:
-        velocity = cfg(model, y, null, 1, args.interval)                # y is null already
-    if states:
-        velocity = recorded(velocity, states)
-    times = sampling_times(model, args)
-    is_stochastic = args.solver == "euler_maruyama"
-    last_step = evaluations(args) if is_stochastic else 0               # that needs noise
+        null = model.null_condition(y)
+        velocity = cfg(model, y, null, args.guidance, args.interval)
     shape = (model.in_channels, model.grid, model.grid)                 # c h w
-    with (ThreadPoolExecutor(runtime.cores_of_process()) as threads,
-          progress.progress_bar(evaluations(args), "velocity") as bar):
-        noise_of_step = NoiseAhead(threads, shape, args.seed, indices, last_step, y.device)
-        x = noise_of_step(0)                                            # b c h w
-        velocity = counted(velocity, bar)
-        if is_stochastic:
+
+    def noise_of_step(k):
+        return runtime.to_device(noise(shape, args.seed, indices, k), y.device)     # b c h w
+
+    x = noise_of_step(0)
+    times = sampling_times(model, args)
+    with progress.progress_bar(evaluations(args.solver, times), "velocity") as bar:
+        velocity = watched(velocity, bar, states)
+        if args.solver == "euler_maruyama":
             x = euler_maruyama(velocity, x, times, noise_of_step)
         else:
             x = SOLVERS[args.solver](velocity, x, times)
-    if states:
+    if states is not None:
         states[times[-1].float().item()] = x                            # not evaluated at the end
     return x
 
 
-def counted(velocity, bar):
-    """The same velocity, each evaluation of which advances a progress bar."""
-    def velocity_and_count(x, t):
-        bar.update()
-        return velocity(x, t)
-    return velocity_and_count
+def evaluations(solver, times):
+    """How often a solver evaluates the velocity."""
+    steps = len(times) - 1
+    return 2 * steps - 1 if solver == "heun" else steps
 
 
-def recorded(velocity, states):
-    """The same velocity, which also keeps x in the dict `states` if t is one of its keys.
+def watched(velocity, bar, states):
+    """The same velocity, which also advances a progress bar and keeps x in the dict `states`.
 
     Heun evaluates most times twice, first at a guess, then at the state, which replaces the guess.
     """
-    def velocity_and_record(x, t):
-        time_now = t[0].item()                                          # all b are equal
-        if time_now in states:
-            states[time_now] = x
+    def watched_velocity(x, t):                                         # b c h w, b
+        bar.update()
+        if states is not None:
+            states[t[0].item()] = x                                     # all b times are equal
         return velocity(x, t)
-    return velocity_and_record
-
-
-def evaluations(args):
-    """How often a solver evaluates the velocity for a batch of images."""
-    steps = args.sampling_steps - 1 if args.release_grid else args.sampling_steps
-    return 2 * steps - 1 if args.solver == "heun" else steps
+    return watched_velocity
 
 
 def draw_prompts(t2i, prompts, args, indices, states=None):
@@ -341,164 +295,6 @@ def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", states
         return to_images(rae, best_of(t2i, prompts, args, indices, states))
 
 
-# ---------------------------------------------------------------------------- grids
-LETTER, LINE, MARGIN = 6, 12, 2            # pixels, of the 11 px font and between images
-GRID_COLUMNS = 12
-CAPTION_LINES = 4                          # of longer captions the beginning is shown
-# Pixels along each side of a grid. Viewers and browsers show larger pictures badly or not at all,
-# as their textures end at 8192 or 16384.
-GRID_SIDE = 8192
-
-
-def grid_shape(n, captions, width, height):
-    """How much of n images under captions fits in a grid: (columns, captions, images of each).
-
-    width, height: of an image, pixels.
-    """
-    columns = min(GRID_COLUMNS, captions, max(1, GRID_SIDE // (width + MARGIN)))
-    head = 4 + LINE * CAPTION_LINES
-    bands = max(1, GRID_SIDE // (head + height + 2 * MARGIN))           # with one image each
-    captions = min(captions, columns * bands)
-    band = GRID_SIDE // math.ceil(captions / columns)
-    return columns, captions, max(1, (band - head - MARGIN) // (height + MARGIN))
-
-
-def shown_in_grid(n, captions, width, height):
-    """Numbers of the images that fit in a grid, and how many captions: all, if there are few.
-
-    n images, of which image i has caption i % captions. width, height: of an image, pixels.
-    """
-    _, num_captions, rows = grid_shape(n, captions, width, height)
-    numbers = [i for i in range(min(n, rows * captions)) if i % captions < num_captions]
-    return numbers, num_captions
-
-
-def caption_lines(text, width):
-    """A caption as the lines to print above an image `width` pixels wide, without odd characters.
-    """
-    letters = max(4, width // LETTER)
-    text = text[:CAPTION_LINES * letters * 4].replace("_", " ")         # a book would take long
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return wrap(text, letters, max_lines=CAPTION_LINES, placeholder="...")
-
-
-def draw_grid(images, captions):
-    """A PIL picture of uint8 images n H W 3; image i stands under caption i % len(captions)."""
-    height, width = images.shape[1:3]
-    captions = [caption_lines(text, width) for text in captions[:len(images)]]
-    columns, _, _ = grid_shape(len(images), len(captions), width, height)
-    head = 4 + LINE * max(len(lines) for lines in captions)
-    per_caption = math.ceil(len(images) / len(captions))
-    band = head + per_caption * (height + MARGIN) + MARGIN              # height of a caption's row
-    size = (columns * (width + MARGIN) + MARGIN, math.ceil(len(captions) / columns) * band)
-    sheet = Image.new("RGB", size, "white")
-    page = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    for i, image in enumerate(np.asarray(images)):
-        number, place = divmod(i, len(captions))                        # of the images of a caption
-        left = place % columns * (width + MARGIN) + MARGIN
-        top = place // columns * band + head
-        sheet.paste(Image.fromarray(image), (left, top + number * (height + MARGIN)))
-        if number == 0:
-            centre = (left + width / 2, top - head / 2)
-            text = "\n".join(captions[place])
-            page.multiline_text(centre, text, "black", font, "mm", 1, "center")
-    return sheet
-
-
-# ---------------------------------------------------------------------------- animations
-# A frame is the decoded state x_t of the solver itself, which is pure noise at t = 1. The model's
-# estimate of x_0, x_t - t v, would show the final shapes after a third of the steps.
-FRAMES = 24                                # after the first one, which is noise
-FRAME_MS, LAST_FRAME_MS = 120, 2000        # how long frames are shown
-MOST_ANIMATED = 72                         # images, since all their frames are in memory at once
-# The plot of t beside the grid, in pixels.
-SCHEDULE_SIZE = (220, 240)
-SCHEDULE_AXES = (58, 34, 208, 184)         # left, top, right, bottom
-
-
-def frame_steps(steps):
-    """The numbers of solver steps after which a frame is taken: 0, ..., steps, evenly spaced."""
-    return np.unique(np.linspace(0, steps, FRAMES + 1).round().astype(int)).tolist()
-
-
-def draw_frames(draw_images, rae, n, times, args):
-    """Draw the n images of an animation. Returns a list of frames, each uint8 n H W 3.
-
-    draw_images: function of image numbers and of states, which it fills in as draw() does. times:
-    of the solver, in fp32.
-    """
-    frame_times = [times[step] for step in frame_steps(len(times) - 1)]
-    batches = {t: [] for t in frame_times}
-    for numbers in progress.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
-        states = dict.fromkeys(frame_times)
-        draw_images(numbers, states)
-        with runtime.autocast(rae.pixel_mean.device, args.dtype):
-            for t in frame_times:
-                batches[t].append(to_images(rae, states[t]))
-    return [torch.cat(batches[t]) for t in frame_times]
-
-
-def draw_schedule(times, step):
-    """A PIL picture of t over the solver's steps, with a dot at t after `step` steps.
-
-    times: of the solver. A grey line shows them without the time shift.
-    """
-    steps = len(times) - 1
-    left, top, right, bottom = SCHEDULE_AXES
-
-    def place(step, t):
-        return left + (right - left) * step / steps, bottom - (bottom - top) * t
-
-    picture = Image.new("RGB", SCHEDULE_SIZE, "white")
-    page = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=11)
-    page.rectangle(SCHEDULE_AXES, outline="silver")
-    page.line([place(0, 1), place(steps, 0)], "darkgray")
-    page.line([place(k, t) for k, t in enumerate(times)], "black", 2)
-    x, y = place(step, times[step])
-    page.ellipse((x - 4, y - 4, x + 4, y + 4), "red")
-    page.text((left, top - 12), f"t = {times[step]:.3f}", "red", ImageFont.load_default(15), "ls")
-    page.text((left - 8, top), "noise 1", "black", font, "rm")
-    page.text((left - 8, (top + bottom) / 2), "t", "black", font, "rm")
-    page.text((left - 8, bottom), "data 0", "black", font, "rm")
-    page.text((left, bottom + 8), "0", "black", font, "ma")
-    page.text(((left + right) / 2, bottom + 8), "steps done", "black", font, "ma")
-    page.text((right, bottom + 8), f"{steps}", "black", font, "ma")
-    page.text((left, bottom + 26), "black: shifted time grid", "black", font, "la")
-    page.text((left, bottom + 40), "grey: without the shift", "gray", font, "la")
-    return picture
-
-
-def draw_frame(images, captions, times, step):
-    """A PIL picture of a frame in 256 colours: the grid of its images, beside it the schedule."""
-    grid = draw_grid(images, captions)
-    schedule = draw_schedule(times, step)
-    size = (grid.width + schedule.width, max(grid.height, schedule.height))
-    frame = Image.new("RGB", size, "white")
-    frame.paste(grid, (0, 0))
-    frame.paste(schedule, (grid.width, (frame.height - schedule.height) // 2))
-    # Median cut, Pillow's default, is no closer to the picture, and takes 1.8 times the bytes.
-    return frame.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
-
-
-def save_animation(out, frames, captions, times):
-    """Write the frames of draw_frames() as a GIF, which holds the last one and starts again."""
-    steps = frame_steps(len(times) - 1)
-    pictures = []
-    for step, images in zip(steps, frames, strict=True):
-        pictures.append(draw_frame(images, captions, times, step))
-    milliseconds = [FRAME_MS for _ in pictures[1:]] + [LAST_FRAME_MS]
-    options = dict(format="gif", save_all=True, append_images=pictures[1:], duration=milliseconds,
-                   loop=0)
-    storage.write_whole(out, lambda f: pictures[0].save(f, **options))
-
-
-def is_animation(out):
-    """Whether --out asks for an animation."""
-    return Path(out).suffix.lower() == ".gif"
-
-
 # ---------------------------------------------------------------------------- flags
 # Sampling flags default to None, since presets (--release, --recipe) set some of them.
 SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
@@ -507,22 +303,11 @@ MODEL_DEFAULTS = dict(SAMPLING_DEFAULTS, seed=0, ckpt=None, release=None, weak_c
                       weights="ema", batch=72, dtype="fp32", compile=False, best_of=1,
                       verifier="answer")
 PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of both papers
-# Bounds that catch a slip of the keyboard before it fills the memory: far beyond any use, as papers
-# draw 50,000 images in 50 steps.
-MOST_IMAGES, MOST_STEPS, MOST_CANDIDATES = 10 ** 6, 10 ** 4, 10 ** 4
-# What --out can be: suffix -> how Pillow saves a grid; a .gif; an .npz of arrays; or a folder.
-PICTURES = {
-    ".png": dict(format="png"),
-    ".jpg": dict(format="jpeg", quality=95),
-    ".jpeg": dict(format="jpeg", quality=95),
-    ".webp": dict(format="webp", lossless=True),
-}
-OUT_SUFFIXES = [*PICTURES, ".gif", ".npz", ""]
 
 
 def add_sampling_flags(p):
     """The flags that draw() reads, shared by all scripts that sample."""
-    p.add_argument("--sampling_steps", type=at_least(1, MOST_STEPS + 1),
+    p.add_argument("--sampling_steps", type=at_least(1),
                    help="Steps of the solver; papers: 50.")
     p.add_argument("--solver", choices=SOLVERS, help="Solver of the ODE or SDE; papers: euler.")
     p.add_argument("--guidance", type=at_least(1.0),
@@ -560,6 +345,9 @@ def add_model_flags(p, classes=True, text=True):
     if text:
         scripts.append("train_t2i.py")
         releases += PUBLISHED_T2I
+        p.add_argument("--best_of", type=at_least(1), help="Candidates for each image of a prompt.")
+        p.add_argument("--verifier", choices=VERIFIERS,
+                       help="What chooses among the candidates of --best_of, looking at latents.")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--ckpt",
                         help=f"Checkpoint of {' or '.join(scripts)} (default: the shipped one).")
@@ -575,35 +363,23 @@ def add_model_flags(p, classes=True, text=True):
                    help="Compile the blocks of all networks by torch.compile.")
 
 
-def add_verifier_flags(p):
-    """The flags of choosing the best of several candidates, for text to image."""
-    p.add_argument("--best_of", type=at_least(1, MOST_CANDIDATES + 1),
-                   help="Candidates for each image of a prompt.")
-    p.add_argument("--verifier", choices=VERIFIERS,
-                   help="What chooses among the candidates of --best_of, looking at latents.")
-
-
 def resolve_model_flags(args, text):
     """A copy of args with the flags of add_model_flags filled in. text: draw from prompts.
 
     Raises ValueError for given flags that would do nothing.
     """
     check_acting_flags(args)
-    values = dict(MODEL_DEFAULTS)
     if args.release in PUBLISHED_DITS:
-        values |= PAPER_SAMPLING
-        values["ckpt"] = args.release
-        values["weak_ckpt"] = f"{args.release}/guide"
-        values["guidance"] = PUBLISHED_DITS[args.release].guidance
+        preset = dict(PAPER_SAMPLING, ckpt=args.release, weak_ckpt=f"{args.release}/guide",
+                      guidance=PUBLISHED_DITS[args.release].guidance)
     elif args.release in PUBLISHED_T2I:
-        values |= PAPER_SAMPLING
-        values["ckpt"] = args.release
-        values["guidance"] = 1.0
+        preset = dict(PAPER_SAMPLING, ckpt=args.release, guidance=1.0)
     elif text:
-        values["ckpt"] = str(SHIPPED_T2I)
+        preset = dict(ckpt=str(SHIPPED_T2I))
     else:
-        values["ckpt"] = str(SHIPPED_DIT)
-    return argparse.Namespace(**(vars(args) | values | run_flags.given_flags(args)))
+        preset = dict(ckpt=str(SHIPPED_DIT))
+    values = vars(args) | MODEL_DEFAULTS | preset | run_flags.given_flags(args)
+    return argparse.Namespace(**values)
 
 
 def check_acting_flags(args):
@@ -616,10 +392,6 @@ def check_acting_flags(args):
     if "verifier" in given and given.get("best_of", 1) == 1:
         raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
                          "add --best_of 8, or leave it out")
-    has_guide = "weak_ckpt" in given or args.release in PUBLISHED_DITS
-    if given.get("labels") == ["none"] and given.get("guidance", 1) != 1 and not has_guide:
-        raise ValueError(f"--guidance {args.guidance} does nothing with --labels none, which it "
-                         f"would push away from; leave it out")
 
 
 def check_model_flags(args, text):
@@ -628,10 +400,10 @@ def check_model_flags(args, text):
     if args.release_dir and not args.release:
         names = " ".join([*PUBLISHED_DITS, *PUBLISHED_T2I])
         raise ValueError(f"--release_dir needs --release with one of {names}")
-    if args.release and text and args.release not in PUBLISHED_T2I:
+    if text and args.release in PUBLISHED_DITS:
         raise ValueError(f"--release {args.release} draws classes, not prompts; try one of "
                          f"{' '.join(PUBLISHED_T2I)}")
-    if args.release and not text and args.release in PUBLISHED_T2I:
+    if not text and args.release in PUBLISHED_T2I:
         raise ValueError(f"--release {args.release} draws from text alone; give a --prompt, or one "
                          f"of {' '.join(PUBLISHED_DITS)}")
     if text and args.weak_ckpt:
@@ -643,18 +415,17 @@ def parse_args(argv=None):
     p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
-                      "in turn), `random`, `none` (unconditional). Default: balanced, for a "
-                      "release eight classes.")
+                      "in turn), `random`, `none` (unconditional; take --guidance 1 with it). "
+                      "Default: balanced, for a release eight classes.")
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
-    p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
+    p.add_argument("--n", "--num_images", type=at_least(1),
                    help="Number of images (default: 3 for each label or prompt, 1 in a .gif).")
     p.add_argument("--out",
                    help=f"A picture, {' '.join(PICTURES)}: a grid; X.gif: the grid emerging from "
                         f"noise; X.npz: arr_0, labels, names; without a suffix: a folder of PNG "
                         f"files (default: samples.png, with --prompt prompts.png).")
     add_model_flags(p)
-    add_verifier_flags(p)
     return p.parse(argv, resolve, check_flags)
 
 
@@ -668,7 +439,7 @@ def resolve(args):
 
 def check_flags(args):
     """Raise ValueError for flags that cannot be used together."""
-    storage.check_out(args.out)
+    check_output(args.out)
     check_model_flags(args, text=args.prompt is not None)
     if args.best_of > 1 and not args.prompt:
         raise ValueError(f"--best_of {args.best_of} needs --prompt: the language model compares "
@@ -677,6 +448,14 @@ def check_flags(args):
         check_prompt(prompt)
     if is_animation(args.out):
         check_animation_flags(args)
+
+
+def check_output(out):
+    """Raise ValueError if --out can't be written, or is there and would be mixed with."""
+    storage.check_out(out)
+    storage.check_suffix(out, OUT_SUFFIXES)
+    if Path(out).is_dir() or Path(out).suffix == "" and Path(out).exists():
+        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
 
 
 def check_animation_flags(args):
@@ -714,8 +493,8 @@ def load_models(args, device, with_encoder=False):
     if args.compile:
         runtime.compile_blocks(model)
         runtime.compile_blocks(rae)
-    if args.compile and weak:
-        runtime.compile_blocks(weak)
+        if weak:
+            runtime.compile_blocks(weak)
     return model, rae, state, weak
 
 
@@ -752,39 +531,30 @@ def parse_labels(labels, class_names, dropout):
     """Class ids of --labels: ids, names, `none`, `balanced` or `random` (both: all classes).
 
     `none`, the null class, has number len(class_names) and needs a model trained with dropout.
-    Raises ValueError for labels that the model does not know.
+    Raises ValueError for a label that the model does not know.
     """
     num_classes = len(class_names)
     if labels in (["balanced"], ["random"]):
         return list(range(num_classes))
-    known = {}
-    counts = Counter(name.replace(" ", "_") for name in class_names)
-    for i, name in enumerate(class_names):
-        name = name.replace(" ", "_")
-        if counts[name] == 1:
-            known[name] = i
-    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are ids
-    if not all(name.isdecimal() for name in counts):
-        known |= {str(i): i for i in range(num_classes)}
+    names = [name.replace(" ", "_") for name in class_names]
+    counts = Counter(names)
+    numbers = {name: i for i, name in enumerate(names) if counts[name] == 1}
+    examples = f"{class_names[0]} to {class_names[-1]}"                 # names that are numbers
+    if not all(name.isdecimal() for name in names):
+        numbers |= {str(i): i for i in range(num_classes)}
         examples = f"0 to {num_classes - 1} or {class_names[0]} ..."
     if dropout:
-        known["none"] = num_classes
+        numbers["none"] = num_classes
     labels = [label.replace(" ", "_") for label in labels]
-    unknown = [label for label in labels if label not in known]
-    if unknown:
-        reasons = [label_advice(label, list(counts), num_classes) for label in unknown]
-        raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
-                         f"classes, {examples}; {'; '.join(reasons)}")
-    return [known[label] for label in labels]
+    for label in labels:
+        if label not in numbers:
+            raise ValueError(f"--labels {label}: not among the model's {num_classes} classes, "
+                             f"{examples}; {label_advice(label, names)}")
+    return [numbers[label] for label in labels]
 
 
-def label_advice(label, names, num_classes):
-    """What to give in place of a label that the model does not know, or why it can't be given.
-
-    names: of the classes, each once.
-    """
-    if re.fullmatch(r"-?\d+", label) and not all(name.isdecimal() for name in names):
-        return f"{label} is not in 0 to {num_classes - 1}"
+def label_advice(label, names):
+    """What to give in place of a label that the model does not know, or why it can't be given."""
     if label in ("balanced", "random"):
         return f"{label} must stand alone"
     if label == "none":
@@ -792,22 +562,50 @@ def label_advice(label, names, num_classes):
     if label in names:
         return f"{label} is the name of several classes, so give its number"
     near = [name for name in names if label.lower() in name.lower()]
-    near += difflib.get_close_matches(label, names, n=3)
-    near = list(dict.fromkeys(near))[:3]
+    near += difflib.get_close_matches(label, names)
     if near:
-        return f"in place of {label}, try {' or '.join(near)}"
+        return f"in place of {label}, try {' or '.join(list(dict.fromkeys(near))[:3])}"
     return f"no name is like {label}"
 
 
+# ---------------------------------------------------------------------------- animations
+# A frame is the decoded state x_t of the solver itself, which is pure noise at t = 1. The model's
+# estimate of x_0, x_t - t v, would show the final shapes after a third of the steps.
+FRAMES = 24                                # after the first one, which is noise
+MOST_ANIMATED = 72                         # images, since all their frames are in memory at once
+
+
+def frame_steps(steps):
+    """The numbers of solver steps after which a frame is taken: 0, ..., steps, evenly spaced."""
+    return np.unique(np.linspace(0, steps, FRAMES + 1).round().astype(int)).tolist()
+
+
+def draw_frames(draw_images, rae, n, args):
+    """Draw the n images of an animation. Returns the times of the solver in fp32, a list, and the
+    frames, a dict: number of a step -> images uint8 n H W 3.
+
+    draw_images: function of image numbers and of states, which it fills in as draw() does.
+    """
+    batches = defaultdict(list)
+    for numbers in progress.progress_bar(runtime.split_numbers(n, args.batch), "batches"):
+        states = {}
+        draw_images(numbers, states)
+        times = list(states)
+        with runtime.autocast(rae.pixel_mean.device, args.dtype):
+            for step in frame_steps(len(times) - 1):
+                batches[step].append(to_images(rae, states[times[step]]))
+    frames = {step: torch.cat(images) for step, images in batches.items()}
+    return times, frames
+
+
+def is_animation(out):
+    """Whether --out asks for an animation."""
+    return Path(out).suffix.lower() == ".gif"
+
+
 # ---------------------------------------------------------------------------- files
-PNG_END = b"IEND\xaeB`\x82"               # last 8 bytes of every PNG file
-
-
-def check_output(out):
-    """Raise ValueError if --out, a Path, can't be written, or is there and would be mixed with."""
-    storage.check_suffix(out, OUT_SUFFIXES)
-    if out.is_dir() or out.suffix == "" and out.exists():
-        raise ValueError(f"--out {out} exists; delete it, or name another folder (or X.png, X.npz)")
+# What --out can be: a picture of a grid; an animation; arrays; or a folder.
+OUT_SUFFIXES = [*PICTURES, ".gif", ".npz", ""]
 
 
 def parts_folder(out, args, rae, *models):
@@ -828,14 +626,10 @@ def parts_folder(out, args, rae, *models):
 
 
 def stale_parts(parts):
-    """Folders that killed runs with other flags or weights have left beside the folder `parts`."""
-    name = parts.name.rsplit(".", 2)[0]                                 # of the output
-    pattern = re.escape(name) + r"\.[0-9a-f]{8}\.parts"
-    folders = []
-    for folder in sorted(parts.parent.iterdir()):
-        if folder != parts and folder.is_dir() and re.fullmatch(pattern, folder.name):
-            folders.append(folder)
-    return folders
+    """Folders that stopped runs with other flags or weights have left beside the folder `parts`."""
+    output_name, _, _ = parts.name.rsplit(".", 2)
+    pattern = f"{glob.escape(output_name)}.{'[0-9a-f]' * 8}.parts"
+    return [folder for folder in sorted(parts.parent.glob(pattern)) if folder != parts]
 
 
 def report_stale_parts(parts):
@@ -852,56 +646,22 @@ def delete_parts(parts):
         shutil.rmtree(folder, ignore_errors=True)                       # it may be renamed already
 
 
-def save_png(image, path):
-    """Write a PIL image as a PNG file that is there whole or not at all."""
-    storage.write_whole(path, lambda f: image.save(f, "png", compress_level=1))
-
-
-def save_picture(image, path):
-    """Write a PIL image in the format of its suffix, which is one of PICTURES."""
-    options = PICTURES[Path(path).suffix.lower()]
-    storage.write_whole(path, lambda f: image.save(f, **options))
-
-
-def is_drawn(path):
-    """True if a PNG file is there, to its end."""
-    if not path.exists():
-        return False
-    with open(path, "rb") as f:
-        f.seek(0, os.SEEK_END)
-        f.seek(max(0, f.tell() - len(PNG_END)))
-        return f.read() == PNG_END
-
-
 def draw_files(files, draw_images, batch, rank=0, world=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part. Threads write
-    the files of a batch while the next one is drawn.
+    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
     """
     batches = []
     for numbers in runtime.split_numbers(len(files), batch, rank, world):
-        missing = [i for i in numbers if not is_drawn(files[i])]
+        missing = [i for i in numbers if not files[i].exists()]
         if missing:
             batches.append(missing)
-    with says_what_is_kept(files):
-        with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
-            writing = []
-            for numbers in progress.progress_bar(batches, "batches"):
-                images = draw_images(numbers).numpy()
-                wait_for(writing)                      # no more than two batches are in memory
-                writing = []
-                for i, pixels in zip(numbers, images, strict=True):
-                    writing.append(threads.submit(save_png, Image.fromarray(pixels), files[i]))
-            wait_for(writing)
-        if world > 1:
-            dist.barrier()
-
-
-def wait_for(tasks):
-    """Wait for the tasks of a ThreadPoolExecutor. Raises what one of them has raised."""
-    for task in tasks:
-        task.result()
+    with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+        for numbers in progress.progress_bar(batches, "batches"):
+            pictures = [Image.fromarray(pixels) for pixels in draw_images(numbers).numpy()]
+            list(threads.map(save_picture, pictures, [files[i] for i in numbers]))
+    if world > 1:
+        dist.barrier()
 
 
 @contextlib.contextmanager
@@ -910,7 +670,7 @@ def says_what_is_kept(files):
     try:
         yield
     except KeyboardInterrupt:
-        num_drawn = sum(is_drawn(file) for file in files)
+        num_drawn = sum(file.exists() for file in files)
         if num_drawn == 0:
             raise KeyboardInterrupt("stopped before an image was drawn; nothing is kept") from None
         raise KeyboardInterrupt(f"stopped; {num_drawn} of {len(files)} images are kept, and it "
@@ -936,13 +696,12 @@ def save_npz(f, files, labels, names):
 
 def save_grid(out, files, captions):
     """Write a grid of the drawn files under their captions, and say what it does not show."""
-    numbers, num_captions = shown_in_grid(len(files), len(captions), *Image.open(files[0]).size)
-    if len(numbers) < len(files):
-        print(f"{out} shows {len(numbers)} of the {len(files)} images, as a grid has at most "
-              f"{GRID_SIDE} pixels along each side; give --out X.npz or a folder to get all")
-    images = np.stack([np.asarray(Image.open(files[i])) for i in numbers])
-    sheet = draw_grid(images, captions[:num_captions])
-    save_picture(sheet, out)
+    shown = files[:most_in_grid(len(captions), *Image.open(files[0]).size)]
+    if len(shown) < len(files):
+        print(f"{out} shows {len(shown)} of the {len(files)} images, since viewers can't show a "
+              f"larger grid; give --out X.npz or a folder to get all")
+    images = np.stack([np.asarray(Image.open(file)) for file in shown])
+    save_picture(draw_grid(images, captions), out)
 
 
 def save_files(out, files, labels, names, captions):
@@ -1009,7 +768,6 @@ def report_unknown_words(prompts, state):
 
 def main(args):
     out = Path(args.out)
-    check_output(out)
     rank, world, device = runtime.setup()
     with storage.locked(out):
         storage.check_shared(out)
@@ -1029,19 +787,17 @@ def sample_to(out, args, rank, world, device):
         captions = names = args.prompt
         n = number_of_images(args, len(captions))
         labels = np.resize(range(len(captions)), n)                     # numbers of prompts
+        if rank == 0:
+            report_cut_prompts(model, captions)
+            report_unknown_words(captions, state)
     else:
         model, rae, state, weak = load_models(args, device)
         models = [model, weak] if weak else [model]
         labels, captions = choose_classes(args, state)
         names = [*state["class_names"], "none"]
         n = len(labels)
-
-    if rank == 0:
-        if args.prompt:
-            report_cut_prompts(model, captions)
-            report_unknown_words(captions, state)
-        if n < len(captions):
-            print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
+    if rank == 0 and n < len(captions):
+        print(f"--n {n} draws the first {n} of {len(captions)} classes or prompts")
 
     def draw_images(numbers, states=None):
         if args.prompt:
@@ -1051,23 +807,22 @@ def sample_to(out, args, rank, world, device):
 
     # ---------------------------------------------------------------- images, and output
     if is_animation(out):
-        dit = model.dit if args.prompt else model
-        times = sampling_times(dit, args).float().tolist()
-        frames = draw_frames(draw_images, rae, n, times, args)
-        save_animation(out, frames, captions, times)
+        times, frames = draw_frames(draw_images, rae, n, args)
+        save_animation(out, times, frames, captions)
     else:
         parts = parts_folder(out, args, rae, *models)
         files = [parts / f"{i:06d}.png" for i in range(n)]
         if rank == 0:
             report_stale_parts(parts)
-        draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
-        if rank > 0:
-            return
         with says_what_is_kept(files):
-            save_files(out, files, labels, names, captions)
-        delete_parts(parts)
-    seconds = time.time() - start
-    print(f"{n} images in {seconds:.1f} s, {args.sampling_steps} {args.solver} steps: {out}")
+            draw_files(files, draw_images, math.ceil(args.batch / args.best_of), rank, world)
+            if rank == 0:
+                save_files(out, files, labels, names, captions)
+        if rank == 0:
+            delete_parts(parts)
+    if rank == 0:
+        print(f"{n} images in {time.time() - start:.1f} s, {args.sampling_steps} {args.solver} "
+              f"steps: {out}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
 
+import evaluation
 import metrics
 import progress
 import run_flags
@@ -1020,7 +1021,6 @@ def main(args, data=None):
     identity = data.identity()
     run_flags.check_same_run(args, resumed, identity)
     change_of_data = saving.describe_change(resumed, identity, args.hold_out)
-    metrics.check_eval_n(args, val_data)
     features = None
     if args.eval_features:
         features = metrics.feature_network(args.eval_features).to(device)
@@ -1030,7 +1030,7 @@ def main(args, data=None):
     encoder = load_encoder(args.encoder, args.size).to(device)
     sizes = decoder_sizes(args, encoder)
     drawn_size = encoder.grid * sizes["decoder_patch"]
-    metrics.check_eval_side(args, val_data, drawn_size)
+    evaluation.check_eval_side(args, val_data, drawn_size)
     # An upsampling decoder draws larger images than its encoder sees: load them at the larger side.
     data.size = max(args.size, drawn_size)
     val_data.size = max(args.size, drawn_size)

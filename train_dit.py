@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evaluation
 import metrics
+import pictures
 import progress
 import release
 import run_flags
@@ -323,8 +325,7 @@ def main(args, data=None):
     drawn_size = grid * packed_rae["decoder_patch"]
     val_data = open_data(args.data, max(packed_rae["size"], drawn_size), split="val",
                          hold_out=args.hold_out, objects=1)
-    metrics.check_eval_n(args, val_data)
-    metrics.check_eval_side(args, val_data, drawn_size)
+    evaluation.check_eval_side(args, val_data, drawn_size)
     features = None
     if args.eval_features:
         features = metrics.feature_network(args.eval_features).to(device)
@@ -371,7 +372,7 @@ def main(args, data=None):
     def draw_preview():
         labels = list(range(min(36, data.num_classes)))
         images = sample.generate(ema, rae, labels + labels, args, dtype=args.dtype)
-        return sample.draw_grid(images, data.class_names[:36])
+        return pictures.draw_grid(images, data.class_names[:36])
 
     def evaluate(step):
         results = evaluate_generation(ema, rae, val_data, args, args.eval_n, rank, world,

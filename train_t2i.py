@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import metrics
+import pictures
 import progress
 import release
 import run_flags
@@ -738,7 +739,7 @@ def main(args, data=None, conversation=None):
             images = sample.generate_prompts(ema.eval(), rae, prompts, drawing, dtype=args.dtype)
         finally:
             t2i.train()                                     # it is the EMA itself with --ema 0
-        return sample.draw_grid(images, prompts)
+        return pictures.draw_grid(images, prompts)
 
     def evaluate(step):
         results = evaluate_prompts(ema.eval(), rae, drawing, args.eval_n, rank, world)

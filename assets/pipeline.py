@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+import pictures
 import run_flags
 import runtime
 import sample
@@ -224,7 +225,7 @@ def parse_args(argv=None):
 
 def main(args):
     storage.check_out(args.out)
-    storage.check_suffix(args.out, sample.PICTURES)
+    storage.check_suffix(args.out, pictures.PICTURES)
     draw_figure(args.out)
 
 

@@ -29,6 +29,7 @@ import train_t2i
 from conftest import SHIPPED, read_log, run_script, torchrun
 from data import open_data
 from eval_fid import load_statistics
+from evaluation import open_images
 from metrics import (
     InceptionFeatures,
     Moments,
@@ -37,7 +38,6 @@ from metrics import (
     inception_score,
     kernel_distance,
     measure_images,
-    open_images,
     precision_recall,
 )
 from model import IMAGENET_PIXELS
@@ -55,7 +55,7 @@ def inception_weights(tmp_path_factory):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.1)
-    path = tmp_path_factory.mktemp("inception") / metrics.INCEPTION_FILES[1]
+    path = tmp_path_factory.mktemp("inception") / metrics.INCEPTION_FILE
     torch.save(network.state_dict(), path)
     return path
 
@@ -111,12 +111,11 @@ def test_inception_has_the_features_and_logits_of_torch_fidelity(trusted_weights
     assert torch.allclose(spatial, expected_spatial, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", metrics.INCEPTION_FILES)
-def test_inception_finds_its_weights_under_either_name(trusted_weights, name, tmp_path,
-                                                       monkeypatch):
+def test_inception_finds_its_weights_in_the_folder_of_torch_hub(trusted_weights, tmp_path,
+                                                                monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / name).symlink_to(trusted_weights)
+    (tmp_path / "checkpoints" / metrics.INCEPTION_FILE).symlink_to(trusted_weights)
     assert InceptionFeatures().fc.shape == (1008, 2048)
 
 

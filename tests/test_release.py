@@ -545,7 +545,7 @@ def killed_after(n, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ""])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, suffix):
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys, suffix):
     whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
     flags = [*QUICK, "--n", 20, "--labels", "balanced"]
     run_script(sample, *flags, "--batch", 4, "--out", whole)
@@ -564,8 +564,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, suffix):
     else:
         names = sorted(path.name for path in cut.iterdir())
         assert names == [f"{i:06d}.png" for i in range(20)]
-        with pytest.raises(ValueError, match="cut exists; delete it, or name another folder"):
+        with pytest.raises(SystemExit):
             run_script(sample, *flags, "--out", cut)
+        assert "cut exists; delete it, or name another folder" in capsys.readouterr().err
 
 
 def wait_for(condition):
@@ -702,7 +703,7 @@ def test_wrong_statistics_are_told(hub):
 
 @pytest.mark.shipped
 @pytest.mark.parametrize("label, message", [
-    (1000, "--labels 1000: not among the model's 1000 classes, .*1000 is not in 0 to 999"),
+    (1000, "--labels 1000: not among the model's 1000 classes, 0 to 999 or "),
     ("crane", "--labels crane: not among .* crane is the name of several classes")])
 def test_unknown_labels_are_told(hub, label, message):
     with pytest.raises(ValueError, match=message):
@@ -710,9 +711,10 @@ def test_unknown_labels_are_told(hub, label, message):
 
 
 @pytest.mark.parametrize("out", ["assets", "LICENSE", "assets/../assets"])
-def test_an_output_that_exists_is_told(out):
-    with pytest.raises(ValueError, match=f"--out {out} exists; delete it, or name another"):
-        run_script(sample, "--out", out)
+def test_an_output_that_exists_is_told(out, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--out", out])
+    assert f"--out {out} exists; delete it, or name another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [

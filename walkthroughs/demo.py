@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import eval_decoder
 import eval_fid
+import pictures
 import progress
 import release
 import run_flags
@@ -145,12 +146,13 @@ def draw_pictures(out):
     rae = release.load_rae(out / "decoder/last.pt")
     images = load_images(open_data("shapes", 64, split="val"), range(12))
     picture = eval_decoder.reconstruction_picture(rae, images)
-    sample.save_picture(picture.resize((1584, 264)), out / "reconstructions.png")   # twice the size
+    picture = picture.resize((1584, 264))              # twice the size
+    pictures.save_picture(picture, out / "reconstructions.png")
 
     sheet = Image.new("RGB", (1100, 380), "white")
     draw_curve(sheet, 80, logged_losses(out / "decoder"), "decoder: L1 loss (log scale)")
     draw_curve(sheet, 630, logged_losses(out / "dit"), "DiT^DH: weighted error of v (log scale)")
-    sample.save_picture(sheet, out / "losses.png")
+    pictures.save_picture(sheet, out / "losses.png")
 
 
 # %% All of it, and the numbers
