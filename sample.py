@@ -169,6 +169,20 @@ def noise(shape, seed, indices, step=0):
     return samples
 
 
+def noise_ahead(shape, seed, indices, last_step, device):
+    """Yields the noise() of the steps 0 to last_step, on the device.
+
+    A thread draws the noise of a step while the device computes the step before.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(noise, shape, seed, indices, 0)
+        for step in range(last_step + 1):
+            samples = upcoming.result()
+            if step < last_step:
+                upcoming = thread.submit(noise, shape, seed, indices, step + 1)
+            yield runtime.to_device(samples, device)                    # b c h w
+
+
 def sampling_times(model, args):
     """The times of the solver for a DiT, shifted by the number of elements in its latents."""
     shift = math.sqrt(model.in_channels * model.grid ** 2 / model.shift_base)
@@ -188,17 +202,16 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     else:
         null = model.null_condition(y)
         velocity = cfg(model, y, null, args.guidance, args.interval)
-    shape = (model.in_channels, model.grid, model.grid)                 # c h w
-
-    def noise_of_step(k):
-        return runtime.to_device(noise(shape, args.seed, indices, k), y.device)     # b c h w
-
-    x = noise_of_step(0)
     times = sampling_times(model, args)
+    is_stochastic = args.solver == "euler_maruyama"
+    last_step = len(times) - 1 if is_stochastic else 0                  # that needs noise
+    shape = (model.in_channels, model.grid, model.grid)                 # c h w
+    noises = noise_ahead(shape, args.seed, indices, last_step, y.device)
+    x = next(noises)                                                    # b c h w
     with progress.progress_bar(evaluations(args.solver, times), "velocity") as bar:
         velocity = watched(velocity, bar, states)
-        if args.solver == "euler_maruyama":
-            x = euler_maruyama(velocity, x, times, noise_of_step)
+        if is_stochastic:
+            x = euler_maruyama(velocity, x, times, lambda k: next(noises))
         else:
             x = SOLVERS[args.solver](velocity, x, times)
     if states is not None:
@@ -649,7 +662,8 @@ def delete_parts(parts):
 def draw_files(files, draw_images, batch, rank=0, world=1):
     """Draw image i to the PNG file files[i], unless it is there already.
 
-    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part.
+    draw_images: list of numbers -> images uint8 b H W 3. Each process draws its part. Threads write
+    the files of a batch while the next one is drawn.
     """
     batches = []
     for numbers in runtime.split_numbers(len(files), batch, rank, world):
@@ -657,9 +671,12 @@ def draw_files(files, draw_images, batch, rank=0, world=1):
         if missing:
             batches.append(missing)
     with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
+        writing = []
         for numbers in progress.progress_bar(batches, "batches"):
             pictures = [Image.fromarray(pixels) for pixels in draw_images(numbers).numpy()]
-            list(threads.map(save_picture, pictures, [files[i] for i in numbers]))
+            list(writing)                              # waits: two batches in memory are enough
+            writing = threads.map(save_picture, pictures, [files[i] for i in numbers])
+        list(writing)                                  # waits, and raises what a thread raised
     if world > 1:
         dist.barrier()
 

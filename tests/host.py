@@ -2,7 +2,8 @@
 
     python tests/host.py
 
-Each line has the time without threads and with them, in ms; of SSIM on one core and on all.
+A pause stands for the device, so that none is needed. Each line has the time without threads and
+with them, in ms; of SSIM on one core and on all.
 """
 import argparse
 import sys
@@ -17,14 +18,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import metrics  # noqa: E402
-import pictures  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
 import saving  # noqa: E402
 from data import load_images, open_data  # noqa: E402
+from pictures import save_picture  # noqa: E402
 
+CPU = torch.device("cpu")
 LATENTS = (768, 16, 16)          # of DINOv2-B at 256 px
 BATCH = 32
+DEVICE_MS = 3                    # that a device takes for an image in these measurements
 
 
 def milliseconds(function):
@@ -32,6 +35,10 @@ def milliseconds(function):
     begin = time.perf_counter()
     function()
     return 1000 * (time.perf_counter() - begin)
+
+
+def device_works(images):
+    time.sleep(DEVICE_MS / 1000 * images)
 
 
 def save_times(folder):
@@ -49,29 +56,40 @@ def save_times(folder):
 
 
 def noise(_):
-    """The noise of an image, for a step of a stochastic solver."""
-    indices = range(BATCH)
-    alone = milliseconds(lambda: [sample.noise(LATENTS, 0, [i]) for i in indices])
-    together = milliseconds(lambda: sample.noise(LATENTS, 0, indices))
-    return [alone / BATCH, together / BATCH]
+    """An image and step of a stochastic solver, of which the device takes DEVICE_MS."""
+    steps, indices = 6, range(BATCH)
+
+    def draw(noise_of_step):
+        for step in range(steps):
+            device_works(BATCH)
+            noise_of_step(step)
+
+    alone = milliseconds(lambda: draw(lambda step: sample.noise(LATENTS, 0, indices, step)))
+    noises = sample.noise_ahead(LATENTS, 0, indices, steps, CPU)
+    together = milliseconds(lambda: draw(lambda step: next(noises)))
+    return [alone / steps / BATCH, together / steps / BATCH]
 
 
 def files(folder):
-    """An image of 256 px as a PNG file."""
+    """An image of 256 px that the device draws in DEVICE_MS, as a PNG file."""
     small = torch.from_numpy(np.random.default_rng(0).random((BATCH, 3, 32, 32), np.float32))
     images = torch.nn.functional.interpolate(small, size=256, mode="bicubic").clamp(0, 1)
     images = (images * 255).byte().permute(0, 2, 3, 1).contiguous()            # b H W 3
     paths = [folder / f"{i}.png" for i in range(4 * BATCH)]
 
-    def write_each():
-        for i, path in enumerate(paths):
-            pictures.save_picture(Image.fromarray(images[i % BATCH].numpy()), path)
+    def draw_images(numbers):
+        device_works(len(numbers))
+        return images[:len(numbers)]
 
-    alone = milliseconds(write_each)
+    def draw_and_write():
+        for numbers in runtime.split_numbers(len(paths), BATCH):
+            for i, pixels in zip(numbers, draw_images(numbers).numpy(), strict=True):
+                save_picture(Image.fromarray(pixels), paths[i])
+
+    alone = milliseconds(draw_and_write)
     for path in paths:
         path.unlink()
-    together = milliseconds(
-        lambda: sample.draw_files(paths, lambda numbers: images[:len(numbers)], BATCH))
+    together = milliseconds(lambda: sample.draw_files(paths, draw_images, BATCH))
     return [alone / len(paths), together / len(paths)]
 
 

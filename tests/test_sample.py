@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_sample.py
 import argparse
 import itertools
 import math
+import threading
 import time
 
 import numpy as np
@@ -513,6 +514,63 @@ def test_noise_is_what_numpy_draws_for_seed_image_and_step():
     for own_samples, i in zip(samples.numpy(), (5, 2), strict=True):
         expected = np.random.default_rng((7, i, 4)).standard_normal((2, 3), np.float32)
         assert np.array_equal(own_samples, expected)
+
+
+def test_the_noise_of_a_step_is_drawn_before_it_is_asked_for(monkeypatch):
+    shape, indices, cpu = (3, 4, 4), [5, 2, 9], torch.device("cpu")
+    drawn = [threading.Event() for _ in range(3)]
+    original = sample.noise
+
+    def noise(shape, seed, indices, step):
+        samples = original(shape, seed, indices, step)
+        drawn[step].set()
+        return samples
+
+    monkeypatch.setattr(sample, "noise", noise)
+    noises = sample.noise_ahead(shape, 7, indices, 2, cpu)
+    for step in range(3):
+        assert torch.equal(next(noises), original(shape, 7, indices, step))
+        if step < 2:
+            assert drawn[step + 1].wait(20)
+    assert next(noises, None) is None
+
+
+def drawn_in_batches(monkeypatch, tmp_path, in_second_batch):
+    """Draw four images, two at a time, onto a disk that writes none before the second batch begins.
+
+    in_second_batch: function that is called there. Returns their paths.
+    """
+    second_has_begun = threading.Event()
+    original = sample.save_picture
+
+    def save_late(image, path):
+        assert second_has_begun.wait(20)
+        original(image, path)
+
+    def draw_images(numbers):
+        if numbers[0] == 2:
+            second_has_begun.set()
+            in_second_batch()
+        return torch.full((2, 8, 8, 3), numbers[0], dtype=torch.uint8)
+
+    monkeypatch.setattr(sample, "save_picture", save_late)
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    with sample.says_what_is_kept(files):
+        sample.draw_files(files, draw_images, batch=2)
+    return files
+
+
+def test_files_are_written_while_the_next_batch_is_drawn(monkeypatch, tmp_path):
+    files = drawn_in_batches(monkeypatch, tmp_path, in_second_batch=lambda: None)
+    assert [np.asarray(Image.open(file)).max() for file in files] == [0, 0, 2, 2]
+
+
+def test_whoever_stops_while_files_are_written_is_told_of_all_of_them(monkeypatch, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="2 of 4 images are kept"):
+        drawn_in_batches(monkeypatch, tmp_path, in_second_batch=stop)
 
 
 def test_a_file_that_a_thread_can_not_write_ends_the_run(tmp_path):
