@@ -263,47 +263,30 @@ def check_flags(args):
 
 # ---------------------------------------------------------------------------- latents
 def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, device="cpu"):
-    """Mean and variance of each latent element over n images, in one pass in fp64.
+    """Mean and variance of each latent element over n images, in one pass.
 
-    encoder: Encoder. data: ImageData. batch: images per process and forward pass.
+    encoder: Encoder. data: ImageData. batch: images per process and forward pass. n: a multiple of
+    batch x world.
     Returns: mean and variance, c h w each, fp32; the same on all processes.
     Source: RAE, section 3.1. The release keeps a running average of its last 20 batches instead.
     """
-    batch = max(1, min(batch, n // world))
+    total = 0
+    squares = 0
     steps = n // (batch * world)
-    zero = torch.zeros((), dtype=torch.float64)
-    moments = (0, zero, zero)
     stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
     for _, _, images, _, _ in progress.progress_bar(stream, "latents", total=steps):
         latents = encoder.encode(images.to(device).float() / 255)       # b c h w
-        latents = latents.cpu().double()                                # some GPUs have no fp64
-        mean = latents.mean(0)                                          # c h w
-        scatter = (latents - mean).square().sum(0)                      # c h w
-        moments = merge_moments(moments, (len(latents), mean, scatter))
+        # In fp64, since E[x^2] - E[x]^2 cancels; on the CPU, since some GPUs have no fp64.
+        latents = latents.cpu().double()
+        total += latents.sum(0)                                         # c h w
+        squares += latents.square().sum(0)                              # c h w
 
-    moments, *others = runtime.gather(moments)
-    for other in others:
-        moments = merge_moments(moments, other)
-    count, mean, scatter = moments
+    mean = runtime.all_sum(total) / n
+    variance = runtime.all_sum(squares) / n - mean.square()
     # A latent that is the same in all images, as pixels of a white border, must keep a variance
     # above 0. That is far below the 1e-5 which RAE adds.
-    variance = (scatter / count).clamp(min=1e-20)
+    variance = variance.clamp(min=1e-20)
     return mean.float(), variance.float()
-
-
-def merge_moments(a, b):
-    """Moments of two disjoint samples together.
-
-    a, b: (count, mean, sum of squared deviations from the mean) of each sample.
-    Source: Chan, Golub, LeVeque 1979. It is accurate where E[x^2] - E[x]^2 cancels.
-    """
-    count_a, mean_a, scatter_a = a
-    count_b, mean_b, scatter_b = b
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    mean = mean_a + delta * (count_b / count)
-    scatter = scatter_a + scatter_b + delta.square() * (count_a * count_b / count)
-    return count, mean, scatter
 
 
 def add_noise(latents, tau, law):                                       # [D1]

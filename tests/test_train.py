@@ -371,23 +371,6 @@ def test_latent_statistics_are_those_of_all_latents():
     torch.testing.assert_close(var, latents.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
 
 
-def test_moments_of_two_samples_together():
-    """Far from zero, where sums of squares would cancel."""
-    samples = torch.randn(5, 3, dtype=torch.float64) + 1e6, torch.randn(7, 3, dtype=torch.float64)
-    moments = []
-    for sample_of_one in samples:
-        mean = sample_of_one.mean(0)
-        scatter = (sample_of_one - mean).square().sum(0)
-        moments.append((len(sample_of_one), mean, scatter))
-
-    count, mean, scatter = train_decoder.merge_moments(*moments)
-
-    together = torch.cat(samples)
-    assert count == 12
-    torch.testing.assert_close(mean, together.mean(0))
-    torch.testing.assert_close(scatter / count, together.var(0, unbiased=False))
-
-
 @pytest.mark.parametrize("law, mean_sigma", [
     ("half_normal", 0.5 * (2 / torch.pi) ** 0.5), ("uniform", 0.5 / 2)])
 def test_latent_noise_law(law, mean_sigma):
