@@ -300,8 +300,7 @@ def decoder_step_row(args, device, encoder, dtype, gan):
     if gan:
         flags += ["--gan", "0.75", "--disc", "dino-s16", "--disc_start", "0", "--gan_start", "0"]
     args_of_run = train_decoder.parse_args(flags)
-    sizes = train_decoder.decoder_sizes(args_of_run, encoder)
-    networks = train_decoder.Networks(encoder, sizes, args_of_run, device)
+    networks = train_decoder.Networks(encoder, args_of_run, device)
     optimizers = train_decoder.make_optimizers(networks.trained, "adamw", 1e-4, 0.0)
     meter = train_decoder.LossMeter(open_data("shapes", 64), device)
     trainer = train_decoder.Trainer(networks, meter, args_of_run, device, world=1)
@@ -441,7 +440,6 @@ def main(args):
     _, _, device = runtime.setup()
     # Random weights in place of downloads.
     release.load_vit = untrained_vit
-    train_decoder.load_vit = untrained_vit
     metrics.lpips.LPIPS = functools.partial(lpips.LPIPS, pnet_rand=True, pretrained=False)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
