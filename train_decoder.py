@@ -50,6 +50,7 @@ from model import (
     build_decoder,
     check_heads,
 )
+from muon import Muon
 from run_flags import at_least
 
 # ---------------------------------------------------------------------------- flags
@@ -322,12 +323,8 @@ class ReconstructionLoss(nn.Module):                                    # [D2]
     def __init__(self, lpips=0.0, gram=0.0, feature=0.0):
         super().__init__()
         self.weights = {"l1": 1.0, "lpips": lpips, "gram": gram, "feature": feature}
-        self.feature_distance = None
-        self.vgg = None
-        if feature > 0:
-            self.feature_distance = FeatureDistance()
-        if lpips > 0 or gram > 0:
-            self.vgg = metrics.load_lpips()
+        self.feature_distance = FeatureDistance() if feature > 0 else None
+        self.vgg = metrics.load_lpips() if lpips > 0 or gram > 0 else None
 
     def forward(self, images, target):                                  # b 3 H W each
         terms = {"l1": F.l1_loss(images, target)}                       # the pixel loss
@@ -550,57 +547,6 @@ def cut_out(images, cutout):
 
 
 # ---------------------------------------------------------------------------- optimisers
-class Muon(torch.optim.Muon):
-    """Momentum whose update of each matrix is made orthogonal, in fp32.
-
-    torch.optim.Muon computes in bf16, which takes 20 to 40 times as long on CPUs that have only
-    AVX2; all arguments are its own. The update is scaled to the size of AdamW's, so that both take
-    one learning rate.
-    found_inf: as optimizer_step() sets it, a scalar; if it is 1, a step changes nothing.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
-    """
-    found_inf = torch.tensor(0.0)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.update_weight(weight, group["lr"], group["momentum"], group["weight_decay"])
-
-    def update_weight(self, weight, lr, momentum, weight_decay):
-        state = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        running_mean = state["momentum_buffer"].lerp(weight.grad, 1 - momentum)         # m n
-        update = weight.grad.lerp(running_mean, momentum)               # m n, Nesterov momentum
-        update = orthogonalise(update)                                  # m n
-        # An orthogonal m n matrix has a root mean square of 1 / sqrt(max(m, n)), AdamW's updates of
-        # about 0.2.
-        scale = 0.2 * max(weight.shape) ** 0.5
-        new_weight = weight * (1 - lr * weight_decay)                   # m n
-        new_weight.sub_(update, alpha=scale * lr)
-        is_left_out = self.found_inf > 0
-        state["momentum_buffer"].copy_(
-            torch.where(is_left_out, state["momentum_buffer"], running_mean))
-        weight.copy_(torch.where(is_left_out, weight, new_weight))
-
-
-def orthogonalise(x):
-    """A matrix m n with the singular vectors of x, and all singular values about 1.
-
-    By five Newton-Schulz iterations, whose coefficients are Jordan's: they bring singular values to
-    0.7 to 1.3 soon, rather than to 1 slowly.
-    """
-    is_tall = x.shape[0] > x.shape[1]
-    x = x / x.norm().clamp(min=1e-7)                        # all singular values at most 1
-    if is_tall:
-        x = x.mT                                            # the smaller product x x^T
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-    return x.mT if is_tall else x
-
-
 def make_optimizers(model, name, lr, weight_decay):
     """A list: AdamW; or, for name "muon", AdamW and Muon for the matrices of the layers."""
     matrices, others = [], []
@@ -615,7 +561,7 @@ def make_optimizers(model, name, lr, weight_decay):
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay,
                                     fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr, weight_decay))
     return optimizers
 
 
@@ -633,18 +579,10 @@ def average_gradients(module):
 
 
 # ---------------------------------------------------------------------------- networks
-def decoder_sizes(args, encoder):
-    """The arguments of build_decoder, as they stand in the "rae" of checkpoints."""
-    patch = args.decoder_patch or args.size // encoder.grid         # the encoder's, by default
-    return dict(decoder_patch=patch, decoder_width=args.decoder_width,
-                decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
-                decoder_mlp=args.decoder_mlp)
-
-
 class Networks:
     """All networks of stage 1, on the device.
 
-    encoder: the Encoder. sizes: of the decoder, a dict. decoder: the Decoder.
+    encoder: the Encoder. decoder: the Decoder. sizes: its arguments in the "rae" of checkpoints.
     trained: ModuleList of the decoder and, if the encoder is a VAE, its backbone.
     ema: average of `trained`, in eval mode. ema_decoder, ema_encoder: the Decoder in it, and the
     Encoder that belongs to that.
@@ -652,7 +590,10 @@ class Networks:
     """
     def __init__(self, encoder, args, device):
         self.encoder = encoder
-        self.sizes = decoder_sizes(args, encoder)
+        patch = args.decoder_patch or args.size // encoder.grid     # default: the encoder's
+        self.sizes = dict(decoder_patch=patch, decoder_width=args.decoder_width,
+                          decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
+                          decoder_mlp=args.decoder_mlp)
         self.decoder = build_decoder(self.sizes, encoder.channels, encoder.grid).to(device)
         self.decoder.checkpoint = args.checkpoint_activations
         self.trained = nn.ModuleList([self.decoder])

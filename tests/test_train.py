@@ -38,6 +38,7 @@ from conftest import (
 )
 from data import batches, open_data, resize_images
 from model import Encoder, build_decoder
+from muon import Muon
 
 DECODER_FLAGS = [
     "--decoder_width", "32", "--decoder_depth", "1", "--decoder_heads", "2", "--decoder_mlp", "64",
@@ -489,7 +490,7 @@ def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing(name, is_o
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 def test_muon_is_that_of_torch_but_for_bf16(shape):
     ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
-    optimizer = train_decoder.Muon([ours], 1e-2, 0.1)
+    optimizer = Muon([ours], 1e-2, 0.1)
     torch_optimizer = torch.optim.Muon([theirs], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         ours.grad = torch.randn(shape)
