@@ -403,7 +403,7 @@ def t2i_row(args, device, encoder):
     shape = (encoder.channels, encoder.grid, encoder.grid)
     size = dict(DECODER_SIZES["tiny"], decoder_patch=16)
     rae = RAE(encoder, build_decoder(size, encoder.channels, encoder.grid)).to(device)
-    context = dict(vars(args_of_run), context=encoder.grid ** 2 + 176)
+    context = encoder.grid ** 2 + 176
     t2i = train_t2i.build_model(args_of_run, context, shape, None).to(device)
     prompt = [("user", "two red circles and a blue star"), ("assistant", "<image>")]
     images = torch.randint(256, (args.batch, 3, 256, 256), dtype=torch.uint8)
@@ -417,7 +417,7 @@ def t2i_row(args, device, encoder):
     def step():
         latents = rae.encode(micro.images.float() / 255).float()
         cross_entropy, error, flow = t2i(micro.asked, micro.drawn, latents, t, eps)
-        (cross_entropy / micro.num_tokens + error.mean() + flow.mean()).backward()
+        (cross_entropy / micro.counts.tokens + error.mean() + flow.mean()).backward()
         runtime.optimizer_step([optimizer], t2i, 1.0, 1e-9)
 
     return Row(f"text to image, training step, {args_of_run.draws} draws", step,
