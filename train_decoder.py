@@ -283,6 +283,25 @@ def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, devic
     return mean.float(), variance.float()
 
 
+def measure_latents(networks, data, args, log, device):
+    """latent_statistics() of whole batches of at most --stats_n images of the data."""
+    n = len(data)
+    if args.stats_n > 0:
+        n = min(n, args.stats_n)
+    n = max(args.batch, n // args.batch * args.batch)
+    log.say(f"measuring the latents of {n} images")
+    mean, var = latent_statistics(
+        networks.ema_encoder, data, n, args.micro_batch, runtime.process_rank(),
+        runtime.world_size(), args.workers, device)
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        raise ValueError(f"the latents of --encoder {args.encoder} are not finite; if it is a VAE, "
+                         f"the run has diverged: lower --lr, or give --clip 1")
+    if n == 1:
+        log.warn("one image has no variance: latents will not be normalised; give more images")
+    log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
+    return mean, var
+
+
 def add_noise(latents, tau, law):                                       # [D1]
     """Noise-augmented decoding: latents + sigma * N(0, 1), with one sigma per sample.
 
@@ -583,9 +602,9 @@ class Networks:
     """All networks of stage 1, on the device.
 
     encoder: the Encoder. decoder: the Decoder. sizes: its arguments in the "rae" of checkpoints.
-    trained: ModuleList of the decoder and, if the encoder is a VAE, its backbone.
-    ema: average of `trained`, in eval mode. ema_decoder, ema_encoder: the Decoder in it, and the
-    Encoder that belongs to that.
+    ema_decoder, ema_encoder: those of the average weights, in eval mode. The encoder is the same
+    unless it is a VAE, which is trained.
+    trained, ema: ModuleLists of the decoder and, if the encoder is a VAE, its backbone.
     reconstruction_loss: a ReconstructionLoss. discriminator: a Discriminator, or None.
     """
     def __init__(self, encoder, args, device):
@@ -596,17 +615,17 @@ class Networks:
                           decoder_mlp=args.decoder_mlp)
         self.decoder = build_decoder(self.sizes, encoder.channels, encoder.grid).to(device)
         self.decoder.checkpoint = args.checkpoint_activations
+        self.ema_decoder = copy.deepcopy(self.decoder)
+        self.ema_encoder = encoder
         self.trained = nn.ModuleList([self.decoder])
+        self.ema = nn.ModuleList([self.ema_decoder])
         if encoder.trainable:
             encoder.backbone.requires_grad_(True)
-            encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
-            self.trained.append(encoder.backbone)
-        self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
-        self.ema_decoder = self.ema[0]
-        self.ema_encoder = encoder
-        if encoder.trainable:
             self.ema_encoder = copy.deepcopy(encoder)
-            self.ema_encoder.backbone = self.ema[1]
+            self.trained.append(encoder.backbone)
+            self.ema.append(self.ema_encoder.backbone)
+            encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
+        self.ema.requires_grad_(False).eval()
         self.reconstruction_loss = ReconstructionLoss(args.lpips, args.gram, args.feature)
         self.reconstruction_loss.to(device)
         self.discriminator = None
@@ -891,25 +910,6 @@ def count_image_flops(networks, args, device):
 
 
 # ---------------------------------------------------------------------------- training
-def measure_latents(networks, data, args, log, device):
-    """latent_statistics() of whole batches of at most --stats_n images of the data."""
-    n = len(data)
-    if args.stats_n > 0:
-        n = min(n, args.stats_n)
-    n = max(args.batch, n // args.batch * args.batch)
-    log.say(f"measuring the latents of {n} images")
-    mean, var = latent_statistics(
-        networks.ema_encoder, data, n, args.micro_batch, runtime.process_rank(),
-        runtime.world_size(), args.workers, device)
-    if not (mean.isfinite().all() and var.isfinite().all()):
-        raise ValueError(f"the latents of --encoder {args.encoder} are not finite; if it is a VAE, "
-                         f"the run has diverged: lower --lr, or give --clip 1")
-    if n == 1:
-        log.warn("one image has no variance: latents will not be normalised; give more images")
-    log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
-    return mean, var
-
-
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
