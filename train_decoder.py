@@ -683,6 +683,21 @@ class Networks:
                     encoder=encoder, disc=heads)
 
 
+def build_networks(args, resumed, device):
+    """Networks with fresh weights, those of --init, or those of the resumed checkpoint."""
+    torch.manual_seed(args.seed)                            # the encoder of a VAE starts at random
+    encoder = release.load_encoder(args.encoder, args.size).to(device)
+    torch.manual_seed(args.seed)                            # so do the decoder and the heads
+    networks = Networks(encoder, args, device)
+    if resumed:
+        networks.load_resumed(resumed)
+    elif args.init:
+        networks.load_initial(args.init)
+    if args.compile:
+        networks.compile()
+    return networks
+
+
 # ---------------------------------------------------------------------------- gradients of a step
 class LossMeter:
     """Means of losses since the last line of the log, over micro-batches and processes.
@@ -934,21 +949,12 @@ def main(args, data=None):
         features = metrics.feature_network(args.eval_features).to(device)
 
     # ---------------------------------------------------------------- model
-    torch.manual_seed(args.seed)                            # the encoder of a VAE starts at random
-    encoder = release.load_encoder(args.encoder, args.size).to(device)
-    torch.manual_seed(args.seed)
-    networks = Networks(encoder, args, device)
+    networks = build_networks(args, resumed, device)
     drawn_size = networks.decoder.image_size
     metrics.check_eval_side(args, val_data, drawn_size)
     # An upsampling decoder draws larger images than its encoder sees: load them at the larger side.
     data.size = max(args.size, drawn_size)
     val_data.size = max(args.size, drawn_size)
-    if resumed:
-        networks.load_resumed(resumed)
-    elif args.init:
-        networks.load_initial(args.init)
-    if args.compile:
-        networks.compile()
 
     # ---------------------------------------------------------------- optimiser
     optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)
@@ -985,7 +991,7 @@ def main(args, data=None):
 
     def save(step, is_stop):
         mean, var = latent_mean, latent_var
-        if encoder.trainable:                               # its latents have changed
+        if networks.encoder.trainable:                      # its latents have changed
             mean, var = measure_latents(networks, statistics_data, args, log, device)
         flags = run_flags.flags_as_dict(args)
         flags["decoder_patch"] = networks.decoder.patch     # is known only now
@@ -1020,8 +1026,8 @@ def main(args, data=None):
             trainer.plain_step(micro_batches, train_discriminator)
         log.flops += args.batch // world * image_flops.at(step, args)
 
-        if encoder.trainable:
-            average_gradients(encoder.backbone)             # DDP does so for the decoder alone
+        if networks.encoder.trainable:
+            average_gradients(networks.encoder.backbone)    # DDP does so for the decoder alone
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end,
                                          shape="cosine")
         grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip, lr)
