@@ -317,20 +317,6 @@ def add_noise(latents, tau, law):                                       # [D1]
     return latents + sigma * torch.randn_like(latents)
 
 
-def sample_posterior(encoder, images):
-    """Latents drawn from the posterior of a VAE, and its KL divergence from N(0, 1).
-
-    images: b 3 H W in [0,1]. Returns: latents b c h w; KL, a scalar, in nats per latent element.
-    Source: arXiv 1312.6114, appendix B.
-    """
-    mean, log_var = encoder.backbone.posterior(encoder.pixels(images))  # b n c each
-    # KL = (mean^2 + var - 1 - log var) / 2
-    kl = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
-    eps = torch.randn(mean.shape, device=mean.device)                   # b n c
-    latents = mean + (log_var / 2).exp() * eps                          # b n c
-    return rearrange(latents, "b (h w) c -> b c h w", h=encoder.grid), kl
-
-
 # ---------------------------------------------------------------------------- reconstruction loss
 class ReconstructionLoss(nn.Module):                                    # [D2]
     """Weighted sum of L1, LPIPS, Gram and feature distance. What has weight 0 is not computed.
@@ -785,7 +771,9 @@ class Trainer:
         """
         runtime.seed_step(self.args.seed, batch.step, batch.micro)
         if self.encoder.trainable:
-            latents, kl = sample_posterior(self.encoder, batch.images)
+            pixels = self.encoder.pixels(batch.images)                  # b 3 s s
+            tokens, kl = self.encoder.backbone.sample_posterior(pixels)     # b n c, scalar
+            latents = rearrange(tokens, "b (h w) c -> b c h w", h=self.encoder.grid)
         else:
             latents = self.encoder.encode(batch.images).float()
             kl = torch.zeros((), device=self.device)
