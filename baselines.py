@@ -55,6 +55,17 @@ class VAE(nn.Module):
         mean, log_var = self.moments(tokens).float().chunk(2, dim=-1)               # b n c each
         return mean, log_var.clamp(-30, 20)             # limits as in Stable Diffusion's VAE
 
+    def sample_posterior(self, x):                                  # b 3 H W
+        """Tokens b n c drawn from the posterior, and its KL divergence from N(0, 1).
+
+        The KL is a scalar, in nats per latent element. Source: arXiv 1312.6114, appendix B.
+        """
+        mean, log_var = self.posterior(x)                           # b n c each
+        # KL = (mean^2 + var - 1 - log var) / 2
+        kl = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
+        eps = torch.randn(mean.shape, device=mean.device)           # b n c
+        return mean + (log_var / 2).exp() * eps, kl                 # b n c, scalar
+
     def forward_features(self, x):                                  # b 3 H W
         mean, _ = self.posterior(x)
         return mean                                                 # b n c

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import evaluation
 import metrics
 import progress
+import release
 import run_flags
 import runtime
 import saving
@@ -50,20 +51,7 @@ from model import (
     build_decoder,
     check_heads,
 )
-from release import (
-    LARGEST_PATCH,
-    LARGEST_SIDE,
-    PUBLISHED_RAES,
-    is_published_rae,
-    load_encoder,
-    load_packed_rae,
-    load_release,
-    load_resumed,
-    load_strict,
-    load_vit,
-    pixel_statistics,
-    warn_of_tiny_encoder,
-)
+from muon import Muon
 from run_flags import at_least
 
 # ---------------------------------------------------------------------------- flags
@@ -95,6 +83,13 @@ RECIPES = {
                       gan=10.0, gan_start=8 * 2500, disc="dino-s16", disc_start=7 * 2500,
                       disc_lr=5e-5, disc_warmup=2500),
 }
+# ViT under the discriminator's heads: name for release.load_vit, side of its images, mean and
+# standard deviation of their pixels.
+DISCRIMINATORS = {
+    "tiny": ("tiny", 64, HALF_PIXELS),                      # the shipped encoder
+    "dino-s8": ("vit_small_patch8_224.dino", 224, IMAGENET_PIXELS),
+    "dino-s16": ("vit_small_patch16_224.dino", 224, IMAGENET_PIXELS),
+}
 # Encoders of the built-in world. LPIPS is off by default: VGG was trained on photographs at 224 px,
 # and its weights are a download.
 SMALL_ENCODERS = ("tiny", "random", "pixel", "vae")
@@ -112,7 +107,7 @@ def make_parser():
     # data
     p.add_argument("--data", nargs="+",
                    help="Images: shapes, text, a folder, tars, or several NAME=PATH:WEIGHT to mix.")
-    p.add_argument("--size", type=at_least(1, LARGEST_SIDE + 1),
+    p.add_argument("--size", type=at_least(1, release.LARGEST_SIDE + 1),
                    help="Side of the images given to the encoder, in pixels (default: 256; for "
                         f"{small} 64).")
     p.add_argument("--hold_out", type=at_least(0),
@@ -138,12 +133,12 @@ def make_parser():
                    help="Attention heads of the decoder (default: of --decoder).")
     p.add_argument("--decoder_mlp", type=at_least(1),
                    help="Hidden width of the decoder's MLPs (default: of --decoder).")
-    p.add_argument("--decoder_patch", type=at_least(1, LARGEST_PATCH + 1),
+    p.add_argument("--decoder_patch", type=at_least(1, release.LARGEST_PATCH + 1),
                    help="Pixels per token side that the decoder draws; twice the encoder's "
                         "upsamples by 2 (default: as the encoder).")
     p.add_argument("--init",
                    help="Checkpoint whose EMA weights to start from, an official model.pt, or a "
-                        f"published autoencoder by name: {', '.join(PUBLISHED_RAES)}.")
+                        f"published autoencoder by name: {', '.join(release.PUBLISHED_RAES)}.")
     p.add_argument("--checkpoint_activations", action="store_true", default=None,
                    help="Recompute activations in the backward pass: less memory, a quarter more "
                         "time.")
@@ -166,7 +161,7 @@ def make_parser():
                    help="Weight of lambda x GAN; RAE: 0.75, Scale-RAE: 10.")
     p.add_argument("--gan_start", type=at_least(0),
                    help="Step at which the GAN joins the objective (default: steps / 2).")
-    p.add_argument("--disc", choices=("tiny", "dino-s8", "dino-s16"),
+    p.add_argument("--disc", choices=DISCRIMINATORS,
                    help="Frozen network under the discriminator's heads (default: dino-s8; for "
                         f"{small} tiny).")
     p.add_argument("--disc_start", type=at_least(0),
@@ -213,6 +208,7 @@ def resolve(args):
     if args.resume:
         out = given.get("out", DEFAULTS["out"])
         stored = run_flags.flags_of_run(out, "train_decoder.py", "disc", make_parser())
+        run_flags.check_unchanged(args, stored, FIXED)
         values |= stored
     else:
         values |= fit_defaults(args, DEFAULTS)
@@ -239,8 +235,6 @@ def resolve(args):
         resolved.disc_start = resolved.gan_start * 3 // 4
     if resolved.micro_batch is None:
         resolved.micro_batch = run_flags.default_micro_batch(resolved.batch)
-    if args.resume:
-        run_flags.check_unchanged(resolved, stored, FIXED)
     return resolved
 
 
@@ -249,7 +243,7 @@ def check_flags(args):
     run_flags.check_run_flags(args)
     check_amounts(args.data, args.batch, args.hold_out, args.eval_n if args.eval_every else 0)
     metrics.check_feature_name(args.eval_features, "--eval_features")
-    pixel_statistics(args.encoder)                          # knows all names
+    release.pixel_statistics(args.encoder)                  # knows all names
     check_heads(args.decoder_width, args.decoder_heads, "--decoder_width", "--decoder_heads")
     if args.decoder_width % 4:                              # sines and cosines of row and column
         raise ValueError(f"--decoder_width {args.decoder_width} must be a multiple of 4")
@@ -264,47 +258,49 @@ def check_flags(args):
 
 # ---------------------------------------------------------------------------- latents
 def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, device="cpu"):
-    """Mean and variance of each latent element over n images, in one pass in fp64.
+    """Mean and variance of each latent element over n images, in one pass.
 
-    encoder: Encoder. data: ImageData. batch: images per process and forward pass.
+    encoder: Encoder. data: ImageData. batch: images per process and forward pass. n: a multiple of
+    batch x world.
     Returns: mean and variance, c h w each, fp32; the same on all processes.
     Source: RAE, section 3.1. The release keeps a running average of its last 20 batches instead.
     """
-    batch = max(1, min(batch, n // world))
+    total = 0
+    squares = 0
     steps = n // (batch * world)
-    zero = torch.zeros((), dtype=torch.float64)
-    moments = (0, zero, zero)
     stream = batches(data, batch * world, batch, 0, rank, world, workers, stop=steps)
     for _, _, images, _, _ in progress.progress_bar(stream, "latents", total=steps):
         latents = encoder.encode(images.to(device).float() / 255)       # b c h w
-        latents = latents.cpu().double()                                # some GPUs have no fp64
-        mean = latents.mean(0)                                          # c h w
-        scatter = (latents - mean).square().sum(0)                      # c h w
-        moments = merge_moments(moments, (len(latents), mean, scatter))
+        # In fp64, since E[x^2] - E[x]^2 cancels; on the CPU, since some GPUs have no fp64.
+        latents = latents.cpu().double()
+        total += latents.sum(0)                                         # c h w
+        squares += latents.square().sum(0)                              # c h w
 
-    moments, *others = runtime.gather(moments)
-    for other in others:
-        moments = merge_moments(moments, other)
-    count, mean, scatter = moments
+    mean = runtime.all_sum(total) / n
+    variance = runtime.all_sum(squares) / n - mean.square()
     # A latent that is the same in all images, as pixels of a white border, must keep a variance
     # above 0. That is far below the 1e-5 which RAE adds.
-    variance = (scatter / count).clamp(min=1e-20)
+    variance = variance.clamp(min=1e-20)
     return mean.float(), variance.float()
 
 
-def merge_moments(a, b):
-    """Moments of two disjoint samples together.
-
-    a, b: (count, mean, sum of squared deviations from the mean) of each sample.
-    Source: Chan, Golub, LeVeque 1979. It is accurate where E[x^2] - E[x]^2 cancels.
-    """
-    count_a, mean_a, scatter_a = a
-    count_b, mean_b, scatter_b = b
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    mean = mean_a + delta * (count_b / count)
-    scatter = scatter_a + scatter_b + delta.square() * (count_a * count_b / count)
-    return count, mean, scatter
+def measure_latents(networks, data, args, log, device):
+    """latent_statistics() of whole batches of at most --stats_n images of the data."""
+    n = len(data)
+    if args.stats_n > 0:
+        n = min(n, args.stats_n)
+    n = max(args.batch, n // args.batch * args.batch)
+    log.say(f"measuring the latents of {n} images")
+    mean, var = latent_statistics(
+        networks.ema_encoder, data, n, args.micro_batch, runtime.process_rank(),
+        runtime.world_size(), args.workers, device)
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        raise ValueError(f"the latents of --encoder {args.encoder} are not finite; if it is a VAE, "
+                         f"the run has diverged: lower --lr, or give --clip 1")
+    if n == 1:
+        log.warn("one image has no variance: latents will not be normalised; give more images")
+    log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
+    return mean, var
 
 
 def add_noise(latents, tau, law):                                       # [D1]
@@ -322,20 +318,6 @@ def add_noise(latents, tau, law):                                       # [D1]
     return latents + sigma * torch.randn_like(latents)
 
 
-def sample_posterior(encoder, images):
-    """Latents drawn from the posterior of a VAE, and its KL divergence from N(0, 1).
-
-    images: b 3 H W in [0,1]. Returns: latents b c h w; KL, a scalar, in nats per latent element.
-    Source: arXiv 1312.6114, appendix B.
-    """
-    mean, log_var = encoder.backbone.posterior(encoder.pixels(images))  # b n c each
-    # KL = (mean^2 + var - 1 - log var) / 2
-    kl = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
-    eps = torch.randn(mean.shape, device=mean.device)                   # b n c
-    latents = mean + (log_var / 2).exp() * eps                          # b n c
-    return rearrange(latents, "b (h w) c -> b c h w", h=encoder.grid), kl
-
-
 # ---------------------------------------------------------------------------- reconstruction loss
 class ReconstructionLoss(nn.Module):                                    # [D2]
     """Weighted sum of L1, LPIPS, Gram and feature distance. What has weight 0 is not computed.
@@ -347,12 +329,8 @@ class ReconstructionLoss(nn.Module):                                    # [D2]
     def __init__(self, lpips=0.0, gram=0.0, feature=0.0):
         super().__init__()
         self.weights = {"l1": 1.0, "lpips": lpips, "gram": gram, "feature": feature}
-        self.feature_distance = None
-        self.vgg = None
-        if feature > 0:
-            self.feature_distance = FeatureDistance()
-        if lpips > 0 or gram > 0:
-            self.vgg = metrics.load_lpips()
+        self.feature_distance = FeatureDistance() if feature > 0 else None
+        self.vgg = metrics.load_lpips() if lpips > 0 or gram > 0 else None
 
     def forward(self, images, target):                                  # b 3 H W each
         terms = {"l1": F.l1_loss(images, target)}                       # the pixel loss
@@ -370,10 +348,7 @@ class ReconstructionLoss(nn.Module):                                    # [D2]
 
 
 def vgg_maps(vgg, images):
-    """The feature maps of VGG-16 that LPIPS compares.
-
-    vgg: lpips.LPIPS. images: b 3 H W in [0,1]. Returns: five maps b c h w.
-    """
+    """The five feature maps b c h w of VGG-16 that LPIPS compares, of images b 3 H W in [0,1]."""
     return vgg.net(vgg.scaling_layer(2 * images - 1))
 
 
@@ -421,7 +396,7 @@ class FeatureDistance(nn.Module):
     """
     def __init__(self):
         super().__init__()
-        self.encoder = load_encoder("tiny")
+        self.encoder = release.load_encoder("tiny")
 
     def tokens(self, images):                                           # b 3 H W
         """Tokens b n c after each block, each with mean 0 and variance 1 over its channels."""
@@ -461,27 +436,21 @@ class DiscriminatorHead(nn.Module):
 class Discriminator(nn.Module):
     """Five trained heads over the blocks of a frozen ViT.
 
-    name: "tiny" (the shipped encoder), "dino-s8" or "dino-s16" (DINO's ViT-S).
+    name: a key of DISCRIMINATORS.
     forward: images b 3 H W in [0,1] -> logits b 5*n; higher is more real.
     Source: RAE's release. Other than here, it zeroes the bias of the keys, to which attention is
         blind, and computes DINO's GELUs by the tanh approximation.
     """
     def __init__(self, name):
         super().__init__()
-        if name == "tiny":
-            timm_name, self.image_size, pixels = "tiny", 64, HALF_PIXELS
-        elif name == "dino-s8":
-            timm_name, self.image_size, pixels = "vit_small_patch8_224.dino", 224, IMAGENET_PIXELS
-        else:
-            timm_name, self.image_size, pixels = "vit_small_patch16_224.dino", 224, IMAGENET_PIXELS
-        self.normalise = Normalise(*pixels)
-        self.vit = load_vit(timm_name, self.image_size).requires_grad_(False)
+        vit_name, self.image_size, pixel_statistics = DISCRIMINATORS[name]
+        self.normalise = Normalise(*pixel_statistics)
+        self.vit = release.load_vit(vit_name, self.image_size).requires_grad_(False)
         # The last block, and the last one of each quarter of the depth: of 12 blocks 11, 2, 5, 8,
         # 11. The release has the last one twice.
         depth = len(self.vit.blocks)
-        self.blocks = [depth - 1]
-        for quarter in (1, 2, 3, 4):
-            self.blocks.append(depth * quarter // 4 - 1)
+        quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        self.blocks = [depth - 1, *quarters]
         self.heads = nn.ModuleList(DiscriminatorHead(self.vit.embed_dim) for _ in self.blocks)
         self.eval()
 
@@ -515,7 +484,7 @@ def hinge_loss(fake_logits, real_logits):                               # [D4]
     return (F.relu(1 + fake_logits) + F.relu(1 - real_logits)).mean() / 2
 
 
-def to_8_bits(images):
+def round_to_8_bits(images):
     """Images as a file would store them, lest rounding tells real ones from fakes."""
     return (images.detach().clamp(0, 1) * 255).round() / 255
 
@@ -584,57 +553,6 @@ def cut_out(images, cutout):
 
 
 # ---------------------------------------------------------------------------- optimisers
-class Muon(torch.optim.Muon):
-    """Momentum whose update of each matrix is made orthogonal, in fp32.
-
-    torch.optim.Muon computes in bf16, which takes 20 to 40 times as long on CPUs that have only
-    AVX2; all arguments are its own. The update is scaled to the size of AdamW's, so that both take
-    one learning rate.
-    found_inf: as optimizer_step() sets it, a scalar; if it is 1, a step changes nothing.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
-    """
-    found_inf = torch.tensor(0.0)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.update_weight(weight, group["lr"], group["momentum"], group["weight_decay"])
-
-    def update_weight(self, weight, lr, momentum, weight_decay):
-        state = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        running_mean = state["momentum_buffer"].lerp(weight.grad, 1 - momentum)         # m n
-        update = weight.grad.lerp(running_mean, momentum)               # m n, Nesterov momentum
-        update = orthogonalise(update)                                  # m n
-        # An orthogonal m n matrix has a root mean square of 1 / sqrt(max(m, n)), AdamW's updates of
-        # about 0.2.
-        scale = 0.2 * max(weight.shape) ** 0.5
-        new_weight = weight * (1 - lr * weight_decay)                   # m n
-        new_weight.sub_(update, alpha=scale * lr)
-        is_left_out = self.found_inf > 0
-        state["momentum_buffer"].copy_(
-            torch.where(is_left_out, state["momentum_buffer"], running_mean))
-        weight.copy_(torch.where(is_left_out, weight, new_weight))
-
-
-def orthogonalise(x):
-    """A matrix m n with the singular vectors of x, and all singular values about 1.
-
-    By five Newton-Schulz iterations, whose coefficients are Jordan's: they bring singular values to
-    0.7 to 1.3 soon, rather than to 1 slowly.
-    """
-    is_tall = x.shape[0] > x.shape[1]
-    x = x / x.norm().clamp(min=1e-7)                        # all singular values at most 1
-    if is_tall:
-        x = x.mT                                            # the smaller product x x^T
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-    return x.mT if is_tall else x
-
-
 def make_optimizers(model, name, lr, weight_decay):
     """A list: AdamW; or, for name "muon", AdamW and Muon for the matrices of the layers."""
     matrices, others = [], []
@@ -649,7 +567,7 @@ def make_optimizers(model, name, lr, weight_decay):
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=weight_decay,
                                     fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr, weight_decay))
     return optimizers
 
 
@@ -667,38 +585,34 @@ def average_gradients(module):
 
 
 # ---------------------------------------------------------------------------- networks
-def decoder_sizes(args, encoder):
-    """The arguments of build_decoder, as they stand in the "rae" of checkpoints."""
-    patch = args.decoder_patch
-    if patch is None:
-        patch = args.size // encoder.grid                   # to draw images of the encoder's side
-    return dict(decoder_patch=patch, decoder_width=args.decoder_width,
-                decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
-                decoder_mlp=args.decoder_mlp)
-
-
 class Networks:
     """All networks of stage 1, on the device.
 
-    encoder, decoder: an Encoder and a Decoder. reconstruction_loss: a ReconstructionLoss.
-    discriminator: a Discriminator, or None.
-    trained: ModuleList of the decoder and, if the encoder is a VAE, its backbone.
-    ema: average of `trained`, in eval mode. ema_encoder: the Encoder that belongs to it.
+    encoder: the Encoder. decoder: the Decoder. sizes: its arguments in the "rae" of checkpoints.
+    ema_decoder, ema_encoder: those of the average weights, in eval mode. The encoder is the same
+    unless it is a VAE, which is trained.
+    trained, ema: ModuleLists of the decoder and, if the encoder is a VAE, its backbone.
+    reconstruction_loss: a ReconstructionLoss. discriminator: a Discriminator, or None.
     """
-    def __init__(self, encoder, sizes, args, device):
+    def __init__(self, encoder, args, device):
         self.encoder = encoder
-        self.decoder = build_decoder(sizes, encoder.channels, encoder.grid).to(device)
+        patch = args.decoder_patch or args.size // encoder.grid     # default: the encoder's
+        self.sizes = dict(decoder_patch=patch, decoder_width=args.decoder_width,
+                          decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads,
+                          decoder_mlp=args.decoder_mlp)
+        self.decoder = build_decoder(self.sizes, encoder.channels, encoder.grid).to(device)
         self.decoder.checkpoint = args.checkpoint_activations
+        self.ema_decoder = copy.deepcopy(self.decoder)
+        self.ema_encoder = encoder
         self.trained = nn.ModuleList([self.decoder])
+        self.ema = nn.ModuleList([self.ema_decoder])
         if encoder.trainable:
             encoder.backbone.requires_grad_(True)
-            encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
-            self.trained.append(encoder.backbone)
-        self.ema = copy.deepcopy(self.trained).requires_grad_(False).eval()
-        self.ema_encoder = encoder
-        if encoder.trainable:
             self.ema_encoder = copy.deepcopy(encoder)
-            self.ema_encoder.backbone = self.ema[1]
+            self.trained.append(encoder.backbone)
+            self.ema.append(self.ema_encoder.backbone)
+            encoder.backbone.vit.set_grad_checkpointing(args.checkpoint_activations)
+        self.ema.requires_grad_(False).eval()
         self.reconstruction_loss = ReconstructionLoss(args.lpips, args.gram, args.feature)
         self.reconstruction_loss.to(device)
         self.discriminator = None
@@ -718,40 +632,104 @@ class Networks:
 
     def load_initial(self, path):
         """Start from the decoder of --init, and from its encoder, too, if that is a VAE."""
-        if is_published_rae(path):
-            state = {"rae": load_packed_rae(path)}
+        if release.is_published_rae(path):
+            state = {"rae": release.load_packed_rae(path)}
             state["ema"] = state["rae"]["decoder"]
         else:
             state = storage.load_checkpoint(path)
-        load_release(self.decoder, state, f"--init {path}")
+        release.load_release(self.decoder, state, f"--init {path}")
         if self.encoder.trainable:
             weights = state.get("rae", {}).get("encoder_weights", {})
-            load_strict(self.encoder.backbone, weights, f"--init {path}")
+            release.load_strict(self.encoder.backbone, weights, f"--init {path}")
         self.ema.load_state_dict(self.trained.state_dict())
 
     def load_resumed(self, state):
         """Go on from a checkpoint."""
-        load_release(self.decoder, state["model"], "the resumed decoder")
-        load_release(self.ema[0], state["ema"], "the resumed EMA")
+        release.load_release(self.decoder, state["model"], "the resumed decoder")
+        release.load_release(self.ema_decoder, state["ema"], "the resumed EMA")
         if self.encoder.trainable:
             self.encoder.backbone.load_state_dict(state["encoder"])
-            self.ema[1].load_state_dict(state["rae"]["encoder_weights"])
+            self.ema_encoder.backbone.load_state_dict(state["rae"]["encoder_weights"])
         if self.discriminator is not None:
             self.discriminator.heads.load_state_dict(state["disc"])
 
-    def state(self):
-        """What load_resumed needs, but for what is in the "rae" of a checkpoint."""
-        state = dict(model=self.decoder.state_dict(), ema=self.ema[0].state_dict(), encoder={},
-                     disc={})
+    def pack_rae(self, latent_mean, latent_var):
+        """The autoencoder of the EMA weights, as the dict under "rae" of a checkpoint."""
+        packed = dict(self.sizes, encoder=self.encoder.name, size=self.encoder.image_size,
+                      latent_mean=latent_mean, latent_var=latent_var,
+                      decoder=self.ema_decoder.state_dict())
         if self.encoder.trainable:
-            state["encoder"] = self.encoder.backbone.state_dict()
-        if self.discriminator is not None:
-            state["disc"] = self.discriminator.heads.state_dict()
-        return state
+            packed["encoder_weights"] = self.ema_encoder.backbone.state_dict()
+        return packed
+
+    def state(self):
+        """What load_resumed needs, but for what pack_rae returns."""
+        encoder = self.encoder.backbone.state_dict() if self.encoder.trainable else {}
+        heads = self.discriminator.heads.state_dict() if self.discriminator is not None else {}
+        return dict(model=self.decoder.state_dict(), ema=self.ema_decoder.state_dict(),
+                    encoder=encoder, disc=heads)
+
+
+def build_networks(args, resumed, device):
+    """Networks with fresh weights, those of --init, or those of the resumed checkpoint."""
+    torch.manual_seed(args.seed)                            # the encoder of a VAE starts at random
+    encoder = release.load_encoder(args.encoder, args.size).to(device)
+    torch.manual_seed(args.seed)                            # so do the decoder and the heads
+    networks = Networks(encoder, args, device)
+    if resumed:
+        networks.load_resumed(resumed)
+    elif args.init:
+        networks.load_initial(args.init)
+    if args.compile:
+        networks.compile()
+    return networks
 
 
 # ---------------------------------------------------------------------------- gradients of a step
+class LossMeter:
+    """Means of losses since the last line of the log, over micro-batches and processes.
+
+    data: ImageData; the L1 distance is also averaged by its sources if it is a mixture.
+    """
+    def __init__(self, data, device):
+        self.data = data
+        self.device = device
+        self.values = defaultdict(list)                     # of micro-batches, by name of the loss
+        self.l1_by_source = runtime.MeanByGroup(len(data.domains), device)
+
+    def add(self, **losses):
+        """Add scalars of a micro-batch or a step by name."""
+        for name, value in losses.items():
+            self.values[name].append(value.detach())
+
+    def add_l1_by_source(self, first, l1):
+        """Add the L1 distances b of images first, first + 1, ... of the data."""
+        sources = [self.data.source_of(first + i) for i in range(len(l1))]
+        self.l1_by_source.add(runtime.to_device(torch.tensor(sources), self.device), l1)
+
+    def means(self):
+        """A dict of floats, the same on all processes; starts again."""
+        means = {}
+        for name, values in self.values.items():
+            means[name] = runtime.all_mean(torch.stack(values).mean()).item()
+        self.values.clear()
+        _, source_means = self.l1_by_source.means()
+        if len(self.data.domains) > 1:
+            for name, mean in zip(self.data.domains, source_means, strict=True):
+                if mean is not None:                        # none of its images was drawn
+                    means[f"l1_{name}"] = mean
+        return means
+
+
+def adaptive_weight(rec_gradient, gan_gradient):                        # [D3]
+    """lambda: what the GAN's gradient at the last layer is to be multiplied by to be as long as the
+    reconstruction loss's. The constants are those of RAE's release.
+    """
+    return (rec_gradient.norm() / (gan_gradient.norm() + 1e-6)).clamp(max=1e4)
+
+
 class MicroBatch(NamedTuple):
+    """What a process computes in one forward and backward pass."""
     step: int
     micro: int                   # number in the step, over all processes
     images: torch.Tensor         # b 3 s s in [0,1], as the encoder sees them
@@ -762,12 +740,14 @@ class MicroBatch(NamedTuple):
 class Trainer:
     """Adds up the gradients of an optimizer step over the micro-batches of this process.
 
-    networks: of which the encoder, the decoder, the loss and the discriminator are used.
-    meter: LossMeter, which is told all losses. world: number of processes.
+    networks: Networks. meter: LossMeter, which is told all losses. world: number of processes.
     """
     def __init__(self, networks, meter, args, device, world):
         self.encoder = networks.encoder
         self.decoder = networks.decoder
+        self.parallel_decoder = networks.decoder            # for passes whose gradients it averages
+        if world > 1:
+            self.parallel_decoder = runtime.data_parallel(networks.decoder)
         self.reconstruction_loss = networks.reconstruction_loss
         self.discriminator = networks.discriminator
         self.meter = meter
@@ -775,12 +755,6 @@ class Trainer:
         self.device = device
         self.world = world
         self.accumulation = args.batch // (args.micro_batch * world)
-        self.pixel_mean = torch.tensor(self.encoder.mean, device=device).view(3, 1, 1)
-        self.pixel_std = torch.tensor(self.encoder.std, device=device).view(3, 1, 1)
-        # The decoder as it is called where its gradients are needed.
-        self.parallel_decoder = self.decoder
-        if world > 1:
-            self.parallel_decoder = runtime.data_parallel(self.decoder)
 
     def prepare(self, micro_batches):
         """Turn what data.batches yields into MicroBatches on the device, one at a time."""
@@ -798,7 +772,9 @@ class Trainer:
         """
         runtime.seed_step(self.args.seed, batch.step, batch.micro)
         if self.encoder.trainable:
-            latents, kl = sample_posterior(self.encoder, batch.images)
+            pixels = self.encoder.pixels(batch.images)                  # b 3 s s
+            tokens, kl = self.encoder.backbone.sample_posterior(pixels)     # b n c, scalar
+            latents = rearrange(tokens, "b (h w) c -> b c h w", h=self.encoder.grid)
         else:
             latents = self.encoder.encode(batch.images).float()
             kl = torch.zeros((), device=self.device)
@@ -806,7 +782,7 @@ class Trainer:
 
     def to_images(self, pixels):
         """Undo the encoder's pixel normalisation: b 3 S S -> b 3 S S in [0,1], not clamped."""
-        return pixels * self.pixel_std + self.pixel_mean
+        return pixels * self.encoder.normalise.std + self.encoder.normalise.mean
 
     def plain_step(self, micro_batches, train_discriminator):
         """Gradients of the reconstruction loss, and of a VAE's KL divergence.
@@ -823,7 +799,7 @@ class Trainer:
                 (objective / self.accumulation).backward()
             if train_discriminator:
                 self.discriminator_step(images, batch.target)
-            self.record(batch, images, loss, kl, terms)
+            self.record(batch, images, kl, loss=loss, **terms)
 
     def adversarial_step(self, micro_batches):
         """Gradients of L_rec + gan * lambda * L_gan (+ kl * KL of a VAE), and of the discriminator.
@@ -856,33 +832,22 @@ class Trainer:
             gan_grad, = torch.autograd.grad(gan_loss / self.accumulation, images)    # b 3 S S
             rec_at_last += torch.autograd.grad(drawn, last_layer, rec_grad, retain_graph=True)[0]
             gan_at_last += torch.autograd.grad(drawn, last_layer, gan_grad)[0]
-            pending.append((batch, latents, rec_grad, gan_grad))
+            pending.append((batch, latents, kl, rec_grad, gan_grad))
             self.discriminator_step(images, batch.target)
-            self.record(batch, images, loss, kl, terms | {"gan": gan_loss})
+            self.record(batch, images, kl, loss=loss, **terms, gan=gan_loss)
 
         gan_lambda = adaptive_weight(runtime.all_mean(rec_at_last), runtime.all_mean(gan_at_last))
         self.meter.add(gan_lambda=gan_lambda)
-        for batch, latents, rec_grad, gan_grad in pending:              # pass 2
+        for batch, latents, kl, rec_grad, gan_grad in pending:          # pass 2
             gradient = rec_grad + self.args.gan * gan_lambda * gan_grad             # b 3 S S
             with runtime.sync_gradients(self.parallel_decoder, batch.is_last):
-                if self.encoder.trainable:
-                    self.decode_backward_vae(batch, gradient)
-                else:
-                    self.decode_backward(latents, gradient)
-
-    def decode_backward(self, latents, gradient):
-        """Decode latents b c h w, and send a gradient b 3 S S at the images backward."""
-        with runtime.autocast(self.device, self.args.dtype):
-            images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
-        images.backward(gradient)
-
-    def decode_backward_vae(self, batch, gradient):
-        """The same for a VAE: the encoder is trained as well, and the KL has its own gradient."""
-        with runtime.autocast(self.device, self.args.dtype):
-            latents, kl = self.noisy_latents(batch)                     # b c h w, scalar
-            images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
-        kl_gradient = torch.full_like(kl, self.args.kl / self.accumulation)
-        torch.autograd.backward([images, kl], [gradient, kl_gradient])
+                with runtime.autocast(self.device, self.args.dtype):
+                    if self.encoder.trainable:              # the same again, with a graph
+                        latents, kl = self.noisy_latents(batch)
+                    images = self.to_images(self.parallel_decoder(latents))     # b 3 S S
+                    # A scalar whose gradient at the images is `gradient`.
+                    objective = (gradient * images).sum() + self.args.kl / self.accumulation * kl
+                objective.backward()
 
     def discriminate(self, images):
         """Logits of the discriminator for images b 3 S S in [0,1], augmented."""
@@ -893,87 +858,41 @@ class Trainer:
     def discriminator_step(self, fake, real):
         """Gradients of the discriminator's loss for fake and real images, b 3 S S each."""
         with runtime.autocast(self.device, self.args.dtype):
-            fake_logits = self.discriminate(to_8_bits(fake))            # b 5*n
-            real_logits = self.discriminate(to_8_bits(real))            # b 5*n
+            fake_logits = self.discriminate(round_to_8_bits(fake))      # b 5*n
+            real_logits = self.discriminate(round_to_8_bits(real))      # b 5*n
             loss = hinge_loss(fake_logits, real_logits)
         (loss / self.accumulation).backward()
         self.meter.add(disc=loss)
 
-    def record(self, batch, images, loss, kl, terms):
+    def record(self, batch, images, kl, **losses):
         """Tell the meter the losses of a micro-batch."""
-        self.meter.add(loss=loss, **terms)
         if self.encoder.trainable:
-            self.meter.add(kl=kl)
+            losses["kl"] = kl
+        self.meter.add(**losses)
         first = batch.step * self.args.batch + batch.micro * self.args.micro_batch
         l1 = (images.detach() - batch.target).abs().mean((1, 2, 3))     # b
         self.meter.add_l1_by_source(first, l1)
-
-
-def adaptive_weight(rec_gradient, gan_gradient):                        # [D3]
-    """lambda: what the GAN's gradient at the last layer is to be multiplied by to be as long as the
-    reconstruction loss's. The constants are those of RAE's release.
-    """
-    return (rec_gradient.norm() / (gan_gradient.norm() + 1e-6)).clamp(max=1e4)
-
-
-class LossMeter:
-    """Means of losses since the last line of the log, over micro-batches and processes.
-
-    data: ImageData; the L1 distance is also averaged by its sources if it is a mixture.
-    """
-    def __init__(self, data, device):
-        self.data = data
-        self.device = device
-        self.values = defaultdict(list)
-        self.l1_by_source = runtime.MeanByGroup(len(data.domains), device)
-
-    def add(self, **losses):
-        """Add scalars of a micro-batch or a step by name."""
-        for name, value in losses.items():
-            self.values[name].append(value.detach())
-
-    def add_l1_by_source(self, first, l1):
-        """Add the L1 distances b of images first, first + 1, ... of the data."""
-        sources = [self.data.source_of(first + i) for i in range(len(l1))]
-        self.l1_by_source.add(runtime.to_device(torch.tensor(sources), self.device), l1)
-
-    def last(self, name):
-        """The last value of a loss, of this process."""
-        return self.values[name][-1]
-
-    def means(self):
-        """A dict of floats, the same on all processes; starts again."""
-        means = {}
-        for name, values in self.values.items():
-            means[name] = runtime.all_mean(torch.stack(values).mean()).item()
-        self.values.clear()
-        _, source_means = self.l1_by_source.means()
-        if len(self.data.domains) > 1:
-            for name, mean in zip(self.data.domains, source_means, strict=True):
-                if mean is not None:                        # none of its images was drawn
-                    means[f"l1_{name}"] = mean
-        return means
 
 
 # ---------------------------------------------------------------------------- speed
 class ImageFlops(NamedTuple):
     """FLOPs of a training step for each image. What is decoded twice with the GAN counts once."""
     reconstruction: float        # encoder, decoder and reconstruction loss
-    discriminator: float         # training of the discriminator
+    discriminator: float         # training of the discriminator; 0: there is none
     gan: float                   # gradient of the GAN's loss at the image
 
     def at(self, step, args):
         flops = self.reconstruction
-        if args.gan > 0 and step >= args.disc_start:
+        if step >= args.disc_start:
             flops += self.discriminator
-        if args.gan > 0 and step >= args.gan_start:
+        if step >= args.gan_start:
             flops += self.gan
         return flops
 
 
 def count_image_flops(networks, args, device):
     """The ImageFlops of Networks. The optimizers and the EMA count nothing."""
-    encoder, decoder = networks.ema_encoder, networks.ema[0]            # in eval mode
+    encoder, decoder = networks.ema_encoder, networks.ema_decoder       # in eval mode
     image = torch.zeros(1, 3, args.size, args.size, device=device)
     drawn = torch.zeros(1, 3, decoder.image_size, decoder.image_size, device=device)
     latents = torch.zeros(1, encoder.channels, encoder.grid, encoder.grid, device=device)
@@ -995,19 +914,11 @@ def count_image_flops(networks, args, device):
 
 
 # ---------------------------------------------------------------------------- training
-def statistics_size(args, data):
-    """Number of images to measure latents of: whole batches of at most --stats_n images."""
-    n = len(data)
-    if args.stats_n > 0:
-        n = min(n, args.stats_n)
-    return max(args.batch, n // args.batch * args.batch)
-
-
 def main(args, data=None):
     """Train by the flags of parse_args. data: an ImageData in place of --data's training images."""
     rank, world, device = runtime.setup()
     lock = storage.lock(args.out, is_folder=True)
-    resumed = load_resumed(args, "train_decoder.py") if args.resume else None
+    resumed = release.load_resumed(args, "train_decoder.py") if args.resume else None
 
     # ---------------------------------------------------------------- data
     statistics_data = data
@@ -1026,22 +937,12 @@ def main(args, data=None):
         features = metrics.feature_network(args.eval_features).to(device)
 
     # ---------------------------------------------------------------- model
-    torch.manual_seed(args.seed)                            # the encoder of a VAE starts at random
-    encoder = load_encoder(args.encoder, args.size).to(device)
-    sizes = decoder_sizes(args, encoder)
-    drawn_size = encoder.grid * sizes["decoder_patch"]
+    networks = build_networks(args, resumed, device)
+    drawn_size = networks.decoder.image_size
     evaluation.check_eval_side(args, val_data, drawn_size)
     # An upsampling decoder draws larger images than its encoder sees: load them at the larger side.
     data.size = max(args.size, drawn_size)
     val_data.size = max(args.size, drawn_size)
-    torch.manual_seed(args.seed)
-    networks = Networks(encoder, sizes, args, device)
-    if resumed:
-        networks.load_resumed(resumed)
-    elif args.init:
-        networks.load_initial(args.init)
-    if args.compile:
-        networks.compile()
 
     # ---------------------------------------------------------------- optimiser
     optimizers = make_optimizers(networks.trained, args.optimizer, args.lr, args.weight_decay)
@@ -1067,37 +968,23 @@ def main(args, data=None):
     image_flops = count_image_flops(networks, args, device)
     log.warn(change_of_data)
     run_flags.warn_of_flags(log, args, resumed)
-    warn_of_tiny_encoder(log, args.encoder, data)
-
-    def measure_latents():
-        n = statistics_size(args, statistics_data)
-        log.say(f"measuring the latents of {n} images")
-        mean, var = latent_statistics(networks.ema_encoder, statistics_data, n, args.micro_batch,
-                                      rank, world, args.workers, device)
-        if not (mean.isfinite().all() and var.isfinite().all()):
-            raise ValueError(f"the latents of --encoder {args.encoder} are not finite; if it is a "
-                             f"VAE, the run has diverged: lower --lr, or give --clip 1")
-        if n == 1:
-            log.warn("one image has no variance: latents will not be normalised; give more images")
-        log.say(f"latents {tuple(mean.shape)}: variance {var.mean():.3f} over {n} images")
-        return mean, var
+    release.warn_of_tiny_encoder(log, args.encoder, data)
 
     if resumed:
         latent_mean, latent_var = resumed["rae"]["latent_mean"], resumed["rae"]["latent_var"]
     else:
-        latent_mean, latent_var = measure_latents()
-    rae = RAE(networks.ema_encoder, networks.ema[0], latent_mean, latent_var).to(device).eval()
+        latent_mean, latent_var = measure_latents(networks, statistics_data, args, log, device)
+    rae = RAE(networks.ema_encoder, networks.ema_decoder, latent_mean, latent_var)
+    rae = rae.to(device).eval()
 
     def save(step, is_stop):
-        state = networks.state()
-        packed_rae = dict(sizes, encoder=args.encoder, size=args.size, latent_mean=latent_mean,
-                          latent_var=latent_var, decoder=state["ema"])
-        if encoder.trainable:                               # its latents have changed
-            packed_rae["latent_mean"], packed_rae["latent_var"] = measure_latents()
-            packed_rae["encoder_weights"] = networks.ema[1].state_dict()
-        flags = dict(run_flags.flags_as_dict(args), decoder_patch=sizes["decoder_patch"])
+        mean, var = latent_mean, latent_var
+        if networks.encoder.trainable:                      # its latents have changed
+            mean, var = measure_latents(networks, statistics_data, args, log, device)
+        flags = run_flags.flags_as_dict(args)
+        flags["decoder_patch"] = networks.decoder.patch     # is known only now
         checkpoints.save(
-            step, is_stop, **state, rae=packed_rae, args=flags,
+            step, is_stop, **networks.state(), rae=networks.pack_rae(mean, var), args=flags,
             opt=[optimizer.state_dict() for optimizer in all_optimizers], data=identity)
 
     def draw_preview():
@@ -1112,22 +999,23 @@ def main(args, data=None):
             log.say(f"step {step} | {f'held out {name}'.strip()} | "
                     f"{metrics.format_results(results)}")
 
-    # ---------------------------------------------------------------- training
+    # ---------------------------------------------------------------- loop
     trainer = Trainer(networks, meter, args, device, world)
     stream = batches(data, args.batch, args.micro_batch, start, rank, world, args.workers,
                      stop=args.steps)
     for step, micro_batches in runtime.stop_request.catching(groupby(stream, key=itemgetter(0))):
         train_discriminator = args.gan > 0 and step >= args.disc_start
+        train_with_gan = args.gan > 0 and step >= args.gan_start
         if train_discriminator:
             networks.discriminator.update_spectral_norms()
-        if args.gan > 0 and step >= args.gan_start:
+        if train_with_gan:
             trainer.adversarial_step(micro_batches)
         else:
             trainer.plain_step(micro_batches, train_discriminator)
         log.flops += args.batch // world * image_flops.at(step, args)
 
-        if encoder.trainable:
-            average_gradients(encoder.backbone)             # DDP does so for the decoder alone
+        if networks.encoder.trainable:
+            average_gradients(networks.encoder.backbone)    # DDP does so for the decoder alone
         lr = args.lr * runtime.lr_factor(step, args.warmup, args.warmup, args.steps, args.lr_end,
                                          shape="cosine")
         grad_norm = runtime.optimizer_step(optimizers, networks.trained, args.clip, lr)
@@ -1139,7 +1027,7 @@ def main(args, data=None):
                                                     disc_lr(args, step))
 
         done = step + 1
-        checkpoints.check(done, grad_norm, disc_grad_norm, loss=meter.last("loss"))
+        checkpoints.check(done, grad_norm, disc_grad_norm, loss=meter.values["loss"][-1])
         is_end = done == args.steps
         is_stop = runtime.stop_request.was_made()
         log.first_steps(done)

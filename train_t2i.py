@@ -313,16 +313,21 @@ def check_flags(args):
 
 
 # ---------------------------------------------------------------------------- data
+class Counts(NamedTuple):
+    """What is in a micro-batch, or in a whole batch."""
+    tokens: int              # to learn
+    drawn: int               # images to draw
+    understood: int          # images to understand
+    cut: int                 # conversations that were longer than the context
+
+
 class MicroBatch(NamedTuple):
     """What a process computes in one forward and backward pass."""
     number: int              # within the step, over all processes
     images: torch.Tensor     # b 3 H W, uint8
     asked: Conversations     # those that draw nothing
     drawn: Conversations     # those that draw their image
-    num_tokens: int          # to learn
-    num_drawn: int           # images to draw
-    num_understood: int      # images to understand
-    num_cut: int             # conversations that were cut to the context
+    counts: Counts
 
     def to(self, device):
         return self._replace(images=runtime.to_device(self.images, device),
@@ -339,13 +344,13 @@ def make_micro_batch(number, images, conversations, tokenizer, n, context):
     ids, labels, tasks, num_cut = tokenize(tokenizer, conversations, n, context)
     is_drawing = tasks != UNDERSTAND                                    # b
     has_image = (ids == IMAGE).any(1)                                   # b
+    counts = Counts(
+        tokens=int((labels != NO_LABEL).sum()),
+        drawn=int(is_drawing.sum()),
+        understood=int((has_image & ~is_drawing).sum()),
+        cut=num_cut)
     asked, drawn = split_tasks(ids, labels, tasks)
-    return MicroBatch(
-        number, images, asked, drawn,
-        num_tokens=int((labels != NO_LABEL).sum()),
-        num_drawn=int(is_drawing.sum()),
-        num_understood=int((has_image & ~is_drawing).sum()),
-        num_cut=num_cut)
+    return MicroBatch(number, images, asked, drawn, counts)
 
 
 def training_steps(stream, tokenizer, n, context):
@@ -362,20 +367,12 @@ def training_steps(stream, tokenizer, n, context):
         yield step, micro_batches
 
 
-class Counts(NamedTuple):
-    """Numbers of a whole batch, over all micro-batches and processes."""
-    tokens: int              # to learn
-    drawn: int               # images
-    understood: int          # images
-
-
 def count_batch(micro_batches):
-    """Counts of a step's batch, from this process's micro-batches."""
-    counts = torch.zeros(3, dtype=torch.float64)            # on the CPU, as the counts are
+    """Counts of a step's batch over all processes, from this process's micro-batches."""
+    counts = torch.zeros(len(Counts._fields), dtype=torch.float64)     # on the CPU, as they are
     for micro in micro_batches:
-        counts += torch.tensor([micro.num_tokens, micro.num_drawn, micro.num_understood])
-    tokens, drawn, understood = runtime.all_sum(counts).tolist()
-    return Counts(round(tokens), round(drawn), round(understood))
+        counts += torch.tensor(micro.counts)
+    return Counts(*map(round, runtime.all_sum(counts).tolist()))
 
 
 def preview_prompts(args, size, num_prompts=12):
@@ -418,11 +415,12 @@ def small_language_model(args):
     return llm, tokenizer
 
 
-def build_model(args, flags, latent_shape, init):
+def build_model(args, context, latent_shape, init):
     """The T2I to train, on the CPU. Weights of --init are not loaded yet.
 
-    flags: those of the run as a dict. init: dict of the checkpoint to start from, or None.
+    context: most tokens of a conversation. init: dict of the checkpoint to start from, or None.
     """
+    flags = dict(vars(args), context=context)
     if init:
         t2i = build_t2i(flags, init)
     else:
@@ -447,13 +445,13 @@ def load_weights(t2i, init, resumed, args):
         release.load_release(t2i, weights, f"--init {args.init}")
 
 
-def build_whole(args, flags, rae, init, resumed, device):
+def build_whole(args, context, rae, init, resumed, device):
     """The T2I to train and its EMA, with the weights they start from, and the T2IFlops of the T2I.
 
     The EMA is a frozen copy, to become the average of the weights; with --ema 0 the T2I itself.
     """
     latent_shape = list(rae.latent_mean.shape)              # c h w
-    t2i = build_model(args, flags, latent_shape, init)
+    t2i = build_model(args, context, latent_shape, init)
     load_weights(t2i, init, resumed, args)
     if args.ema == 0:
         ema = t2i
@@ -467,7 +465,7 @@ def build_whole(args, flags, rae, init, resumed, device):
     return t2i.to(device), ema.to(device), flops
 
 
-def build_sharded(args, flags, rae, init, resumed, device):
+def build_sharded(args, context, rae, init, resumed, device):
     """As build_whole(), but with weights that are spread over the processes.
 
     Only rank 0 ever has a T2I as a whole, on the CPU. If the weights are in pieces already, in the
@@ -479,7 +477,7 @@ def build_sharded(args, flags, rae, init, resumed, device):
 
     def build_on_rank_0():
         nonlocal whole
-        whole = build_model(args, flags, latent_shape, init)
+        whole = build_model(args, context, latent_shape, init)
         load_weights(whole, init, resumed, args)
         return dict(llm=whole.llm.config, tokenizer=whole.tokenizer.json, latent_shape=latent_shape)
 
@@ -487,7 +485,7 @@ def build_sharded(args, flags, rae, init, resumed, device):
     mesh = sharding.make_mesh(device)
 
     def build_empty():
-        return release.build_empty(lambda: build_model(args, flags, latent_shape, description))
+        return release.build_empty(lambda: build_model(args, context, latent_shape, description))
 
     def spread(t2i):
         # The language model runs twice, for the two kinds of conversation: see T2I.forward.
@@ -496,7 +494,7 @@ def build_sharded(args, flags, rae, init, resumed, device):
         return t2i
 
     with FakeTensorMode(allow_non_fake_inputs=True):   # tensors of shapes alone
-        like_t2i = build_model(args, flags, latent_shape, description)
+        like_t2i = build_model(args, context, latent_shape, description)
         flops = T2IFlops(like_t2i.eval(), rae, args)
     t2i = build_empty()
     if args.compile:
@@ -568,6 +566,13 @@ def load_moments(t2i, optimizer, stored):
     set_optimizer_state_dict(t2i, optimizer, state, options=WHOLE)
 
 
+def load_pieces(t2i, ema, optimizer, out):
+    """Load weights, EMA and moments, in place, from the folder that OUT/last.pt names."""
+    sharding.empty_moments(optimizer)
+    state = sharding.training_state(t2i, ema, optimizer)
+    sharding.read_into(state, sharding.folder_of(Path(out) / "last.pt"))
+
+
 # ---------------------------------------------------------------------------- training
 class Losses:
     """Mean losses since the last line of the log."""
@@ -579,29 +584,31 @@ class Losses:
     def reset(self):
         self.by_time = runtime.LossByTime(self.device)
         self.sums = torch.zeros(2, device=self.device)     # cross-entropy, regression error
-        # Counts are known on the CPU, and stay there.
-        self.counts = torch.zeros(2)                       # tokens, images
-        self.num_cut = torch.zeros(1)                      # prompts longer than the context
+        self.tokens, self.drawn, self.cut = 0, 0, 0        # as in Counts, of all processes
 
     def add(self, micro, t, cross_entropy, error, flow):
         """Add the losses of a micro-batch, as T2I returns them, with flow matching at times t."""
-        if micro.num_drawn > 0:          # else the flow is that of a stand-in
+        if micro.counts.drawn > 0:       # else the flow is that of a stand-in
             self.by_time.add(t, flow)
         self.sums += torch.stack([cross_entropy.detach(), error.detach().sum()])
-        self.counts += torch.tensor([micro.num_tokens, micro.num_drawn])
-        self.num_cut += micro.num_cut
+
+    def add_counts(self, counts):
+        """Add the Counts of a whole batch."""
+        self.tokens += counts.tokens
+        self.drawn += counts.drawn
+        self.cut += counts.cut
 
     def write(self, log, step, grad_norm, lr, context):
         """Write the means over all processes to the log, and start again."""
         flow, loss_by_t = self.by_time.means()
-        sums, counts = runtime.all_mean(self.sums).cpu(), runtime.all_mean(self.counts)
-        cross_entropy, error = (sums / counts.clamp(min=1e-9)).tolist()
-        num_cut = round(float(runtime.all_sum(self.num_cut)))
+        cross_entropy_sum, error_sum = runtime.all_sum(self.sums).tolist()
+        cross_entropy = cross_entropy_sum / max(1, self.tokens)
+        error = error_sum / max(1, self.drawn)
         loss = cross_entropy + self.args.flow_weight * flow + self.args.regression * error
         log.step(step, loss, grad_norm, lr, cross_entropy=cross_entropy, flow=flow,
-                 regression=error, cut=num_cut, loss_by_t=loss_by_t)
-        if num_cut > 0:
-            log.say(f"{num_cut} prompts were longer than --context {context} tokens, and cut")
+                 regression=error, cut=self.cut, loss_by_t=loss_by_t)
+        if self.cut > 0:
+            log.say(f"{self.cut} prompts were longer than --context {context} tokens, and cut")
         self.reset()
 
 
@@ -645,9 +652,9 @@ class T2IFlops:
         return (len(micro.images) * self.encode
                 + int(lengths.sum()) * self.token
                 + int(lengths.square().sum()) * self.pair
-                + micro.num_tokens * self.label
-                + micro.num_understood * self.project
-                + micro.num_drawn * (self.connect + self.draws * self.flow))
+                + micro.counts.tokens * self.label
+                + micro.counts.understood * self.project
+                + micro.counts.drawn * (self.connect + self.draws * self.flow))
 
 
 def main(args, data=None, conversation=None):
@@ -691,7 +698,7 @@ def main(args, data=None, conversation=None):
     rae = release.unpack_rae(packed_rae).to(device)
     torch.manual_seed(args.seed)
     build = build_sharded if args.shard else build_whole
-    t2i, ema, flops = build(args, flags, rae, init, resumed, device)
+    t2i, ema, flops = build(args, context, rae, init, resumed, device)
     if args.compile:
         runtime.compile_blocks(rae.encoder)
     step_model = t2i
@@ -705,9 +712,7 @@ def main(args, data=None, conversation=None):
     if resumed:
         start = resumed["step"]
         if "weights" in resumed:
-            sharding.empty_moments(optimizer)
-            state = sharding.training_state(t2i, ema, optimizer)
-            sharding.read_into(state, sharding.folder_of(Path(args.out) / "last.pt"))
+            load_pieces(t2i, ema, optimizer, args.out)
         else:
             load_moments(t2i, optimizer, resumed["opt"])
     parameters = sum(p.numel() for p in t2i.parameters())
@@ -753,6 +758,7 @@ def main(args, data=None, conversation=None):
     steps = training_steps(stream, t2i.tokenizer, t2i.n, context)
     for step, micro_batches in runtime.stop_request.catching(steps):
         counts = count_batch(micro_batches)
+        losses.add_counts(counts)
         asked += counts.understood
         for i, micro in enumerate(micro_batches, start=1):
             is_last = i == len(micro_batches)
@@ -763,7 +769,7 @@ def main(args, data=None, conversation=None):
             with runtime.autocast(device, args.dtype):
                 latents = rae.encode(micro.images.float() / 255).float()    # b c h w, variance 1
             runtime.seed_step(args.seed, step, micro.number)
-            k = args.draws * max(1, micro.num_drawn)                        # 1: for T2I's stand-in
+            k = args.draws * max(1, micro.counts.drawn)                 # 1: for T2I's stand-in
             eps = torch.randn(k, *latents.shape[1:], device=device)         # k c h w
             t = sample_times(k, args.time_law, eps[0].numel(), args.shift_base, device)     # k
             if args.shard:

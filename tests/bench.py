@@ -300,8 +300,7 @@ def decoder_step_row(args, device, encoder, dtype, gan):
     if gan:
         flags += ["--gan", "0.75", "--disc", "dino-s16", "--disc_start", "0", "--gan_start", "0"]
     args_of_run = train_decoder.parse_args(flags)
-    sizes = train_decoder.decoder_sizes(args_of_run, encoder)
-    networks = train_decoder.Networks(encoder, sizes, args_of_run, device)
+    networks = train_decoder.Networks(encoder, args_of_run, device)
     optimizers = train_decoder.make_optimizers(networks.trained, "adamw", 1e-4, 0.0)
     meter = train_decoder.LossMeter(open_data("shapes", 64), device)
     trainer = train_decoder.Trainer(networks, meter, args_of_run, device, world=1)
@@ -404,7 +403,7 @@ def t2i_row(args, device, encoder):
     shape = (encoder.channels, encoder.grid, encoder.grid)
     size = dict(DECODER_SIZES["tiny"], decoder_patch=16)
     rae = RAE(encoder, build_decoder(size, encoder.channels, encoder.grid)).to(device)
-    context = dict(vars(args_of_run), context=encoder.grid ** 2 + 176)
+    context = encoder.grid ** 2 + 176
     t2i = train_t2i.build_model(args_of_run, context, shape, None).to(device)
     prompt = [("user", "two red circles and a blue star"), ("assistant", "<image>")]
     images = torch.randint(256, (args.batch, 3, 256, 256), dtype=torch.uint8)
@@ -418,7 +417,7 @@ def t2i_row(args, device, encoder):
     def step():
         latents = rae.encode(micro.images.float() / 255).float()
         cross_entropy, error, flow = t2i(micro.asked, micro.drawn, latents, t, eps)
-        (cross_entropy / micro.num_tokens + error.mean() + flow.mean()).backward()
+        (cross_entropy / micro.counts.tokens + error.mean() + flow.mean()).backward()
         runtime.optimizer_step([optimizer], t2i, 1.0, 1e-9)
 
     return Row(f"text to image, training step, {args_of_run.draws} draws", step,
@@ -441,7 +440,6 @@ def main(args):
     _, _, device = runtime.setup()
     # Random weights in place of downloads.
     release.load_vit = untrained_vit
-    train_decoder.load_vit = untrained_vit
     metrics.lpips.LPIPS = functools.partial(lpips.LPIPS, pnet_rand=True, pretrained=False)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

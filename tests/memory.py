@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lpips  # noqa: E402
 import timm  # noqa: E402
 
+import release  # noqa: E402
 import train_decoder  # noqa: E402
 from model import DECODER_SIZES, build_decoder  # noqa: E402
 
@@ -143,7 +144,7 @@ def main():
     parser.add_argument("--micro_batch", type=int, nargs="+", default=[1, 4, 8, 16, 32],
                         help="Micro-batches to count for (default: 1 4 8 16 32).")
     micro_batches = parser.parse_args().micro_batch
-    train_decoder.load_vit = untrained_vit
+    release.load_vit = untrained_vit
 
     print("GiB, for micro-batches of".ljust(58), *(f"{n:7}" for n in micro_batches))
     for size in ("B", "XL"):

@@ -567,7 +567,7 @@ SOLUTIONS = {
     "patchify": [[references.patchify_of_project], [references.patchify_of_project]],
     "adaln_block": [[model.modulate], [model.Block.forward]],
     "rope": [[model.RoPE.__init__], [model.RoPE.forward]],
-    "latent_statistics": [[train_decoder.latent_statistics, train_decoder.merge_moments]],
+    "latent_statistics": [[train_decoder.latent_statistics]],
     "add_noise": [[train_decoder.add_noise]],
     "adaptive_weight": [[train_decoder.adaptive_weight]],
     "frechet_distance": [[metrics.frechet_distance, metrics.square_root]],

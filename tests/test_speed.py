@@ -125,8 +125,7 @@ def test_a_step_of_the_dit_counts_as_in_torch(cache):
 def test_a_step_of_the_decoder_counts_as_in_torch(flags, decoded_twice):
     args = train_decoder.parse_args([*flags, "--dtype", "fp32"])
     encoder = release.load_encoder("tiny")
-    networks = train_decoder.Networks(encoder, train_decoder.decoder_sizes(args, encoder), args,
-                                      CPU)
+    networks = train_decoder.Networks(encoder, args, CPU)
     ours = train_decoder.count_image_flops(networks, args, CPU).at(0, args)
     networks.decoder.checkpoint = False
     meter = train_decoder.LossMeter(open_data("shapes", 64), CPU)

@@ -40,7 +40,6 @@ from train_decoder import (
     Networks,
     ReconstructionLoss,
     augment,
-    decoder_sizes,
     gram_distance,
     gram_matrix,
     vgg_maps,
@@ -201,7 +200,7 @@ def test_discriminators_of_the_papers(monkeypatch):
     def untrained_vit(timm_name, size):
         return timm.create_model(timm_name, pretrained=False, num_classes=0, img_size=size)
 
-    monkeypatch.setattr(train_decoder, "load_vit", untrained_vit)
+    monkeypatch.setattr(release, "load_vit", untrained_vit)
     discriminator = Discriminator("dino-s8")
     trained = sum(p.numel() for p in discriminator.heads.parameters())
     assert round(trained / 1e6, 2) == 7.39
@@ -395,7 +394,7 @@ def test_what_training_runs_is_compiled():
     """Nothing runs here, so nothing takes time."""
     args = train_decoder.parse_args(["--gan", "0.1", "--feature", "0.1", "--compile"])
     encoder = load_encoder("tiny")
-    networks = Networks(encoder, decoder_sizes(args, encoder), args, torch.device("cpu"))
+    networks = Networks(encoder, args, torch.device("cpu"))
     loss = networks.reconstruction_loss
     loss.vgg = torch.nn.Module()                       # in place of VGG-16
     loss.vgg.net = torch.nn.Identity()

@@ -38,6 +38,7 @@ from conftest import (
 )
 from data import batches, open_data, resize_images
 from model import Encoder, build_decoder
+from muon import Muon
 
 DECODER_FLAGS = [
     "--decoder_width", "32", "--decoder_depth", "1", "--decoder_heads", "2", "--decoder_mlp", "64",
@@ -371,23 +372,6 @@ def test_latent_statistics_are_those_of_all_latents():
     torch.testing.assert_close(var, latents.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
 
 
-def test_moments_of_two_samples_together():
-    """Far from zero, where sums of squares would cancel."""
-    samples = torch.randn(5, 3, dtype=torch.float64) + 1e6, torch.randn(7, 3, dtype=torch.float64)
-    moments = []
-    for sample_of_one in samples:
-        mean = sample_of_one.mean(0)
-        scatter = (sample_of_one - mean).square().sum(0)
-        moments.append((len(sample_of_one), mean, scatter))
-
-    count, mean, scatter = train_decoder.merge_moments(*moments)
-
-    together = torch.cat(samples)
-    assert count == 12
-    torch.testing.assert_close(mean, together.mean(0))
-    torch.testing.assert_close(scatter / count, together.var(0, unbiased=False))
-
-
 @pytest.mark.parametrize("law, mean_sigma", [
     ("half_normal", 0.5 * (2 / torch.pi) ** 0.5), ("uniform", 0.5 / 2)])
 def test_latent_noise_law(law, mean_sigma):
@@ -506,7 +490,7 @@ def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing(name, is_o
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 def test_muon_is_that_of_torch_but_for_bf16(shape):
     ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
-    optimizer = train_decoder.Muon([ours], 1e-2, 0.1)
+    optimizer = Muon([ours], 1e-2, 0.1)
     torch_optimizer = torch.optim.Muon([theirs], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         ours.grad = torch.randn(shape)
