@@ -38,6 +38,7 @@ a number only by fp32's rounding of features. samples_sha1 and reference_sha1 id
 that were compared.
 """
 import hashlib
+import math
 from pathlib import Path
 
 import lpips
@@ -101,7 +102,11 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def square_root(cov):
     """R, f r, with R R^T = cov, f f of rank r. Raises ValueError if there is none."""
-    values, vectors = torch.linalg.eigh(cov)           # cov = V D V^T, eigenvalues ascending
+    try:
+        values, vectors = torch.linalg.eigh(cov)       # cov = V D V^T, eigenvalues ascending
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"a covariance of features has no eigenvalues ({error}); measure the "
+                         f"images anew") from error
     if values[0] < -1e-3 * values[-1].abs():           # more than rounding, even of half precision
         raise ValueError(f"a covariance of features has a negative eigenvalue, {values[0]:.3g}; "
                          f"measure the images anew")
@@ -731,7 +736,7 @@ def compare(real, fake):
     let one compute them, by runtime.on_rank_0().
 
     Precision, recall and the kernel distance need kept features, sFID spatial ones.
-    Raises ValueError if the images differ in size.
+    Raises ValueError if the images differ in size, or a number comes out that is not finite.
     """
     check_image_size(real.image_size, fake.image_size)
     network = fake.network
@@ -750,6 +755,10 @@ def compare(real, fake):
         mean, std = kernel_distance(real.features, fake.features)
         results[network.kernel_name] = mean
         results[f"{network.kernel_name}_std"] = std
+    for name, value in results.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, since features are too large for its formula; "
+                             f"choose other --features")
     results["reference_sha1"] = real.sha1
     results["samples_sha1"] = fake.sha1
     return results

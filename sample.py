@@ -309,6 +309,9 @@ def generate_prompts(t2i, rae, prompts, args, indices=None, dtype="fp32", states
 
 
 # ---------------------------------------------------------------------------- flags
+# Bounds that catch a slip of the keyboard before it fills the memory: far beyond any use, as papers
+# draw 50,000 images in 50 steps.
+MOST_IMAGES, MOST_STEPS, MOST_CANDIDATES = 10 ** 6, 10 ** 4, 10 ** 4
 # Sampling flags default to None, since presets (--release, --recipe) set some of them.
 SAMPLING_DEFAULTS = dict(sampling_steps=48, solver="euler_maruyama", guidance=1.5,
                          interval=[0.0, 1.0], release_grid=False, release_dir=None)
@@ -320,7 +323,7 @@ PAPER_SAMPLING = dict(solver="euler", sampling_steps=50)                # of bot
 
 def add_sampling_flags(p):
     """The flags that draw() reads, shared by all scripts that sample."""
-    p.add_argument("--sampling_steps", type=at_least(1),
+    p.add_argument("--sampling_steps", type=at_least(1, MOST_STEPS + 1),
                    help="Steps of the solver; papers: 50.")
     p.add_argument("--solver", choices=SOLVERS, help="Solver of the ODE or SDE; papers: euler.")
     p.add_argument("--guidance", type=at_least(1.0),
@@ -358,7 +361,8 @@ def add_model_flags(p, classes=True, text=True):
     if text:
         scripts.append("train_t2i.py")
         releases += PUBLISHED_T2I
-        p.add_argument("--best_of", type=at_least(1), help="Candidates for each image of a prompt.")
+        p.add_argument("--best_of", type=at_least(1, MOST_CANDIDATES + 1),
+                       help="Candidates for each image of a prompt.")
         p.add_argument("--verifier", choices=VERIFIERS,
                        help="What chooses among the candidates of --best_of, looking at latents.")
     source = p.add_mutually_exclusive_group()
@@ -432,7 +436,7 @@ def parse_args(argv=None):
                       "Default: balanced, for a release eight classes.")
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
-    p.add_argument("--n", "--num_images", type=at_least(1),
+    p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),
                    help="Number of images (default: 3 for each label or prompt, 1 in a .gif).")
     p.add_argument("--out",
                    help=f"A picture, {' '.join(PICTURES)}: a grid; X.gif: the grid emerging from "
@@ -544,7 +548,7 @@ def parse_labels(labels, class_names, dropout):
     """Class ids of --labels: ids, names, `none`, `balanced` or `random` (both: all classes).
 
     `none`, the null class, has number len(class_names) and needs a model trained with dropout.
-    Raises ValueError for a label that the model does not know.
+    Raises ValueError for labels that the model does not know.
     """
     num_classes = len(class_names)
     if labels in (["balanced"], ["random"]):
@@ -559,10 +563,11 @@ def parse_labels(labels, class_names, dropout):
     if dropout:
         numbers["none"] = num_classes
     labels = [label.replace(" ", "_") for label in labels]
-    for label in labels:
-        if label not in numbers:
-            raise ValueError(f"--labels {label}: not among the model's {num_classes} classes, "
-                             f"{examples}; {label_advice(label, names)}")
+    unknown = [label for label in labels if label not in numbers]
+    if unknown:
+        advice = "; ".join(label_advice(label, names) for label in unknown)
+        raise ValueError(f"--labels {' '.join(unknown)}: not among the model's {num_classes} "
+                         f"classes, {examples}; {advice}")
     return [numbers[label] for label in labels]
 
 

@@ -102,6 +102,15 @@ def test_frechet_distance_refuses_what_is_no_covariance(mean, cov, message):
         frechet_distance(mean, cov, np.zeros(2), np.eye(2))
 
 
+def test_a_covariance_without_eigenvalues_is_refused(monkeypatch):
+    def fail(cov):
+        raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(ValueError, match="a covariance of features has no eigenvalues"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_features_that_are_not_finite_are_refused_by_every_number(value):
     good = torch.randn(20, 4)

@@ -772,6 +772,7 @@ def test_resolving_flags_leaves_the_given_ones_as_they_are():
     (["--interval", "0", "0.5", "--guidance", "1"], "--interval does nothing without guidance"),
     (["--prompt", "a star", "--verifier", "confidence"], "--verifier chooses among the candidates"),
     (["--best_of", "4"], "--best_of 4 needs --prompt"),
+    (["--n", "1000000000"], "--n/--num_images: 1000000000 must be at least 1 and below 1000001"),
     (["--prompt", " "], "--prompt is given an empty text, perhaps a variable that is not set"),
     (["--prompt", "word " * 80_000], "a prompt has 400000 characters"),
     (["--prompt", "a \udcff star"], "is no valid UTF-8"),

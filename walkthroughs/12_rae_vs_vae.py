@@ -77,7 +77,8 @@ lesson = Lesson("12_rae_vs_vae")
 #   into 4 x 4 tokens. The encoder is frozen and has 192 channels; the VAE is trained together with
 #   its decoder and has 64 here, as many as the VAE of FLUX has for a patch of 16 x 16 pixels.
 # - `VAE.sample_posterior` in baselines.py: the noise and the KL divergence that turn an
-#   autoencoder into a VAE. `RAE.encode` in model.py, `[L3]`, brings both kinds of latents to unit variance.
+#   autoencoder into a VAE. `RAE.encode` in model.py, `[L3]`, brings both kinds of latents to unit
+#   variance.
 # - `flow_matching_loss` in model.py, `[L9]`, and the loop of train_dit.py: nothing in them knows
 #   which latents it is given.
 # - `DiTDH` in model.py, `[L6]`: the width of the wide head is 192, the number of channels of the
