@@ -429,6 +429,11 @@ def main(args):
     start = time.time()
     metrics.prepare_output(args.out, metrics.RESULT_SUFFIXES)
     metrics.prepare_output(args.save_stats, [".npz"])
+    # Fail before a feature network is downloaded.
+    if args.samples:
+        metrics.check_paths(args.samples, "--samples")
+    if args.data:
+        metrics.check_paths(args.data, "--data")
     features = None
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)

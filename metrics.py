@@ -38,6 +38,7 @@ a number only by fp32's rounding of features. samples_sha1 and reference_sha1 id
 that were compared.
 """
 import hashlib
+import itertools
 import math
 import sys
 import zipfile
@@ -874,6 +875,14 @@ def is_npz(specs):
     return len(specs) == 1 and (specs[0].endswith(".npz") or zipfile.is_zipfile(specs[0]))
 
 
+def check_paths(specs, flag):
+    """Raise FileNotFoundError if --data or --samples names a path that does not exist."""
+    paths, _ = parse_specs(specs)
+    for path in itertools.chain.from_iterable(paths.values()):
+        if path not in BUILT_IN and not Path(path).exists():
+            raise FileNotFoundError(f"{flag} {path} does not exist; give an .npz, a folder or tars")
+
+
 def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
     """The images that --data or --samples names: Arrays or ImageData of the held-out split.
 
@@ -883,8 +892,7 @@ def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
     """
     if not is_npz(specs):
         return open_data(specs, size, split="val", hold_out=hold_out, objects=objects)
-    if not Path(specs[0]).exists():
-        raise FileNotFoundError(f"{specs[0]} does not exist; give an .npz, a folder or tars")
+    check_paths(specs, "--data")
     return Arrays(specs[0])
 
 
