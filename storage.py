@@ -157,8 +157,10 @@ def lock(path, is_folder=False):
     if runtime.process_rank() == 0:
         try:
             taken = Lock(file, Path(path))
-        except (ValueError, OSError) as error:
-            problem = runtime.one_line(error)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path} cannot be written ({error.strerror}); name another --out"
     problem = runtime.gather(problem)[0]
     if problem:
         raise ValueError(problem)

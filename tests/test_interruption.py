@@ -441,6 +441,12 @@ def test_a_second_run_on_a_folder_is_refused_until_the_first_ends(tmp_path):
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
 
 
+def test_an_output_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / ".x.png.lock").mkdir()
+    with pytest.raises(ValueError, match="x.png cannot be written .*; name another --out"):
+        storage.lock(tmp_path / "x.png")
+
+
 def test_a_released_lock_leaves_no_file(tmp_path):
     lock = storage.lock(tmp_path / "samples.png")
     assert [path.name for path in tmp_path.iterdir()] == [".samples.png.lock"]
