@@ -71,6 +71,9 @@ RECIPES = {
                 dtype="fp32", shift_base=4096, prediction="v",
                 save_every=5000, preview_every=5000),       # four epochs: they cost seconds
 }
+# Flags that --init takes from its checkpoint, as the weights were trained with them.
+OF_INIT = ("width", "depth", "heads", "head_width", "head_depth", "head_heads", "shift_base",
+           "prediction")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
 FIXED = ("recipe", "rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
@@ -174,7 +177,7 @@ def presets(args):
         values |= PUBLISHED_TRAINING | DIT_SIZES["DiTDH-XL"]
     elif args.init:
         trained = release.read_dit(args.init)["args"]
-        values |= {name: trained[name] for name in TINY_LATENTS if name in trained}
+        values |= {name: trained[name] for name in OF_INIT if name in trained}
     elif release.encoder_name(args.rae) == "tiny":
         values |= TINY_LATENTS
     values |= RECIPES.get(args.recipe, {})

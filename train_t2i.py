@@ -93,7 +93,8 @@ RECIPES = {
 # DiT of each published model, a key of T2I_SIZES.
 PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
-OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
+OF_INIT = ("width", "depth", "heads", "head_width", "head_depth", "head_heads", "connector",
+           "plan", "regression", "context", "shift_base", "prediction")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
 FIXED = ("recipe", "rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
