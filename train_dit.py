@@ -194,7 +194,9 @@ def check_flags(args):
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)
     if args.head_width:
         check_heads(args.head_width, args.head_heads, "--head_width", "--head_heads", multiple=4)
-    if args.rae and not release.is_published_rae(args.rae) and not Path(args.rae).exists():
+    # A resumed run has its autoencoder in its checkpoint.
+    needs_file = args.rae and not args.resume and not release.is_published_rae(args.rae)
+    if needs_file and not Path(args.rae).exists():
         raise ValueError(f"--rae {args.rae} does not exist; train one by train_decoder.py, or "
                          f"leave the flag out")
     is_published = args.init in release.PUBLISHED_DITS or release.is_published_rae(args.rae)

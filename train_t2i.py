@@ -228,6 +228,10 @@ def resolve(args):
         out = given.get("out", DEFAULTS["out"])
         stored = run_flags.flags_of_run(out, "train_t2i.py", "llm", make_parser())
         run_flags.check_unchanged(args, stored, FIXED)
+        if args.ema and stored["ema"] == 0:
+            raise ValueError(f"--ema {args.ema} would go on with an average that this run, of "
+                             f"--ema 0, does not have; leave it out, or start another run from "
+                             f"the weights by --init")
         values |= stored
     else:
         fitting = fit_defaults(args, DEFAULTS | {"hold_out": 0}, with_conversations=True)

@@ -816,6 +816,14 @@ def test_resume_with_another_language_model_is_refused(tmp_path, capsys):
     assert "--llm here differs from the checkpoint's None" in capsys.readouterr().err
 
 
+def test_an_average_that_a_run_does_not_have_cannot_go_on(tmp_path, capsys):
+    run_script(train_t2i, *FLAGS, "--ema", 0, "--steps", 1, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        train_t2i.parse_args(["--ema", "0.9", "--steps", "2", "--out", str(tmp_path), "--resume"])
+    assert "--ema 0.9 would go on with an average that this run" in capsys.readouterr().err
+    run_script(train_t2i, "--steps", 2, "--out", tmp_path, "--resume")
+
+
 def test_the_language_model_has_its_own_rate(tmp_path, monkeypatch):
     groups = []
     original = torch.optim.AdamW.step
