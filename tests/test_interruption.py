@@ -473,6 +473,15 @@ def test_the_pace_of_the_first_steps_is_told_once(tmp_path, capsys):
     assert sum("first_step_seconds" in record for record in read_log(tmp_path)) == 1
 
 
+def test_steps_that_compile_show_no_pace(tmp_path, capsys):
+    args = train_dit.parse_args(["--compile", "--steps", "100", "--out", str(tmp_path)])
+    log = progress.Log(args, 0, torch.device("cpu"), 0, 0, open_data("shapes", 64))
+    log.first_steps(1)
+    log.first_steps(2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("in which blocks were compiled; the next ones are faster")
+
+
 def test_torn_and_foreign_lines_do_not_prevent_a_resume(tmp_path):
     lines = [b'{"step": 1}', b'{"step": 9}', b'[1, 2]', b'7', b'\xff\xfe', b'{"step": "x"}',
              b"[" * 100_000, b'{"step": 2, "loss": null}', b'{"warning": "w"}', b'{"step": 3, "lo']
