@@ -421,6 +421,11 @@ def main(args):
     start = time.time()
     evaluation.prepare_output(args.out)
     evaluation.prepare_output(args.save_stats)
+    # Fail before a feature network is downloaded.
+    if args.samples:
+        evaluation.check_paths(args.samples, "--samples")
+    if args.data:
+        evaluation.check_paths(args.data, "--data")
     features = None
     if args.features:
         features = metrics.feature_network(args.features, args.inception).to(device)

@@ -203,8 +203,8 @@ def read_geneval(path):
             raise ValueError(f"--prompts {path}, line {number + 1}: {error}; every line must be "
                              f"JSON with a prompt") from None
         if not isinstance(record, dict) or "prompt" not in record:
-            raise ValueError(f"--prompts {path}, line {number + 1}: {line[:80]}; every line must "
-                             f"be JSON with a prompt")
+            raise ValueError(f"--prompts {path}, line {number + 1}: no \"prompt\" in {line[:80]}; "
+                             f"every line must be JSON with a prompt")
         prompts.append(Prompt(f"{number:05d}", record["prompt"], line))
     return prompts
 

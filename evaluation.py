@@ -21,6 +21,16 @@ def is_npz(specs):
     return len(specs) == 1 and (specs[0].endswith(".npz") or zipfile.is_zipfile(specs[0]))
 
 
+def check_paths(specs, flag):
+    """Raise FileNotFoundError if --data or --samples names a path that does not exist."""
+    paths, _ = parse_specs(specs)
+    for paths_of_source in paths.values():
+        for path in paths_of_source:
+            if path not in BUILT_IN and not Path(path).exists():
+                raise FileNotFoundError(f"{flag} {path} does not exist; give an .npz, a folder or "
+                                        f"tars")
+
+
 def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
     """The images that --data or --samples names: Arrays or ImageData of the held-out split.
 
@@ -30,8 +40,7 @@ def open_images(specs, size=None, hold_out=0, objects=(1, 2, 3, 4)):
     """
     if not is_npz(specs):
         return open_data(specs, size, split="val", hold_out=hold_out, objects=objects)
-    if not Path(specs[0]).exists():
-        raise FileNotFoundError(f"{specs[0]} does not exist; give an .npz, a folder or tars")
+    check_paths(specs, "--data")
     return Arrays(specs[0])
 
 

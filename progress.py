@@ -75,6 +75,7 @@ class Log:
         self.out, self.rank = Path(args.out), rank
         self.unwritten = ""                            # lines that the disk had no room for
         self.first_seconds = None                      # of the first step
+        self.compiles = args.compile
         self.flops = 0
         self.peak_flops = speed.peak_flops(device, args.dtype)
         self.bar = None
@@ -146,7 +147,8 @@ class Log:
     def first_steps(self, step):
         """Say how long the first two steps took: the next line may be far away.
 
-        The first of them waits for the loader workers, the second shows the pace.
+        The first of them waits for the loader workers, the second shows the pace, unless it may
+        compile once more, for batches of other shapes.
         """
         if step > self.start + 2:
             return
@@ -157,9 +159,13 @@ class Log:
             self.first_seconds = seconds
         else:
             pace = seconds - self.first_seconds
-            self.say(f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s; at "
-                     f"its pace the other {self.steps - step} take "
-                     f"{format_time(pace * (self.steps - step))}")
+            line = f"the first step took {self.first_seconds:.1f} s, the second {pace:.1f} s"
+            if self.compiles:
+                line += ", in which blocks were compiled; the next ones are faster"
+            else:
+                line += (f"; at its pace the other {self.steps - step} take "
+                         f"{format_time(pace * (self.steps - step))}")
+            self.say(line)
             self.write(dict(first_step_seconds=self.first_seconds, second_step_seconds=pace))
 
     def step(self, step, loss, grad_norm, lr, **more):

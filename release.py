@@ -630,8 +630,16 @@ def check_qwen2(arguments, source):
 
 def load_resumed(args, script):
     """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
+    source = f"{args.out}/last.pt"
     state = saving.load_resumable(args)
-    check_checkpoint(state, script, f"{args.out}/last.pt")
+    check_checkpoint(state, script, source)
+    needed = ["model"]
+    if args.ema > 0:
+        needed.append("ema")
+    for name in needed:
+        # With "weights", they lie in a folder, see sharding.py.
+        if name not in state and "weights" not in state:
+            raise ValueError(f"{source} has no {name} to go on with; copy or train it again")
     return state
 
 
@@ -762,7 +770,8 @@ def pixel_statistics(name):
         return HALF_PIXELS
     layout = name.split(".")[0]
     if not timm.models.is_model_in_modules(layout, ["vision_transformer", "deit", "eva", "beit"]):
-        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)} nor a ViT of "
+        raise ValueError(f"--encoder {name} is neither one of {' '.join(ENCODERS)}, nor "
+                         f"pixel:PATCH, vae:CHANNELS:PATCH or diffusers:SOURCE, nor a ViT of "
                          f"timm's modules vision_transformer, deit, eva, beit: "
                          f"timm.list_models(module='eva')")
     try:

@@ -307,6 +307,9 @@ def check_run_flags(args):
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {args.wandb} needs a package: pip install wandb")
     last = Path(args.out) / "last.pt"
+    if last.is_dir():
+        raise ValueError(f"{last} is a folder, and the checkpoint is to be written there; delete "
+                         f"it, or name another --out")
     if args.init and not args.resume and Path(args.init).resolve() == last.resolve():
         raise ValueError(f"--init {args.init} is what this run would write; name another --out")
     if last.exists() and not args.resume and not args.overwrite:

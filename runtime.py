@@ -169,6 +169,10 @@ def run(main, parse_args):
             raise SystemExit(f"error: this version of torch has no {operator} for Apple's GPUs; "
                              f"set PYTORCH_ENABLE_MPS_FALLBACK=1, which leaves it to the CPU, or "
                              f"try a newer version") from None
+        # Of torch on CPUs, and of Triton on GPUs.
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):
+            raise SystemExit("error: --compile needs a compiler of C and C++, and none was found; "
+                             "install one, such as g++, or leave the flag out") from None
         raise
     finally:
         ignore_stop_signals()                          # the process is ending anyway

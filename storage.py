@@ -157,8 +157,10 @@ def lock(path, is_folder=False):
     if runtime.process_rank() == 0:
         try:
             taken = Lock(file, Path(path))
-        except (ValueError, OSError) as error:
-            problem = runtime.one_line(error)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path} cannot be written ({error.strerror}); name another --out"
     problem = runtime.gather(problem)[0]
     if problem:
         raise ValueError(problem)
@@ -245,6 +247,9 @@ def load_checkpoint(path):
             # Windows cannot replace a file that is mapped, as a resumed run will.
             is_mapped = zipfile.is_zipfile(path) and sys.platform != "win32"
             state = torch.load(path, "cpu", weights_only=True, mmap=is_mapped)
+    except PermissionError:
+        raise ValueError(f"{path} may not be read by this user; change its permissions, or copy "
+                         f"it") from None
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely: another kind of file, "
                          f"cut short, or with code in it ({type(error).__name__}); copy or train "

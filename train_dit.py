@@ -73,6 +73,9 @@ RECIPES = {
                 dtype="fp32", shift_base=4096, prediction="v",
                 save_every=5000, preview_every=5000),       # four epochs: they cost seconds
 }
+# Flags that --init takes from its checkpoint, as the weights were trained with them.
+OF_INIT = ("width", "depth", "heads", "head_width", "head_depth", "head_heads", "shift_base",
+           "prediction")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
 FIXED = ("recipe", "rae", "data", "seed", "batch", "micro_batch", "model", "width", "depth",
@@ -176,7 +179,7 @@ def presets(args):
         values |= PUBLISHED_TRAINING | DIT_SIZES["DiTDH-XL"]
     elif args.init:
         trained = release.read_dit(args.init)["args"]
-        values |= {name: trained[name] for name in TINY_LATENTS if name in trained}
+        values |= {name: trained[name] for name in OF_INIT if name in trained}
     elif release.encoder_name(args.rae) == "tiny":
         values |= TINY_LATENTS
     values |= RECIPES.get(args.recipe, {})
@@ -193,7 +196,9 @@ def check_flags(args):
     check_heads(args.width, args.heads, "--width", "--heads", multiple=4)
     if args.head_width:
         check_heads(args.head_width, args.head_heads, "--head_width", "--head_heads", multiple=4)
-    if args.rae and not release.is_published_rae(args.rae) and not Path(args.rae).exists():
+    # A resumed run has its autoencoder in its checkpoint.
+    needs_file = args.rae and not args.resume and not release.is_published_rae(args.rae)
+    if needs_file and not Path(args.rae).exists():
         raise ValueError(f"--rae {args.rae} does not exist; train one by train_decoder.py, or "
                          f"leave the flag out")
     is_published = args.init in release.PUBLISHED_DITS or release.is_published_rae(args.rae)

@@ -94,7 +94,8 @@ RECIPES = {
 # DiT of each published model, a key of T2I_SIZES.
 PUBLISHED_SIZES = {"scale-rae-1.5b": "2.4B", "scale-rae-7b": "9.8B"}
 # Flags that --init takes from its checkpoint, as the weights were trained with them.
-OF_INIT = ("plan", "regression", "context", "shift_base", "prediction")
+OF_INIT = ("width", "depth", "heads", "head_width", "head_depth", "head_heads", "connector",
+           "plan", "regression", "context", "shift_base", "prediction")
 # Flags that a resumed run must keep: they say what is trained on what. Rates, horizons and how
 # often to report may change.
 FIXED = ("recipe", "rae", "data", "model", "wide_head", "llm", "llm_width", "llm_depth",
@@ -228,6 +229,10 @@ def resolve(args):
         out = given.get("out", DEFAULTS["out"])
         stored = run_flags.flags_of_run(out, "train_t2i.py", "llm", make_parser())
         run_flags.check_unchanged(args, stored, FIXED)
+        if args.ema and stored["ema"] == 0:
+            raise ValueError(f"--ema {args.ema} would go on with an average that this run, of "
+                             f"--ema 0, does not have; leave it out, or start another run from "
+                             f"the weights by --init")
         values |= stored
     else:
         fitting = fit_defaults(args, DEFAULTS | {"hold_out": 0}, with_conversations=True)

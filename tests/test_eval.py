@@ -291,8 +291,11 @@ def test_bad_flags_are_refused(argv, message, capsys):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         run_script(eval_fid, "--ckpt", tmp_path / "nothing.pt")
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="--data nowhere does not exist"):
         run_script(eval_fid, "--data", "nowhere")
+    # Before Inception is downloaded.
+    with pytest.raises(FileNotFoundError, match="--samples nowhere does not exist"):
+        run_script(eval_fid, "--samples", "nowhere", "--data", "shapes")
     with pytest.raises(FileNotFoundError, match="nothing.pt does not exist"):
         run_script(eval_decoder, "--rae", tmp_path / "nothing.pt")
 

@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     (b'{"text": "a star"}', "line 1: .*every line must be JSON with a prompt"),
     (b'{"prompt": "a star"}\n["a star"]', "line 2: .*every line must be JSON with a prompt"),
     (b"a star", "line 1: .*every line must be JSON with a prompt"),
-    (b"3", "line 1: 3; every line must be JSON with a prompt"),
+    (b"3", 'line 1: no "prompt" in 3; every line must be JSON with a prompt'),
     (b"[" * 100_000, "line 1: .*every line must be JSON with a prompt"),
     (b'{"prompt": 3}', "00000: a prompt must be a text, not int"),
     (b'{"prompt": null}', "00000: a prompt must be a text, not NoneType"),

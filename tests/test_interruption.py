@@ -441,6 +441,12 @@ def test_a_second_run_on_a_folder_is_refused_until_the_first_ends(tmp_path):
     run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
 
 
+def test_an_output_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / ".x.png.lock").mkdir()
+    with pytest.raises(ValueError, match="x.png cannot be written .*; name another --out"):
+        storage.lock(tmp_path / "x.png")
+
+
 def test_a_released_lock_leaves_no_file(tmp_path):
     lock = storage.lock(tmp_path / "samples.png")
     assert [path.name for path in tmp_path.iterdir()] == [".samples.png.lock"]
@@ -465,6 +471,15 @@ def test_the_pace_of_the_first_steps_is_told_once(tmp_path, capsys):
     run_script(train_dit, *DIT_FLAGS, "--steps", 6, "--log_every", 1, "--out", tmp_path)
     assert capsys.readouterr().out.count("the first step took") == 1
     assert sum("first_step_seconds" in record for record in read_log(tmp_path)) == 1
+
+
+def test_steps_that_compile_show_no_pace(tmp_path, capsys):
+    args = train_dit.parse_args(["--compile", "--steps", "100", "--out", str(tmp_path)])
+    log = progress.Log(args, 0, torch.device("cpu"), 0, 0, open_data("shapes", 64))
+    log.first_steps(1)
+    log.first_steps(2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("in which blocks were compiled; the next ones are faster")
 
 
 def test_torn_and_foreign_lines_do_not_prevent_a_resume(tmp_path):
@@ -510,6 +525,16 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path):
         storage.save_checkpoint(path, x=torch.zeros(100_000))
     assert torch.equal(storage.load_checkpoint(path)["x"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_of_another_user_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*args, **options):                      # permissions do not keep out root
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    storage.save_checkpoint(tmp_path / "last.pt", x=1)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ValueError, match="last.pt may not be read by this user; change its perm"):
+        storage.load_checkpoint(tmp_path / "last.pt")
 
 
 def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):

@@ -403,10 +403,9 @@ def write_photos(folder, n, side):
 
 
 def test_train_dit_starts_from_a_checkpoint(tmp_path, no_updates):
-    """--init takes weights, RAE and prediction of the checkpoint."""
+    """--init takes weights, size, RAE and prediction of the checkpoint."""
     shipped = storage.load_checkpoint(SHIPPED)
-    flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
-             *QUICK_TRAINING]
+    flags = ["--init", SHIPPED, "--batch", 4, *QUICK_TRAINING]
 
     run_script(train_dit, *flags, "--out", tmp_path / "same")
 
@@ -421,8 +420,7 @@ def test_train_dit_starts_other_classes_with_a_new_table(tmp_path, no_updates):
     shipped = storage.load_checkpoint(SHIPPED)
     write_photos(tmp_path / "two" / "cats", 4, 64)
     write_photos(tmp_path / "two" / "dogs", 4, 64)
-    flags = ["--init", SHIPPED, "--width", 192, "--head_width", 256, "--batch", 4,
-             *QUICK_TRAINING]
+    flags = ["--init", SHIPPED, "--batch", 4, *QUICK_TRAINING]
 
     run_script(train_dit, *flags, "--data", tmp_path / "two", "--out", tmp_path / "fresh")
 
@@ -434,7 +432,7 @@ def test_train_dit_starts_other_classes_with_a_new_table(tmp_path, no_updates):
 
 def test_train_dit_refuses_a_checkpoint_of_another_size(tmp_path):
     with pytest.raises(ValueError, match="(?s)--init .*tiny_dit.* does not fit DiTDH; build it"):
-        run_script(train_dit, "--init", SHIPPED, "--batch", 4, *QUICK_TRAINING,
+        run_script(train_dit, "--init", SHIPPED, "--width", 64, "--batch", 4, *QUICK_TRAINING,
                    "--out", tmp_path / "n")
 
 

@@ -263,6 +263,14 @@ def test_what_apple_gpus_lack_is_said_in_a_sentence(own_handlers):
         "error: this version of torch has no aten::lerp for Apple's GPUs; set PYTORCH_ENABLE_MPS")
 
 
+@pytest.mark.parametrize("message", [
+    "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, )",
+    "Failed to find C compiler. Please specify via CC environment variable or set ..."])
+def test_a_missing_compiler_is_said_in_a_sentence(message, own_handlers):
+    """The messages are those of torch and Triton."""
+    assert run_and_fail(RuntimeError(message)).startswith("error: --compile needs a compiler of C")
+
+
 def test_windows_has_fewer_signals(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     assert runtime.stop_signals() == [signal.SIGINT, signal.SIGTERM]

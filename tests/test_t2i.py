@@ -816,6 +816,14 @@ def test_resume_with_another_language_model_is_refused(tmp_path, capsys):
     assert "--llm here differs from the checkpoint's None" in capsys.readouterr().err
 
 
+def test_an_average_that_a_run_does_not_have_cannot_go_on(tmp_path, capsys):
+    run_script(train_t2i, *FLAGS, "--ema", 0, "--steps", 1, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        train_t2i.parse_args(["--ema", "0.9", "--steps", "2", "--out", str(tmp_path), "--resume"])
+    assert "--ema 0.9 would go on with an average that this run" in capsys.readouterr().err
+    run_script(train_t2i, "--steps", 2, "--out", tmp_path, "--resume")
+
+
 def test_the_language_model_has_its_own_rate(tmp_path, monkeypatch):
     groups = []
     original = torch.optim.AdamW.step
@@ -1003,8 +1011,8 @@ def test_a_run_draws_previews(trained):
 
 
 def test_finetuning_starts_from_the_ema_with_its_flags(trained, tmp_path):
-    run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--connector", "mlp2",
-               "--steps", 1, "--lr", 1e-9, "--questions", 0, "--out", tmp_path)
+    run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--steps", 1, "--lr", 1e-9,
+               "--questions", 0, "--out", tmp_path)
     one, two = load_last(trained), load_last(tmp_path)
     assert largest_difference(one["ema"], two["model"]) < 1e-6
     assert largest_difference(one["ema"], one["model"]) > 1e-6
@@ -1016,11 +1024,16 @@ def test_finetuning_starts_from_the_ema_with_its_flags(trained, tmp_path):
     assert two["asked"] >= one["asked"] > 0
 
 
+def test_finetuning_takes_the_size_of_the_weights(tmp_path):
+    args = parse(tmp_path, "--init", release.SHIPPED_T2I)
+    assert (args.width, args.head_width, args.depth) == (160, 224, 4)
+
+
 def test_finetuning_another_size_is_refused(trained, tmp_path):
     message = "(?s)--init .*last.pt does not fit T2I.*dit.pos_embed: shape"
     with pytest.raises(ValueError, match=message):
-        run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--connector", "mlp2",
-                   "--width", 64, "--steps", 1, "--out", tmp_path)
+        run_script(train_t2i, *FLAGS, "--init", trained / "last.pt", "--width", 64,
+                   "--steps", 1, "--out", tmp_path)
 
 
 def test_a_run_must_not_overwrite_what_it_starts_from(trained, capsys):

@@ -213,6 +213,19 @@ def test_a_damaged_optimizer_or_step_is_refused(edit, tmp_path):
         resume_edited(tmp_path, edit)
 
 
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_checkpoint_without_weights_to_go_on_with_is_refused(name, tmp_path):
+    run_script(train_dit, *DIT_FLAGS, "--steps", 2, "--out", tmp_path)
+    with pytest.raises(ValueError, match=f"last.pt has no {name} to go on with"):
+        resume_edited(tmp_path, lambda state: state.pop(name))
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / "last.pt").mkdir()
+    assert_refused(train_dit, [*DIT_FLAGS, "--out", tmp_path, "--overwrite"],
+                   "last.pt is a folder, and the checkpoint is to be written there", capsys)
+
+
 def test_settings_of_the_optimizer_are_those_of_the_flags(tmp_path):
     run_script(train_dit, *DIT_FLAGS, "--steps", 4, "--out", tmp_path / "straight")
     kill_after(train_dit, DIT_FLAGS, tmp_path, stop=2, steps=4)
@@ -291,6 +304,10 @@ def test_resume_takes_the_autoencoder_of_the_checkpoint(tmp_path):
                "--out", tmp_path / "decoder", "--overwrite")
     run_script(train_dit, *flags, "--steps", 4, "--resume")
 
+    assert largest_difference(before, load_last(tmp_path / "dit")["rae"]) == 0
+
+    (tmp_path / "decoder" / "last.pt").unlink()
+    run_script(train_dit, "--out", tmp_path / "dit", "--steps", 5, "--resume")
     assert largest_difference(before, load_last(tmp_path / "dit")["rae"]) == 0
 
 
