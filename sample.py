@@ -197,10 +197,12 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     noise. weak: DiT of AutoGuidance, which replaces classifier-free guidance. states: empty dict
     that becomes {t: x_t b c h w} for all times of the solver, rounded to fp32.
     """
+    null = model.null_condition(y)
     if weak:
         velocity = autoguidance(model, weak, y, args.guidance, args.interval)
+    elif (y == null).all():                             # there is nothing to push away from
+        velocity = cfg(model, y, null, 1)
     else:
-        null = model.null_condition(y)
         velocity = cfg(model, y, null, args.guidance, args.interval)
     times = sampling_times(model, args)
     is_stochastic = args.solver == "euler_maruyama"
@@ -406,6 +408,10 @@ def check_acting_flags(args):
         if name in given and args.guidance == 1:
             raise ValueError(f"--{name} does nothing without guidance, at --guidance 1; leave one "
                              f"of them out")
+    has_guide = "weak_ckpt" in given or args.release in PUBLISHED_DITS
+    if given.get("labels") == ["none"] and given.get("guidance", 1) != 1 and not has_guide:
+        raise ValueError(f"--guidance {args.guidance} does nothing with --labels none, which it "
+                         f"would push away from; leave it out")
     if "verifier" in given and given.get("best_of", 1) == 1:
         raise ValueError("--verifier chooses among the candidates of --best_of, and there is one; "
                          "add --best_of 8, or leave it out")
@@ -432,8 +438,8 @@ def parse_args(argv=None):
     p = run_flags.Parser(__doc__, MODEL_DEFAULTS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--labels", nargs="+", help="Class ids or names, or `balanced` (all classes "
-                      "in turn), `random`, `none` (unconditional; take --guidance 1 with it). "
-                      "Default: balanced, for a release eight classes.")
+                      "in turn), `random`, `none` (unconditional). Default: balanced, for a "
+                      "release eight classes.")
     what.add_argument("--prompt", nargs="+",
                       help="Texts to draw instead of classes, each in quotes.")
     p.add_argument("--n", "--num_images", type=at_least(1, MOST_IMAGES + 1),

@@ -32,8 +32,8 @@ SCRIPTS = ["train_decoder", "train_dit", "train_t2i", "sample", "eval_decoder", 
            "eval_t2i"]
 # Both runs compute with the same kernels in fp32, but for operations that are one kernel on the CPU
 # and several on another device, such as RMSNorm: their sums are rounded otherwise, by 1e-7. Adam's
-# first steps divide small gradients by their own size, which makes 1e-4 of it for one of the 331,776
-# weights of a discriminator's layer, less for all others.
+# first steps divide small gradients by their own size, which makes 1e-4 of it for one weight of the
+# discriminator on one CPU, and at most 1e-5 for all others.
 TOLERANCE = 2e-4
 # Flags; what depends on the machine; hashes of images, whose bytes may be rounded otherwise.
 NOT_COMPARED = {"args", "device", "fused", "img_per_s", "mfu", "gib", "eta_h", "samples_sha1"}

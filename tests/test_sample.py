@@ -771,6 +771,7 @@ def test_resolving_flags_leaves_the_given_ones_as_they_are():
     (["--weak_ckpt", "x.pt", "--guidance", "1"], "--weak_ckpt does nothing without guidance"),
     (["--interval", "0", "0.5", "--guidance", "1"], "--interval does nothing without guidance"),
     (["--prompt", "a star", "--verifier", "confidence"], "--verifier chooses among the candidates"),
+    (["--labels", "none", "--guidance", "2"], "--guidance 2.0 does nothing with --labels none"),
     (["--best_of", "4"], "--best_of 4 needs --prompt"),
     (["--n", "1000000000"], "--n/--num_images: 1000000000 must be at least 1 and below 1000001"),
     (["--prompt", " "], "--prompt is given an empty text, perhaps a variable that is not set"),

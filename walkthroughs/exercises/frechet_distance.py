@@ -16,7 +16,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     mean1, mean2: f, fp64 tensors. cov1, cov2: f f, fp64 tensors, symmetric.
     Returns: a float.
-    Source: arXiv 1706.08500. Lines of the solution: 20. 3 give the same distance. Most of the
+    Source: arXiv 1706.08500. Lines of the solution: 23. 3 give the same distance. Most of the
     others refuse bad input with a message.
     """
     raise NotImplementedError("your code here")
