@@ -3,23 +3,14 @@
 What the authors published on huggingface.co, as far as this file uses it:
 
     nyu-visionx/RAE-collections                                     arXiv 2510.11690
-        decoders/dinov2/wReg_base/ViTXL_n08/model.pt                decoder XL over DINOv2-B
-        decoders/dinov2/wReg_base/{ViTXL,ViTXL_n05,ViTXL_n10}/      the same, other noise levels
-        decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt           the same for 512 px
-        decoders/dinov2/{wReg_small,wReg_large}/ViTXL_n08/model.pt  over DINOv2-S and DINOv2-L
-        decoders/mae/base_p16/ViTXL_n08/model.pt                    over MAE-B
-        decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt           over SigLIP2-B
-        stats/dinov2/wReg_base/{imagenet1k,imagenet1k_512}/stat.pt  statistics of the latents
-        stats/dinov2/{wReg_small,wReg_large}/imagenet1k/stat.pt
-        stats/{mae/base_p16,siglip2/base_p16_i256}/ImageNet1k/stat.pt
-        DiTs/Dinov2/wReg_base/ImageNet256/{DiTDH-XL,DiTDH-S_ep14}/stage2_model.pt
-        DiTs/Dinov2/wReg_base/ImageNet512/{DiTDH-XL_ep400,DiTDH-S_ep20}/stage2_model.pt
+        decoders, statistics of latents, DiTs: the files in PUBLISHED_RAES and PUBLISHED_DITS
     nyu-visionx/siglip2_decoder                                     arXiv 2601.16208
         config.json, model.pt
     nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B, nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B
         config.json, tokenizer.json, model.safetensors.index.json and its shards
 
-n08: the decoder was trained with noise of tau = 0.8 on its latents; ViTXL alone: without noise.
+n08 in the name of a decoder: it was trained with noise of tau = 0.8 on its latents; ViTXL alone:
+without noise.
 
 Most names stand in configs/ of github.com/bytetriper/RAE (at a4d18c4) and in inference/cli.py of
 github.com/ZitengWangNYU/Scale-RAE. Less certain are the other noise levels, DINOv2-S and DINOv2-L:
@@ -363,41 +354,29 @@ def rename(state, names):
     return renamed
 
 
+# Parts of the names of a decoder's weights and ours, replaced one after another. The official
+# model.pt has the names of HF's ViT-MAE.
+DECODER_NAMES = [
+    ("attention.attention.", ""),               # ViT-MAE: before query, key and value
+    ("attention.output.dense", "proj"),         # before the other output.dense
+    ("attention.to_q", "query"),                # diffusers' AutoencoderRAE
+    ("attention.to_k", "key"),
+    ("attention.to_v", "value"),
+    ("attention.to_out.0", "proj"),
+    ("intermediate.dense", "fc1"),              # both
+    ("output.dense", "fc2"),
+]
+
+
 def decoder_weights(state, decoder):
-    """Weights of a Decoder under our names, from any of the three layouts."""
+    """Weights of a Decoder under our names, from the official layout, diffusers' or our own."""
     state = unwrap(state, ("rae", "decoder", *WRAPPERS))
     if any(key.startswith("decoder.") for key in state):        # of a whole autoencoder
         state = {key.removeprefix("decoder."): value for key, value in state.items()
                  if key.startswith("decoder.")}
-    if any("attention.to_q" in key for key in state):
-        return decoder_from_diffusers(state, decoder)
-    if any("attention.attention." in key for key in state):
-        return decoder_from_vit_mae(state)
-    return state                                                # our own
-
-
-def decoder_from_vit_mae(state):
-    """The official model.pt, whose names are those of HF's ViT-MAE."""
-    return rename(state, [
-        ("attention.attention.", ""),                           # query, key, value
-        ("attention.output.dense", "proj"),                     # before the other output.dense
-        ("intermediate.dense", "fc1"),
-        ("output.dense", "fc2"),
-    ])
-
-
-def decoder_from_diffusers(state, decoder):
-    """The decoder of diffusers' AutoencoderRAE, which stores no table of positions."""
-    state = rename(state, [
-        ("attention.to_q", "query"),
-        ("attention.to_k", "key"),
-        ("attention.to_v", "value"),
-        ("attention.to_out.0", "proj"),
-        ("intermediate.dense", "fc1"),
-        ("output.dense", "fc2"),
-    ])
-    state.setdefault("decoder_pos_embed", decoder.positions())  # fixed, so ours are the same
-    return state
+    if any("attention.to_q" in key for key in state):           # diffusers stores no positions,
+        state.setdefault("decoder_pos_embed", decoder.positions())      # which are fixed
+    return rename(state, DECODER_NAMES)
 
 
 def weights_from_scale_rae(state, module):
