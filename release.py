@@ -464,6 +464,8 @@ AUTOENCODER = {
     "decoder_patch": Rule(int, 1, LARGEST_SIDE),
     "decoder": Rule(dict),
     "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
+    "latent_mean": Rule(torch.Tensor),
+    "latent_var": Rule(torch.Tensor),
 }
 DIT_FLAGS = {
     "width": Rule(int, 1, WIDEST),
@@ -522,27 +524,22 @@ PUBLISHED = {                    # in the layout of these checkpoints
 
 
 def check_source(path_or_name, script):
-    """Raise unless it is a file, or the name of a published model in the layout of a script's
-    checkpoints.
+    """Raise unless it exists, or is the name of a published model in the layout of a script's
+    checkpoints. What kind of file it is, load_checkpoint() sees.
 
-    FileNotFoundError: neither, with the published name that it may be meant to be; ValueError: a
-    published model of another kind.
+    FileNotFoundError: neither, with the published name that it may be meant to be, or the folder of
+    a sharded checkpoint; ValueError: a published model of another kind.
     """
     name = str(path_or_name).removesuffix("/guide")
     names = list(PUBLISHED[script])
-    if name in names or Path(name).is_file():
-        return
-    if Path(name).exists() and not Path(name).is_dir():
-        raise ValueError(f"{name} is a pipe or a device; name a file")
-    for other, others in PUBLISHED.items():
-        if name in others and not Path(name).exists():
-            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
-                             f"of {script} is needed, or one of {' '.join(names)}")
     if (Path(name) / ".metadata").is_file():
         raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
-    if Path(name).is_dir():
-        raise FileNotFoundError(f"{name} is a folder; name the checkpoint in it, such as "
-                                f"{Path(name) / 'last.pt'}")
+    if name in names or Path(name).exists():
+        return
+    for other, others in PUBLISHED.items():
+        if name in others:
+            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
+                             f"of {script} is needed, or one of {' '.join(names)}")
     advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
     near = difflib.get_close_matches(name, names, 1)
     if near:
@@ -620,13 +617,9 @@ def check_packed_rae(packed, source):
         raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
     check_values(packed, AUTOENCODER, f"{source}: rae")
     check_split(packed, "decoder_width", "decoder_heads", 1, source)
-    for name in ("latent_mean", "latent_var"):
-        if name not in packed:
-            raise ValueError(f"{source}: rae has no {name}; copy or train it again")
-    mean, var = packed["latent_mean"], packed["latent_var"]
-    check_statistics(mean, var, source)
-    is_square = var.ndim == 3 and var.shape[1] == var.shape[2] <= LARGEST_GRID
-    if mean is None or not is_square:
+    var = packed["latent_var"]
+    check_statistics(packed["latent_mean"], var, source)
+    if var.ndim != 3 or not var.shape[1] == var.shape[2] <= LARGEST_GRID:
         raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
                          f"with h = w of at most {LARGEST_GRID}; copy or train it again")
     try:
@@ -1060,8 +1053,8 @@ def unpack_rae(packed, with_encoder=True, source="the checkpoint"):
             raise ValueError(f"{source} has statistics of {channels} x {grid} x {grid} latents, "
                              f"and its encoder {encoder.name} gives {encoder.channels} x "
                              f"{encoder.grid} x {encoder.grid}; copy or train it again")
-    if with_encoder and "encoder_weights" in packed:            # of a VAE
-        load_strict(encoder.backbone, packed["encoder_weights"], f"{source}: the encoder")
+        if "encoder_weights" in packed:                         # of a VAE
+            load_strict(encoder.backbone, packed["encoder_weights"], f"{source}: the encoder")
     rae = RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"],
               pixel_statistics(packed["encoder"]))
     return rae.requires_grad_(False).eval()
