@@ -730,7 +730,6 @@ def pixel_statistics(name):
         _, _, statistics = ENCODERS[name]
         return statistics
     if re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*:[1-9]\d*)?|diffusers:.+", name):
-        check_baseline(name)
         return HALF_PIXELS
     layout = name.split(".")[0]
     if not timm.models.is_model_in_modules(layout, ["vision_transformer", "deit", "eva", "beit"]):
@@ -757,7 +756,8 @@ def load_encoder(name, image_size=None):
     pixel_mean, pixel_std = pixel_statistics(name)
     image_size = image_size or default_image_size(name)
     if name.startswith(("pixel", "vae", "diffusers:")):
-        backbone, grid = load_baseline(name, image_size)
+        backbone = load_baseline(name, image_size)
+        grid = latent_grid(name, image_size, backbone.patch)
         input_size = image_size
     else:
         timm_name = ENCODERS[name][0] if name in ENCODERS else name
@@ -782,33 +782,15 @@ def default_image_size(name):
     return 256
 
 
-def check_baseline(name):
-    """Raise ValueError if pixel:PATCH or vae:CHANNELS:PATCH has numbers that no memory has room
-    for.
-    """
-    kind, _, details = name.partition(":")
-    if kind == "diffusers" or not details:
-        return
-    *channels, patch = map(int, details.split(":"))
-    if patch > LARGEST_PATCH:
-        raise ValueError(f"--encoder {name} has patches of {patch} pixels; give at most "
-                         f"{LARGEST_PATCH}")
-    if channels and channels[0] > WIDEST:
-        raise ValueError(f"--encoder {name} has {channels[0]} channels; give at most {WIDEST}")
-
-
 def load_baseline(name, image_size):
-    """Backbone of baselines.py and its latent grid, for pixel..., vae... or diffusers:..."""
+    """The backbone, one of baselines.py, of pixel..., vae... or diffusers:..."""
     kind, _, details = name.partition(":")
     if kind == "diffusers":
-        backbone = DiffusersVAE(details)
-        return backbone, latent_grid(name, image_size, backbone.patch)
+        return DiffusersVAE(details)
     if kind == "pixel":
-        patch = int(details or 16)
-        return Pixels(patch), latent_grid(name, image_size, patch)
+        return Pixels(int(details or 16))
     channels, patch = (details or "16:8").split(":")
-    grid = latent_grid(name, image_size, int(patch))
-    return VAE(int(channels), int(patch), image_size), grid
+    return VAE(int(channels), int(patch), image_size)
 
 
 def latent_grid(name, image_size, stride):
