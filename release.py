@@ -204,8 +204,7 @@ def read_weights(folder):
     files = [Path(folder) / "model.safetensors"]
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file() and not files[0].is_file():
-        names = shard_names(index)
-        files = [Path(folder) / name for name in names]
+        files = [Path(folder) / name for name in shard_names(index)]
     weights = {}
     for file in files:
         check_file(file)
@@ -425,12 +424,8 @@ def vit_from_webssl(state):
     ])
     for query in [key for key in state if ".attn.query." in key]:
         names = [query.replace("query", name) for name in ("query", "key", "value")]
-        parts = [state[name] for name in names if isinstance(state.get(name), torch.Tensor)]
-        shapes = {part.shape for part in parts}
-        if len(parts) == 3 and len(shapes) == 1 and parts[0].ndim > 0:  # else they are refused
-            state[query.replace("query", "qkv")] = torch.cat(parts)     # one matrix in timm
-            for name in names:
-                del state[name]
+        weights = [state.pop(name) for name in names]
+        state[query.replace("query", "qkv")] = torch.cat(weights)       # one matrix in timm
     return state
 
 
@@ -847,19 +842,19 @@ def load_timm(timm_name, size):
     if local_file.exists():
         check_patches(local_file, timm_name)
         options["pretrained_cfg_overlay"] = dict(file=str(local_file))
-    advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
-              f"beside release.py")
-    try:
+        try:
+            vit = timm.create_model(timm_name, pretrained=True, **options)
+        except Exception as error:                  # timm's readers of layouts raise many kinds
+            raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
+                             f"{error}") from error
+    else:
+        advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
+                  f"beside release.py")
         with fetching(f"weights of {timm_name}", advice):
             repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
-            if repository and not local_file.exists():
+            if repository:
                 storage.fetch_hub(repository, ["model.safetensors"])
             vit = timm.create_model(timm_name, pretrained=True, **options)
-    except FileNotFoundError as error:
-        if local_file.exists():
-            raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
-                             f"{error.__cause__}") from error
-        raise
     check_finite(vit.state_dict(), f"the file of {timm_name}")
     if not antialias:
         vit.patch_embed.set_input_size(img_size=size)
@@ -1093,10 +1088,7 @@ def published_dit(name, folder=None):
 def imagenet_names():
     """Names of the 1000 classes of ImageNet, the first of several for each class."""
     info = timm.data.ImageNetInfo()
-    names = []
-    for index in range(1000):
-        names.append(info.index_to_description(index).split(",")[0])
-    return names
+    return [info.index_to_description(i).split(",")[0] for i in range(1000)]
 
 
 def read_dit(path_or_name, folder=None):
