@@ -177,7 +177,7 @@ def count_images(paths, at_most, with_conversations):
 def may_be_large(path):
     """Whether a folder has, or a file can have, as many images as are worth an index."""
     if os.path.isdir(path):
-        names = itertools.islice(walk(path, PassedOver()), INDEXED)
+        names = itertools.islice(walk(path, PassedOver(), set()), INDEXED)
         return len(list(names)) == INDEXED
     is_tar = not path.lower().endswith((".jsonl", ".json"))
     return os.path.getsize(path) >= INDEXED * (TAR_BYTES if is_tar else RECORD_BYTES)
