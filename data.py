@@ -46,7 +46,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
-from index import count_images, open_tables
+from index import open_tables
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
 from runtime import cores_of_process, stop_request, world_size
@@ -556,8 +556,8 @@ class Mixture:
 
 
 # ---------------------------------------------------------------- amounts
-def count_sources(specs, at_most, with_conversations=False):
-    """Numbers of images of the sources of --data, where more than at_most count as at_most.
+def count_sources(specs, with_conversations=False):
+    """Numbers of images of the sources of --data; of the built-in worlds, those of an epoch.
 
     with_conversations: as of list_images
     Raises: FileNotFoundError, ValueError, as open_data
@@ -565,10 +565,10 @@ def count_sources(specs, at_most, with_conversations=False):
     paths, _ = parse_specs(specs)
     counts = []
     for source_paths in paths.values():
-        if source_paths in (["shapes"], ["text"]):                # which never end
-            counts.append(at_most)
+        if source_paths in (["shapes"], ["text"]):
+            counts.append(SHAPES_EPOCH)
         else:
-            counts.append(count_images(source_paths, at_most, with_conversations))
+            counts.append(sum(map(len, open_tables(source_paths, with_conversations))))
     return counts
 
 
@@ -579,8 +579,7 @@ def fit_defaults(args, defaults, with_conversations=False):
     many images are held out as are evaluated, and at most a tenth.
     Returns: dict of the three, each at most its default
     """
-    most = 10 * defaults["eval_n"]
-    counts = count_sources(args.data or defaults["data"], most, with_conversations)
+    counts = count_sources(args.data or defaults["data"], with_conversations)
     n = min(counts)
 
     hold_out = getattr(args, "hold_out", None)
@@ -604,8 +603,7 @@ def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
 
     Raises: ValueError that names all flags which are too large
     """
-    at_most = hold_out + max(batch, eval_n) + 1
-    counts = count_sources(specs, at_most, with_conversations)
+    counts = count_sources(specs, with_conversations)
     n = min(counts)
     to_train_on = sum(counts) - len(counts) * hold_out
     problems = []

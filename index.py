@@ -162,18 +162,6 @@ def open_tables(paths, with_conversations):
     return opened[first:] + opened[:first]
 
 
-def count_images(paths, at_most, with_conversations):
-    """Number of images in folders, tars and .jsonl files; at_most, if there are more: the other
-    paths are not listed then. with_conversations: as of list_images, which raises the same.
-    """
-    count = 0
-    for path in paths:
-        count += len(open_table(path, with_conversations))
-        if count >= at_most:
-            return at_most
-    return count
-
-
 def may_be_large(path):
     """Whether a folder has, or a file can have, as many images as are worth an index."""
     if os.path.isdir(path):
