@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
 from index import open_tables
@@ -58,19 +58,17 @@ PERIOD = 1000              # a mixture repeats its order of sources; weights are
 SHARDS = 1_000_000         # of a range; at the usual thousand images a shard, a billion images
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 THIN = 10                  # longer side / shorter side; panoramas have less
-TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # EXIF
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
 # Pillow warns of damaged metadata, and of images of over 89 million pixels. It refuses those of
 # over 179 million, which would take half a gigabyte as RGB.
 warnings.filterwarnings("ignore", module="PIL")
-SAVE_UNCOMPRESSED = "save them by np.savez, which are read in place"
+# Of a PNG, Pillow refuses texts and colour profiles of over a megabyte.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
 # slow network perhaps a minute, and two minutes are what a user waits without a word.
 WORKER_TIMEOUT = 100
 SECONDS_OF_IMAGE = 3       # at most: to load 24 megapixels on a slow or busy core
-HEADER_BYTES = 10_000      # of an array; NumPy's own limit for files that are not trusted
 
 
 # ---------------------------------------------------------------- images
@@ -81,31 +79,7 @@ def load_image(listed):
     content = read_bytes(listed.path, listed.offset, listed.size)
     if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         raise ValueError("is a PostScript program, not pixels")   # Pillow would run it
-    try:
-        return to_rgb(Image.open(io.BytesIO(content)))
-    except Exception:                             # Pillow's decoders raise a dozen kinds
-        without_metadata = pixels_of_png(content)
-        if without_metadata == content:
-            raise
-    return to_rgb(Image.open(io.BytesIO(without_metadata)))
-
-
-def pixels_of_png(content):
-    """Leave out of a PNG what is not needed for its pixels; return any other file as it is.
-
-    Pillow refuses texts and colour profiles of over a megabyte, and checksums of them that are
-    wrong. Source: the PNG specification, 5.3: length, type, data and checksum of each chunk.
-    """
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content
-    kept = [content[:8]]
-    position = 8
-    while position + 8 <= len(content):
-        size, kind = struct.unpack(">I4s", content[position:position + 8])
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"):    # eXIf: orientation
-            kept.append(content[position:position + 12 + size])
-        position += 12 + size
-    return b"".join(kept)
+    return to_rgb(Image.open(io.BytesIO(content)))
 
 
 def to_rgb(image):
@@ -115,23 +89,14 @@ def to_rgb(image):
     """
     tiff_tags = getattr(image, "tag_v2", {})
     image.load()
-    turn = TURNS.get(orientation_of(image))
+    with contextlib.suppress(Exception):          # broken EXIF raises many kinds; pixels count
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                     # 16 or 32 bits, which convert("RGB") would clip
         image = to_8_bits(image, tiff_tags)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    if turn is not None:
-        image = image.transpose(turn)
     return image.convert("RGB")
-
-
-def orientation_of(image):
-    """Return the EXIF tag that cameras store instead of turning pixels; 1: upright."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:                             # broken EXIF raises many kinds; pixels count
-        return 1
 
 
 def to_8_bits(image, tiff_tags):
@@ -858,24 +823,24 @@ def open_array(path):
         size = math.prod(shape) * dtype.itemsize
         if info.file_size != header_size + size:
             raise ValueError(f"{path} is damaged: arr_0 of {shape} has {info.file_size:,} bytes")
-        order = "F" if is_fortran else "C"
         if info.compress_type != zipfile.ZIP_STORED:
-            check_compressed(path, size, info.compress_size)
+            check_memory(path, size)
             with damage_of(path), archive.open(info) as file:
-                file.read(header_size)
-                return read_into_array(file, size).view(dtype).reshape(shape, order=order)
+                return np.lib.format.read_array(file)
     # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
     # name and of the extra field that follow. Source: PKWARE's APPNOTE.TXT, 4.3.7.
     name_size, extra_size = struct.unpack("<HH", read_bytes(path, info.header_offset + 26, 4))
     offset = info.header_offset + 30 + name_size + extra_size + header_size
     with damage_of(path):
-        return np.memmap(path, dtype, "r", offset, shape, order=order)
+        return np.memmap(path, dtype, "r", offset, shape, order="F" if is_fortran else "C")
 
 
 # What a damaged .npz raises. RuntimeError: it is encrypted, or compressed in another way;
-# OSError: a wrong position.
+# OSError: a wrong position; the others from AttributeError on: NumPy reads a header as the text of
+# a Python dict.
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
-              OSError)
+              OSError, AttributeError, LookupError, MemoryError, SyntaxError, TypeError,
+              tokenize.TokenError)
 
 
 @contextlib.contextmanager
@@ -883,9 +848,6 @@ def damage_of(path):
     """Turn what zipfile and numpy raise for a damaged file into a ValueError that names it."""
     try:
         yield
-    except MemoryError:                           # a limit of this process
-        raise ValueError(f"{path} has more compressed images than there is memory; "
-                         f"{SAVE_UNCOMPRESSED}") from None
     except NPZ_ERRORS as error:
         raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
 
@@ -893,22 +855,12 @@ def damage_of(path):
 def read_array_header(file):
     """Read the header of an .npy. Returns: shape, whether in Fortran's order, dtype
 
-    Raises: ValueError if there is none
+    Raises: NPZ_ERRORS if there is none
     """
     version = np.lib.format.read_magic(file)
-    length_bytes = file.read(2 if version == (1, 0) else 4)
-    length = int.from_bytes(length_bytes, "little")
-    if length > HEADER_BYTES:
-        raise ValueError(f"its header has {length:,} bytes")
-    header = io.BytesIO(length_bytes + file.read(length))
-    try:
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(header)
-        return np.lib.format.read_array_header_2_0(header)        # 3.0 has other names of fields
-    # NumPy reads it as the text of a Python dict.
-    except (tokenize.TokenError, SyntaxError, TypeError, LookupError, AttributeError, MemoryError,
-            RecursionError) as error:
-        raise ValueError(f"its header is none: {error}") from None
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)              # 3.0 has other names of fields
 
 
 def check_array(path, shape, dtype):
@@ -919,30 +871,14 @@ def check_array(path, shape, dtype):
                          "images are n H W 3, uint8 or floats, at least one")
 
 
-def check_compressed(path, size, compressed_size):
-    """Raises: ValueError if compressed images would take too much memory, or can't be that many"""
+def check_memory(path, size):
+    """Raises: ValueError if compressed images, of so many bytes, would take too much memory"""
     memory = memory_of_machine() or 8 * 10**9
     limit = memory // 2                           # the rest is for models and features
     if size > limit:
         raise ValueError(f"{path} has {size / 1e9:,.1f} GB of compressed images, of which at most "
-                         f"{limit / 1e9:,.1f} GB can be read; {SAVE_UNCOMPRESSED}")
-    # 1000 times is more than images shrink, and about the most that deflate can do (1032).
-    if size > 1000 * compressed_size + 2**20:
-        raise ValueError(f"{path} has {size:,} bytes in {compressed_size:,}, which are no images; "
-                         f"{SAVE_UNCOMPRESSED}")
-
-
-def read_into_array(file, size):
-    """Read the next `size` bytes, which must be the last ones. Returns: array of uint8"""
-    content = np.empty(size, np.uint8)
-    position = 0
-    while position < size:
-        count = file.readinto(memoryview(content)[position:position + 2**24])
-        if count == 0:
-            raise EOFError("cut short")
-        position += count
-    file.read(1)                                  # at the end, zipfile compares checksums
-    return content
+                         f"{limit / 1e9:,.1f} GB can be read; save them by np.savez, which are "
+                         "read in place")
 
 
 def memory_of_machine():

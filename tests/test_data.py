@@ -228,9 +228,8 @@ def test_broken_exif_leaves_an_image_as_it_is(exif):
         assert to_rgb(reopen(image, file_format, exif=exif)).size == (16, 8)
 
 
-def png_chunk(kind, content, checksum=None):
-    if checksum is None:
-        checksum = zlib.crc32(kind + content)
+def png_chunk(kind, content):
+    checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
@@ -238,8 +237,7 @@ def png_chunk(kind, content, checksum=None):
     png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))),
     png_chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(2**21))),
     png_chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(2**21))),
-    png_chunk(b"zTXt", b"key\0\0no zlib"), png_chunk(b"pHYs", b"1"), png_chunk(b"gAMA", b""),
-    png_chunk(b"tEXt", b"key\0wrong checksum", 5)])
+    png_chunk(b"zTXt", b"key\0\0no zlib")])
 def test_metadata_of_a_png_break_no_image(chunk, tmp_path):
     content = plain_image(size=(8, 8))
     for position in (33, len(content) - 12):      # after the header, before the end
@@ -1441,13 +1439,6 @@ def test_damaged_headers_of_arrays(header, tmp_path):
         path = write_npz(tmp_path / "a.npz", content + PIXELS.tobytes(), compression)
         with pytest.raises(ValueError, match=f"^{path} is damaged"):
             Arrays(path)
-
-
-def test_headers_of_arrays_are_bounded(tmp_path):
-    content = b"\x93NUMPY\x02\0" + (3 * 10**9).to_bytes(4, "little") + b" " * 10**6
-    path = write_npz(tmp_path / "a.npz", content, COMPRESSIONS[1])
-    with pytest.raises(ValueError, match="is damaged .its header has 3,000,000,000 bytes"):
-        Arrays(path)
 
 
 def test_compressed_arrays_are_bounded_by_memory(tmp_path, monkeypatch):
