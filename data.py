@@ -26,7 +26,6 @@ import lzma
 import math
 import os
 import re
-import reprlib
 import signal
 import struct
 import sys
@@ -54,7 +53,6 @@ from shapes import CLASSES, Scene, Text
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
 SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
 PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
-SHARDS = 1_000_000         # of a range; at the usual thousand images a shard, a billion images
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 THIN = 10                  # longer side / shorter side; panoramas have less
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
@@ -262,7 +260,9 @@ class FileSource:
         self.tables = open_tables(paths, with_conversations)
         check_texts(self.tables, paths[0])
         self.all_images = ConcatDataset(self.tables)              # of both splits
-        self.label_counts = count_labels(self.tables)
+        self.label_counts = collections.Counter()                 # without labels, of None
+        for table in self.tables:
+            self.label_counts.update(table.label_counts())
         self.class_names = find_class_names(self.label_counts, self.all_images, paths[0])
         self.labelled = None not in self.label_counts
         if not 0 <= hold_out < len(self.all_images):
@@ -349,8 +349,8 @@ class FileSource:
             names = sorted({name for name, _ in broken})
             raise ValueError(f"--data has {TRIES} broken images in a row ({broken[0][1]}): {names}")
         # In a worker, the error would come with a traceback of its own, so the main process raises
-        # it: see BrokenFiles.report.
-        return listed, image_of_size(size), broken
+        # it: see ImageData.report_broken.
+        return listed, BLACK.resize((size, size)) if size else BLACK, broken
 
 
 def reason_of(error):
@@ -366,11 +366,6 @@ def reason_of(error):
     return " ".join(reason.split())[:200]
 
 
-def image_of_size(size):
-    """Return a black image, which no one will see; size None: of any size."""
-    return BLACK if size is None else BLACK.resize((size, size))
-
-
 def check_texts(tables, path):
     """Raises: ValueError if an image has no text, which only conversations need."""
     without_text = sum(table.header["without_text"] for table in tables)
@@ -384,14 +379,6 @@ def check_texts(tables, path):
             f"--data {path}: {without_text} of {sum(map(len, tables))} images have no text, "
             f"first {first}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
             "empty where it shall be unconditional")
-
-
-def count_labels(tables):
-    """Return a dict of each label of the images to their number; without labels, of None."""
-    counts = collections.Counter()
-    for table in tables:
-        counts.update(table.label_counts())
-    return counts
 
 
 def find_class_names(labels, images, path):
@@ -416,36 +403,12 @@ def missing_ids(labels):
     ids = sorted(label for label in labels if isinstance(label, int))
     for before, after in itertools.pairwise([-1, *ids]):
         if after - before == 2:
-            missing.append(reprlib.repr(before + 1))              # an id may have 400 digits
+            missing.append(str(before + 1))
         elif after - before > 2:
-            missing.append(f"{reprlib.repr(before + 1)} to {reprlib.repr(after - 1)}")
+            missing.append(f"{before + 1} to {after - 1}")
     if len(missing) > 10:
         missing[9:] = ["..."]
     return missing
-
-
-class BrokenFiles:
-    """The broken files of one source: each is reported once, and more than 1% stop the run."""
-
-    def __init__(self, total):
-        self.total = total                        # number of images of the source
-        self.names = set()
-
-    def report(self, broken):
-        """Print the files that are new. Raises: ValueError if there are too many.
-
-        broken: list of pairs (name, reason)
-        """
-        for name, reason in sorted(broken):
-            if name in self.names:
-                continue
-            self.names.add(name)
-            count = len(self.names)
-            print(f"broken image {count}, replaced by another: {name} ({reason})", file=sys.stderr)
-            if count > max(1, self.total // 100) or len(broken) >= TRIES:
-                raise ValueError(
-                    f"--data has {count} broken images of {self.total}, such as {name} ({reason}); "
-                    "at most 1% may be; remove or mend those named above")
 
 
 # ---------------------------------------------------------------- specs and mixtures
@@ -485,9 +448,6 @@ def expand_range(path):
     if match is None:
         return [path]
     first, last = sorted([int(match[1]), int(match[2])])
-    if last - first >= SHARDS:
-        raise ValueError(f"--data {path} stands for {last - first + 1:,} files; at most {SHARDS:,} "
-                         "may be")
     digits = len(match[1])
     return [path.replace(match[0], f"{number:0{digits}}") for number in range(first, last + 1)]
 
@@ -643,7 +603,7 @@ class ImageData(Dataset):
         self.mixture = Mixture(weights)
         self.size = size
         self.seed = seed
-        self.broken_files = [BrokenFiles(len(source)) for source in sources]
+        self.broken_names = [set() for _ in sources]              # of files, met so far
 
         # A mixture is labelled only if all its sources are; it then has the classes of all.
         self.labelled = all(source.labelled for source in sources)
@@ -720,8 +680,23 @@ class ImageData(Dataset):
         return self.sources[index].draw(number)
 
     def report_broken(self, k, broken):
-        """Report the broken files that image k replaces. Raises: ValueError if over 1% are."""
-        self.broken_files[self.source_of(k)].report(broken)
+        """Print the broken files that image k replaces, each of them once.
+
+        broken: pairs (name, reason)
+        Raises: ValueError if over 1% of the files of a source are broken
+        """
+        source = self.source_of(k)
+        names, total = self.broken_names[source], self.source_lengths[source]
+        for name, reason in sorted(broken):
+            if name in names:
+                continue
+            names.add(name)
+            count = len(names)
+            print(f"broken image {count}, replaced by another: {name} ({reason})", file=sys.stderr)
+            if count > max(1, total // 100) or len(broken) >= TRIES:
+                raise ValueError(
+                    f"--data has {count} broken images of {total}, such as {name} ({reason}); "
+                    "at most 1% may be; remove or mend those named above")
 
 
 def describe_source(name, summary):

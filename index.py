@@ -114,17 +114,12 @@ class ImageTable:
             return False
         for name, size, modified in json.loads(self.stamps.tobytes()):
             try:
-                state = os.stat(join(self.path, name))
+                state = os.stat(os.path.join(self.path, name) if name else self.path)
             except OSError:
                 return False
             if (state.st_size, state.st_mtime_ns) != (size, modified):
                 return False
         return True
-
-
-def join(path, name):
-    """Return the path of what is called `name` within a folder; "" is the path itself."""
-    return os.path.join(path, name) if name else path
 
 
 # ---------------------------------------------------------------- tables, old and new

@@ -752,13 +752,6 @@ def test_classes_are_the_ids_that_have_images(ids, missing, tmp_path):
     assert ("no image has the class ids" in data.describe()) == bool(missing)
 
 
-def test_ids_of_hundreds_of_digits(tmp_path):
-    data = open_data(labelled_tar(tmp_path / "a.tar", [10**400, 3]), 8)
-    assert data.num_classes == 2 and len(data.describe()) < 400
-    with pytest.raises(ValueError, match="0.png Exceeds the limit"):
-        open_data(labelled_tar(tmp_path / "b.tar", ["9" * 5000]), 8)
-
-
 def test_a_class_that_is_held_out_whole_stays_a_class_and_is_named(tmp_path):
     path = labelled_tar(tmp_path / "a.tar", range(10))
     train = open_data(path, 8, hold_out=3)
@@ -1228,7 +1221,6 @@ def test_the_command_for_arrays_makes_images(tmp_path):
 @pytest.mark.parametrize("spec, message", [
     ("", "--data is empty, as if by a variable that is not set"), ("  ", "--data is empty"),
     ("a=:1", "must be name=PATH:weight"), ("/dev/zero", "is a pipe or a device"),
-    ("x-{0..99999999999}.tar", "100,000,000,000 files; at most 1,000,000"),
     ("a=shapes:" + "9" * 400, "must be name=PATH:weight"), ("x" * 300, "File name too long")])
 def test_specs_that_make_no_sense(spec, message):
     with pytest.raises((ValueError, OSError), match=message):
