@@ -991,7 +991,7 @@ def read_lists(loader):
     """
     iterator = iter(loader)
     if loader.num_workers > 0:
-        report_killed_workers_in_a_sentence()
+        handle_killed_workers()
     while True:
         try:
             lists = next(iterator)
@@ -1004,31 +1004,34 @@ def read_lists(loader):
                     "on a disk or network that hangs? --workers 0 shows where; if images are "
                     "only large, give more --workers") from None
             if str(error).startswith("DataLoader worker"):        # was killed, or has exited
-                raise died(error) from None
+                raise dead_worker(error) from None
             if isinstance(error, ValueError):     # of a worker, whose traceback is in the message
                 raise ValueError(str(error).rpartition("ValueError: ")[2].rstrip()) from None
             raise
         yield lists
 
 
-def report_killed_workers_in_a_sentence():
-    """Make a ValueError of the RuntimeError that torch raises wherever the main process is."""
+def handle_killed_workers():
+    """Raise a ValueError for a worker that is killed, not torch's RuntimeError.
+
+    It comes wherever the main process is.
+    """
     # Windows has no such signal, and other threads than the main one set no handlers.
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGCHLD)
         if callable(handler) and not isinstance(handler, functools.partial):  # not done yet
-            signal.signal(signal.SIGCHLD, functools.partial(report_killed_worker, handler))
+            signal.signal(signal.SIGCHLD, functools.partial(handle_killed_worker, handler))
 
 
-def report_killed_worker(torch_handler, number, frame):
+def handle_killed_worker(torch_handler, number, frame):
     try:
         torch_handler(number, frame)
     except RuntimeError as error:
         if stop_request.name is None:              # else the workers may be stopped, too
-            raise died(error) from None
+            raise dead_worker(error) from None
 
 
-def died(error):
+def dead_worker(error):
     """Return the ValueError to raise instead of DataLoader's error about a dead worker.
 
     It is no OSError, since it can come while a checkpoint is saved, where those mean a full disk.

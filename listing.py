@@ -300,14 +300,11 @@ def read_records(path):
 def read_json_array(path):
     """Read a .json that is one array. Returns: list of values"""
     size = os.path.getsize(path)
-    try:
-        if size > ARRAY_BYTES:
-            raise MemoryError
-        with error_context(path, "array"):
-            return json.loads(read_bytes(path))
-    except MemoryError:
+    if size > ARRAY_BYTES:
         raise ValueError(f"--data {path} has {size:,} bytes, too many to read at once; make it a "
-                         f".jsonl: jq -c .[] {shlex.quote(path)} > x.jsonl") from None
+                         f".jsonl: jq -c .[] {shlex.quote(path)} > x.jsonl")
+    with error_context(path, "array"):
+        return json.loads(read_bytes(path))
 
 
 def is_hidden(name):

@@ -76,7 +76,6 @@ ENCODERS = {
 }
 WEBSSL_HUB = "facebook/webssl-dino300m-full2b-224"
 WEBSSL_LAYOUT = "vit_large_patch14_dinov2"                  # in timm
-WEBSSL_GRID = 16                                            # tokens per side, of 224 pixels
 
 RAE_HUB = "nyu-visionx/RAE-collections"
 SIGLIP2_HUB = "nyu-visionx/siglip2_decoder"
@@ -883,9 +882,8 @@ def load_webssl(size):
         with fetching("weights of webssl-l", advice):
             path = storage.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
     state = vit_from_webssl(storage.load_checkpoint(path))
-    table = state.get("pos_embed")                  # 1 1+n c
-    if isinstance(table, torch.Tensor) and table.shape[:2] == (1, 1 + WEBSSL_GRID ** 2):
-        state["pos_embed"] = resample_positions(vit, table, antialias=True)
+    if "pos_embed" in state:                        # 1 1+n c, of 224 pixels
+        state["pos_embed"] = resample_positions(vit, state["pos_embed"], antialias=True)
     return load_strict(vit, state, path)
 
 

@@ -1520,7 +1520,7 @@ def write_eaters(folder):
     (folder / "deep.jsonl").write_text('{"image":' * 1_000_000)
     with open(folder / "large.json", "wb") as file:
         file.write(b"[")
-        file.truncate(3 * 2**30)                  # zeros that are not stored
+        file.truncate(5 * 2**30)                  # zeros that are not stored
     os.mkfifo(folder / "pipe.tar")
     os.mkfifo(folder / "pipe.jsonl")
     image = plain_image() + bytes(-len(plain_image()) % 512)
