@@ -428,292 +428,6 @@ def vit_from_webssl(state):
     return state
 
 
-# ---------------------------------------------------------------------------- what files must hold
-class Rule(NamedTuple):
-    """What a value of a file must be: its type, and the range of a number or a few choices."""
-    type: type                   # float: whole numbers as well
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple = ()
-    is_optional: bool = False
-
-
-# Bounds on sizes, so that no file makes the machine build for minutes. The weights decide in the
-# end, but a layer is built before they are compared.
-WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
-DEEPEST = 256          # 9 times the deepest published one; built in two seconds
-LARGEST_SIDE = 4096    # pixels: 8 times the largest published
-LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
-LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
-LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
-LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
-
-AUTOENCODER = {
-    "encoder": Rule(str),
-    "size": Rule(int, 1, LARGEST_SIDE),
-    "decoder_width": Rule(int, 1, WIDEST),
-    "decoder_depth": Rule(int, 0, DEEPEST),
-    "decoder_heads": Rule(int, 1, WIDEST),
-    "decoder_mlp": Rule(int, 1, 4 * WIDEST),
-    "decoder_patch": Rule(int, 1, LARGEST_SIDE),
-    "decoder": Rule(dict),
-    "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
-    "latent_mean": Rule(torch.Tensor),
-    "latent_var": Rule(torch.Tensor),
-}
-DIT_FLAGS = {
-    "width": Rule(int, 1, WIDEST),
-    "depth": Rule(int, 0, DEEPEST),
-    "heads": Rule(int, 1, WIDEST),
-    "head_width": Rule(int, 0, WIDEST),
-    "class_dropout": Rule(float, 0, 1),
-    "prediction": Rule(str, choices=("v", "x0"), is_optional=True),      # of DiTBase
-    "shift_base": Rule(float, 1e-9, 1e9, is_optional=True),
-}
-HEAD_FLAGS = {                                                   # unless head_width is 0
-    "head_depth": Rule(int, 0, DEEPEST),
-    "head_heads": Rule(int, 1, WIDEST),
-}
-T2I_FLAGS = DIT_FLAGS | {
-    "connector": Rule(str, choices=("linear", "mlp2")),
-    "context": Rule(int, 1, LONGEST_CONTEXT),
-    "plan": Rule(int, 0, LONGEST_CONTEXT, is_optional=True),
-    "regression": Rule(float, 0, is_optional=True),
-}
-QWEN2 = {
-    "vocab_size": Rule(int, 1, LARGEST_VOCABULARY),
-    "hidden_size": Rule(int, 1, WIDEST),
-    "intermediate_size": Rule(int, 1, 4 * WIDEST),
-    "num_hidden_layers": Rule(int, 0, DEEPEST),
-    "num_attention_heads": Rule(int, 1, WIDEST),
-    "num_key_value_heads": Rule(int, 1, WIDEST),
-    "rope_theta": Rule(float, 1, 1e12),
-    "rms_norm_eps": Rule(float, 0, 1),
-    "tie_word_embeddings": Rule(bool),
-}
-TRAINING_DATA = {
-    "data": Rule(list),
-    "hold_out": Rule(int, 0, is_optional=True),
-}
-WEIGHTS = {"ema": Rule(dict, is_optional=True), "model": Rule(dict, is_optional=True)}
-CHECKPOINTS = {                  # by the script that writes them
-    "train_decoder.py": {"rae": Rule(dict)},
-    "train_dit.py": WEIGHTS | {
-        "args": Rule(dict), "rae": Rule(dict), "num_classes": Rule(int, 1),
-        "class_names": Rule(list), "latent_shape": Rule(list)},
-    "train_t2i.py": WEIGHTS | {
-        "args": Rule(dict), "rae": Rule(dict), "llm": Rule(dict), "tokenizer": Rule(str),
-        "asked": Rule(int, 0), "latent_shape": Rule(list)},
-}
-READERS = {                      # of these checkpoints
-    "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
-    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
-    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
-}
-PUBLISHED = {                    # in the layout of these checkpoints
-    "train_decoder.py": PUBLISHED_RAES,
-    "train_dit.py": PUBLISHED_DITS,
-    "train_t2i.py": PUBLISHED_T2I,
-}
-
-
-def check_source(path_or_name, script):
-    """Raise unless it exists, or is the name of a published model in the layout of a script's
-    checkpoints. What kind of file it is, load_checkpoint() sees.
-
-    FileNotFoundError: neither, with the published name that it may be meant to be, or the folder of
-    a sharded checkpoint; ValueError: a published model of another kind.
-    """
-    name = str(path_or_name).removesuffix("/guide")
-    names = list(PUBLISHED[script])
-    if (Path(name) / ".metadata").is_file():
-        raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
-    if name in names or Path(name).exists():
-        return
-    for other, others in PUBLISHED.items():
-        if name in others:
-            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
-                             f"of {script} is needed, or one of {' '.join(names)}")
-    advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
-    near = difflib.get_close_matches(name, names, 1)
-    if near:
-        advice = f"did you mean the published {near[0]}? Else {advice}"
-    raise FileNotFoundError(f"file {name} does not exist; {advice}")
-
-
-def script_of(state):
-    """The script that wrote a checkpoint; None for what is not one of ours."""
-    if "llm" in state:
-        return "train_t2i.py"
-    if "num_classes" in state or "latent_shape" in state:
-        return "train_dit.py"
-    if "rae" in state:
-        return "train_decoder.py"
-    return None
-
-
-def check_checkpoint(state, script, source):
-    """Raise ValueError unless a dict is a checkpoint of a script, one of CHECKPOINTS.
-
-    source: path of its file, for the message. Of the weights, only types are checked here; the rest
-    is up to load_strict().
-    """
-    given = script_of(state)
-    if given is None:
-        raise ValueError(f"{source} is no checkpoint of {script}, as it holds weights without the "
-                         f"flags that they were trained with, or something else; give one of those")
-    if given != script:
-        raise ValueError(f"{source} is a checkpoint of {given}, for {READERS[given]}; give one of "
-                         f"{script} here")
-    check_values(state, CHECKPOINTS[script], source)
-    check_packed_rae(state["rae"], source)
-    if script == "train_decoder.py":
-        return
-
-    if "ema" not in state and "model" not in state:
-        raise ValueError(f"{source} has no weights, neither ema nor model; copy or train it again")
-    latent_shape = list(state["rae"]["latent_var"].shape)
-    if state["latent_shape"] not in (latent_shape, latent_shape[:2]):
-        raise ValueError(f"{source} has a model of latents {state['latent_shape']} and an "
-                         f"autoencoder of {latent_shape}; copy or train it again")
-    flags = state["args"]
-    check_values(flags, DIT_FLAGS if script == "train_dit.py" else T2I_FLAGS, f"{source}: args")
-    check_split(flags, "width", "heads", 4, source)              # 4: rotary positions in 2-D
-    if flags["head_width"] > 0:
-        check_values(flags, HEAD_FLAGS, f"{source}: args")
-        check_split(flags, "head_width", "head_heads", 4, source)
-
-    if script == "train_dit.py":
-        check_class_names(state, source)
-    else:
-        if not state["tokenizer"].startswith("{"):
-            raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
-        check_qwen2(state["llm"], f"{source}: llm")
-
-
-def check_qwen2(arguments, source):
-    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
-    check_values(arguments, QWEN2, source)
-    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
-    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
-
-
-def load_resumed(args, script):
-    """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
-    state = saving.load_resumable(args)
-    check_checkpoint(state, script, f"{args.out}/last.pt")
-    return state
-
-
-def check_packed_rae(packed, source):
-    """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
-    if not isinstance(packed, dict):
-        raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
-    check_values(packed, AUTOENCODER, f"{source}: rae")
-    check_split(packed, "decoder_width", "decoder_heads", 1, source)
-    var = packed["latent_var"]
-    check_statistics(packed["latent_mean"], var, source)
-    if var.ndim != 3 or not var.shape[1] == var.shape[2] <= LARGEST_GRID:
-        raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
-                         f"with h = w of at most {LARGEST_GRID}; copy or train it again")
-    try:
-        pixel_statistics(packed["encoder"])
-    except ValueError as error:
-        raise ValueError(f"{source} has an encoder that does not exist ({error}); copy or train it "
-                         f"again") from error
-
-
-def check_statistics(mean, var, source):
-    """Raise ValueError unless latent statistics are finite, and variances positive.
-
-    mean, var: tensors of one shape; mean may be None.
-    """
-    statistics = {"variance": var}
-    if mean is not None:
-        statistics["mean"] = mean
-    for name, value in statistics.items():
-        problem = weight_problem(value)
-        if problem is None and not is_finite(value):
-            problem = "with numbers that are not finite"
-        if problem is None and value.shape != var.shape:
-            problem = f"of shape {tuple(value.shape)}, and the variance {tuple(var.shape)}"
-        if problem is not None:
-            raise ValueError(f"{source} has a latent {name} {problem}; copy or train it again")
-    if not (var > 0).all():
-        raise ValueError(f"{source} has latent variances down to {var.min():g}, which must be all "
-                         f"positive; copy or train it again")
-
-
-def check_class_names(state, source):
-    """Raise ValueError unless a checkpoint of classes has a name for each of them."""
-    names = state["class_names"]
-    if len(names) != state["num_classes"] or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{source} has {len(names)} class_names for {state['num_classes']} "
-                         f"classes; a text for each is needed; copy or train it again")
-
-
-def training_data(state, source):
-    """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
-
-    Returns ([], 0) if it does not say, as published models. Raises ValueError.
-    """
-    flags = state.get("args", {})
-    if not isinstance(flags, dict):
-        raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
-    if "data" not in flags:
-        return [], 0
-    check_values(flags, TRAINING_DATA, f"{source}: args")
-    if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
-        raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
-                         f"again")
-    return flags["data"], flags.get("hold_out", 0)
-
-
-def check_values(values, rules, source):
-    """Raise ValueError unless a dict from a file obeys a table of Rules.
-
-    source: the file, and where in it the dict stands.
-    """
-    for name, rule in rules.items():
-        if name not in values:
-            if rule.is_optional:
-                continue
-            raise ValueError(f"{source} has no {name}; copy or train it again")
-        value = values[name]
-        wanted = None
-        if not has_type(value, rule.type):
-            wanted = f"of type {rule.type.__name__}"
-        elif rule.choices and value not in rule.choices:
-            wanted = f"one of {' '.join(rule.choices)}"
-        elif rule.type in (int, float) and not rule.low <= value <= rule.high:     # nan, too
-            wanted = f"from {rule.low:g} to {rule.high:g}"
-        if wanted is not None:
-            raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
-                             f"copy or train it again")
-
-
-def has_type(value, wanted):
-    """isinstance(), but True and False are no numbers, and a whole number can stand for a float."""
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
-
-
-def describe(value):
-    """A short number or text as it is, the type of everything else: for messages."""
-    is_plain = value is None or isinstance(value, (int, float, str))
-    if is_plain and len(repr(value)) < 40:
-        return repr(value)
-    return f"of type {type(value).__name__}"
-
-
-def check_split(values, width, heads, multiple, source):
-    """Raise ValueError unless a width of a file splits into its heads, see model.check_heads."""
-    if values[width] % (values[heads] * multiple):
-        raise ValueError(f"{source} has {width} {values[width]}, no multiple of {heads} "
-                         f"{values[heads]} x {multiple}; copy or train it again")
-
-
 # ---------------------------------------------------------------------------- encoders
 def pixel_statistics(name):
     """Mean and std of pixels in [0,1], three floats each, that encoder `name` was trained with.
@@ -1219,3 +933,289 @@ def qwen2_arguments(config, source):
         raise ValueError(f"{source} has {checked}; give a Qwen2 model, which has numbers and "
                          f"{QWEN2_OPTIONS}")
     return {key: values[key] for key in (*QWEN2_SIZES, *defaults)}
+
+
+# ---------------------------------------------------------------------------- what files must hold
+class Rule(NamedTuple):
+    """What a value of a file must be: its type, and the range of a number or a few choices."""
+    type: type                   # float: whole numbers as well
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple = ()
+    is_optional: bool = False
+
+
+# Bounds on sizes, so that no file makes the machine build for minutes. The weights decide in the
+# end, but a layer is built before they are compared.
+WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
+DEEPEST = 256          # 9 times the deepest published one; built in two seconds
+LARGEST_SIDE = 4096    # pixels: 8 times the largest published
+LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
+LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
+LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
+LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
+
+AUTOENCODER = {
+    "encoder": Rule(str),
+    "size": Rule(int, 1, LARGEST_SIDE),
+    "decoder_width": Rule(int, 1, WIDEST),
+    "decoder_depth": Rule(int, 0, DEEPEST),
+    "decoder_heads": Rule(int, 1, WIDEST),
+    "decoder_mlp": Rule(int, 1, 4 * WIDEST),
+    "decoder_patch": Rule(int, 1, LARGEST_SIDE),
+    "decoder": Rule(dict),
+    "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
+    "latent_mean": Rule(torch.Tensor),
+    "latent_var": Rule(torch.Tensor),
+}
+DIT_FLAGS = {
+    "width": Rule(int, 1, WIDEST),
+    "depth": Rule(int, 0, DEEPEST),
+    "heads": Rule(int, 1, WIDEST),
+    "head_width": Rule(int, 0, WIDEST),
+    "class_dropout": Rule(float, 0, 1),
+    "prediction": Rule(str, choices=("v", "x0"), is_optional=True),      # of DiTBase
+    "shift_base": Rule(float, 1e-9, 1e9, is_optional=True),
+}
+HEAD_FLAGS = {                                                   # unless head_width is 0
+    "head_depth": Rule(int, 0, DEEPEST),
+    "head_heads": Rule(int, 1, WIDEST),
+}
+T2I_FLAGS = DIT_FLAGS | {
+    "connector": Rule(str, choices=("linear", "mlp2")),
+    "context": Rule(int, 1, LONGEST_CONTEXT),
+    "plan": Rule(int, 0, LONGEST_CONTEXT, is_optional=True),
+    "regression": Rule(float, 0, is_optional=True),
+}
+QWEN2 = {
+    "vocab_size": Rule(int, 1, LARGEST_VOCABULARY),
+    "hidden_size": Rule(int, 1, WIDEST),
+    "intermediate_size": Rule(int, 1, 4 * WIDEST),
+    "num_hidden_layers": Rule(int, 0, DEEPEST),
+    "num_attention_heads": Rule(int, 1, WIDEST),
+    "num_key_value_heads": Rule(int, 1, WIDEST),
+    "rope_theta": Rule(float, 1, 1e12),
+    "rms_norm_eps": Rule(float, 0, 1),
+    "tie_word_embeddings": Rule(bool),
+}
+TRAINING_DATA = {
+    "data": Rule(list),
+    "hold_out": Rule(int, 0, is_optional=True),
+}
+WEIGHTS = {"ema": Rule(dict, is_optional=True), "model": Rule(dict, is_optional=True)}
+CHECKPOINTS = {                  # by the script that writes them
+    "train_decoder.py": {"rae": Rule(dict)},
+    "train_dit.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "num_classes": Rule(int, 1),
+        "class_names": Rule(list), "latent_shape": Rule(list)},
+    "train_t2i.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "llm": Rule(dict), "tokenizer": Rule(str),
+        "asked": Rule(int, 0), "latent_shape": Rule(list)},
+}
+READERS = {                      # of these checkpoints
+    "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
+    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
+    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
+}
+PUBLISHED = {                    # in the layout of these checkpoints
+    "train_decoder.py": PUBLISHED_RAES,
+    "train_dit.py": PUBLISHED_DITS,
+    "train_t2i.py": PUBLISHED_T2I,
+}
+
+
+def check_source(path_or_name, script):
+    """Raise unless it exists, or is the name of a published model in the layout of a script's
+    checkpoints. What kind of file it is, load_checkpoint() sees.
+
+    FileNotFoundError: neither, with the published name that it may be meant to be, or the folder of
+    a sharded checkpoint; ValueError: a published model of another kind.
+    """
+    name = str(path_or_name).removesuffix("/guide")
+    names = list(PUBLISHED[script])
+    if (Path(name) / ".metadata").is_file():
+        raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
+    if name in names or Path(name).exists():
+        return
+    for other, others in PUBLISHED.items():
+        if name in others:
+            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
+                             f"of {script} is needed, or one of {' '.join(names)}")
+    advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+        advice = f"did you mean the published {near[0]}? Else {advice}"
+    raise FileNotFoundError(f"file {name} does not exist; {advice}")
+
+
+def script_of(state):
+    """The script that wrote a checkpoint; None for what is not one of ours."""
+    if "llm" in state:
+        return "train_t2i.py"
+    if "num_classes" in state or "latent_shape" in state:
+        return "train_dit.py"
+    if "rae" in state:
+        return "train_decoder.py"
+    return None
+
+
+def check_checkpoint(state, script, source):
+    """Raise ValueError unless a dict is a checkpoint of a script, one of CHECKPOINTS.
+
+    source: path of its file, for the message. Of the weights, only types are checked here; the rest
+    is up to load_strict().
+    """
+    given = script_of(state)
+    if given is None:
+        raise ValueError(f"{source} is no checkpoint of {script}, as it holds weights without the "
+                         f"flags that they were trained with, or something else; give one of those")
+    if given != script:
+        raise ValueError(f"{source} is a checkpoint of {given}, for {READERS[given]}; give one of "
+                         f"{script} here")
+    check_values(state, CHECKPOINTS[script], source)
+    check_packed_rae(state["rae"], source)
+    if script == "train_decoder.py":
+        return
+
+    if "ema" not in state and "model" not in state:
+        raise ValueError(f"{source} has no weights, neither ema nor model; copy or train it again")
+    latent_shape = list(state["rae"]["latent_var"].shape)
+    if state["latent_shape"] not in (latent_shape, latent_shape[:2]):
+        raise ValueError(f"{source} has a model of latents {state['latent_shape']} and an "
+                         f"autoencoder of {latent_shape}; copy or train it again")
+    flags = state["args"]
+    check_values(flags, DIT_FLAGS if script == "train_dit.py" else T2I_FLAGS, f"{source}: args")
+    check_split(flags, "width", "heads", 4, source)              # 4: rotary positions in 2-D
+    if flags["head_width"] > 0:
+        check_values(flags, HEAD_FLAGS, f"{source}: args")
+        check_split(flags, "head_width", "head_heads", 4, source)
+
+    if script == "train_dit.py":
+        check_class_names(state, source)
+    else:
+        if not state["tokenizer"].startswith("{"):
+            raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
+        check_qwen2(state["llm"], f"{source}: llm")
+
+
+def check_qwen2(arguments, source):
+    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
+    check_values(arguments, QWEN2, source)
+    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
+    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
+
+
+def load_resumed(args, script):
+    """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
+    state = saving.load_resumable(args)
+    check_checkpoint(state, script, f"{args.out}/last.pt")
+    return state
+
+
+def check_packed_rae(packed, source):
+    """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
+    if not isinstance(packed, dict):
+        raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
+    check_values(packed, AUTOENCODER, f"{source}: rae")
+    check_split(packed, "decoder_width", "decoder_heads", 1, source)
+    var = packed["latent_var"]
+    check_statistics(packed["latent_mean"], var, source)
+    if var.ndim != 3 or not var.shape[1] == var.shape[2] <= LARGEST_GRID:
+        raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
+                         f"with h = w of at most {LARGEST_GRID}; copy or train it again")
+    try:
+        pixel_statistics(packed["encoder"])
+    except ValueError as error:
+        raise ValueError(f"{source} has an encoder that does not exist ({error}); copy or train it "
+                         f"again") from error
+
+
+def check_statistics(mean, var, source):
+    """Raise ValueError unless latent statistics are finite, and variances positive.
+
+    mean, var: tensors of one shape; mean may be None.
+    """
+    statistics = {"variance": var}
+    if mean is not None:
+        statistics["mean"] = mean
+    for name, value in statistics.items():
+        problem = weight_problem(value)
+        if problem is None and not is_finite(value):
+            problem = "with numbers that are not finite"
+        if problem is None and value.shape != var.shape:
+            problem = f"of shape {tuple(value.shape)}, and the variance {tuple(var.shape)}"
+        if problem is not None:
+            raise ValueError(f"{source} has a latent {name} {problem}; copy or train it again")
+    if not (var > 0).all():
+        raise ValueError(f"{source} has latent variances down to {var.min():g}, which must be all "
+                         f"positive; copy or train it again")
+
+
+def check_class_names(state, source):
+    """Raise ValueError unless a checkpoint of classes has a name for each of them."""
+    names = state["class_names"]
+    if len(names) != state["num_classes"] or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} has {len(names)} class_names for {state['num_classes']} "
+                         f"classes; a text for each is needed; copy or train it again")
+
+
+def training_data(state, source):
+    """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
+
+    Returns ([], 0) if it does not say, as published models. Raises ValueError.
+    """
+    flags = state.get("args", {})
+    if not isinstance(flags, dict):
+        raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
+    if "data" not in flags:
+        return [], 0
+    check_values(flags, TRAINING_DATA, f"{source}: args")
+    if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
+        raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
+                         f"again")
+    return flags["data"], flags.get("hold_out", 0)
+
+
+def check_values(values, rules, source):
+    """Raise ValueError unless a dict from a file obeys a table of Rules.
+
+    source: the file, and where in it the dict stands.
+    """
+    for name, rule in rules.items():
+        if name not in values:
+            if rule.is_optional:
+                continue
+            raise ValueError(f"{source} has no {name}; copy or train it again")
+        value = values[name]
+        wanted = None
+        if not has_type(value, rule.type):
+            wanted = f"of type {rule.type.__name__}"
+        elif rule.choices and value not in rule.choices:
+            wanted = f"one of {' '.join(rule.choices)}"
+        elif rule.type in (int, float) and not rule.low <= value <= rule.high:     # nan, too
+            wanted = f"from {rule.low:g} to {rule.high:g}"
+        if wanted is not None:
+            raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
+                             f"copy or train it again")
+
+
+def has_type(value, wanted):
+    """isinstance(), but True and False are no numbers, and a whole number can stand for a float."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def describe(value):
+    """A short number or text as it is, the type of everything else: for messages."""
+    is_plain = value is None or isinstance(value, (int, float, str))
+    if is_plain and len(repr(value)) < 40:
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
+def check_split(values, width, heads, multiple, source):
+    """Raise ValueError unless a width of a file splits into its heads, see model.check_heads."""
+    if values[width] % (values[heads] * multiple):
+        raise ValueError(f"{source} has {width} {values[width]}, no multiple of {heads} "
+                         f"{values[heads]} x {multiple}; copy or train it again")
