@@ -950,7 +950,7 @@ class Rule(NamedTuple):
 WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
 DEEPEST = 256          # 9 times the deepest published one; built in two seconds
 LARGEST_SIDE = 4096    # pixels: 8 times the largest published
-LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
+LARGEST_PATCH = 64     # pixels: twice the largest of timm's; of --decoder_patch
 LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
 LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
 LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
