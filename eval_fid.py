@@ -123,7 +123,7 @@ def read_statistics(path):
             for name in STATISTICS:                    # ADM's file has 2 GB of images as well
                 if f"{name}.npy" in archive.namelist():
                     arrays[name] = read_array(archive, name)
-    except (*NPZ_ERRORS, KeyError, SyntaxError) as error:              # the last: of a header
+    except NPZ_ERRORS as error:
         raise ValueError(f"{path} has statistics that can't be read ({error}); copy or make them "
                          f"again") from error
     if "mu" not in arrays or "sigma" not in arrays:
