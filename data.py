@@ -24,6 +24,7 @@ import io
 import itertools
 import lzma
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -62,8 +63,8 @@ warnings.filterwarnings("ignore", module="PIL")
 # Of a PNG, Pillow refuses texts and colour profiles of over a megabyte.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
-# Seconds without a micro-batch until the workers count as hanging. One takes seconds, over a slow
-# network perhaps a minute, and two minutes are what a user waits without a word.
+# Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
+# slow network perhaps a minute, and two minutes are what a user waits without a word.
 WORKER_TIMEOUT = 100
 SECONDS_OF_IMAGE = 3       # at most: to load 24 megapixels on a slow or busy core
 
@@ -920,10 +921,8 @@ def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=
                          f"{world} processes; lower --micro_batch")
     accumulation = batch // (micro_batch * world)
     prefetch_factor = None                        # micro-batches that each worker has ready
-    timeout = 0                                   # seconds for one; 0: any number
     if workers > 0:                               # together at least a step's, and one more each
         prefetch_factor = math.ceil(accumulation / workers) + 1
-        timeout = max(WORKER_TIMEOUT, SECONDS_OF_IMAGE * micro_batch)
     # fork starts workers in 0.1 s, other methods in 4 to 10 s; it is only safe on Linux.
     use_fork = workers > 0 and sys.platform == "linux"
     loader = DataLoader(
@@ -932,7 +931,6 @@ def batches(data, batch, micro_batch, start=0, rank=0, world=1, workers=2, stop=
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=prefetch_factor,
-        timeout=timeout,
         worker_init_fn=functools.partial(start_worker, os.getpid()),
         generator=torch.Generator(),              # leaves the global random state alone
         multiprocessing_context="fork" if use_fork else None)
@@ -948,7 +946,7 @@ def micro_batch_numbers(batch, micro_batch, start, stop, rank, world):
 
 def read_batches(data, loader, batch, micro_batch):
     """Yield what batches promises. Broken files are counted here, in the main process."""
-    for lists in read_lists(loader):
+    for lists in read_lists(loader, max(WORKER_TIMEOUT, SECONDS_OF_IMAGE * micro_batch)):
         for k, broken in zip(lists["number"], lists["broken"], strict=True):
             data.report_broken(k, broken)
         # The images of a micro-batch are consecutive, so the first one tells where it belongs.
@@ -984,23 +982,29 @@ def end_with(trainer):
     os._exit(1)
 
 
-def read_lists(loader):
-    """Yield what the loader yields.
+def read_lists(loader, seconds):
+    """Yield what the loader yields, for each of which its workers have so many seconds.
 
     Raises: ValueError if a worker is killed or hangs, or raises one
     """
+    before = set(multiprocessing.active_children())
     iterator = iter(loader)
-    if loader.num_workers > 0:
+    workers = set(multiprocessing.active_children()) - before
+    if workers:
         handle_killed_workers()
     while True:
+        done, hung = threading.Event(), threading.Event()
+        if workers:
+            threading.Thread(target=kill_if_silent, args=(workers, done, hung, seconds),
+                             daemon=True).start()
         try:
             lists = next(iterator)
         except StopIteration:
             return
         except (RuntimeError, ValueError) as error:
-            if str(error).startswith("DataLoader timed out"):
+            if hung.is_set():
                 raise ValueError(
-                    f"the processes that load images were silent for {loader.timeout} s; is --data "
+                    f"the processes that load images were silent for {seconds} s; is --data "
                     "on a disk or network that hangs? --workers 0 shows where; if images are "
                     "only large, give more --workers") from None
             if str(error).startswith("DataLoader worker"):        # was killed, or has exited
@@ -1008,7 +1012,22 @@ def read_lists(loader):
             if isinstance(error, ValueError):     # of a worker, whose traceback is in the message
                 raise ValueError(str(error).rpartition("ValueError: ")[2].rstrip()) from None
             raise
+        finally:
+            done.set()
         yield lists
+
+
+def kill_if_silent(workers, done, hung, seconds):
+    """Kill the workers unless `done` is set in time. What waits for them then raises an error.
+
+    DataLoader's own timeout does not notice a worker that hangs in the middle of a batch.
+    """
+    for _ in range(seconds):
+        if done.wait(1):                          # a run that Ctrl-Z stops counts no seconds
+            return
+    hung.set()
+    for worker in workers:
+        worker.kill()
 
 
 def handle_killed_workers():
