@@ -438,6 +438,7 @@ def pixel_statistics(name):
         _, _, statistics = ENCODERS[name]
         return statistics
     if re.fullmatch(r"pixel(:[1-9]\d*)?|vae(:[1-9]\d*:[1-9]\d*)?|diffusers:.+", name):
+        check_baseline(name)
         return HALF_PIXELS
     layout = name.split(".")[0]
     if not timm.models.is_model_in_modules(layout, ["vision_transformer", "deit", "eva", "beit"]):
@@ -489,6 +490,21 @@ def default_image_size(name):
     if name.startswith(("pixel", "vae")):
         return 64                                   # that of the built-in world
     return 256
+
+
+def check_baseline(name):
+    """Raise ValueError if pixel:PATCH or vae:CHANNELS:PATCH has numbers that no memory has room
+    for.
+    """
+    kind, _, details = name.partition(":")
+    if kind == "diffusers" or not details:
+        return
+    *channels, patch = map(int, details.split(":"))
+    if patch > LARGEST_PATCH:
+        raise ValueError(f"--encoder {name} has patches of {patch} pixels; give at most "
+                         f"{LARGEST_PATCH}")
+    if channels and channels[0] > WIDEST:
+        raise ValueError(f"--encoder {name} has {channels[0]} channels; give at most {WIDEST}")
 
 
 def load_baseline(name, image_size):
@@ -951,7 +967,7 @@ class Rule(NamedTuple):
 WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
 DEEPEST = 256          # 9 times the deepest published one; built in two seconds
 LARGEST_SIDE = 4096    # pixels: 8 times the largest published
-LARGEST_PATCH = 64     # pixels: twice the largest of timm's; of --decoder_patch
+LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
 LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
 LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
 LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5

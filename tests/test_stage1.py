@@ -543,6 +543,13 @@ def test_the_random_encoder_is_always_the_same():
     assert torch.equal(latents, again)
 
 
+@pytest.mark.parametrize("name", ["pixel:9999999", "vae:8:65", "vae:99999:8"])
+def test_encoders_that_no_memory_has_room_for_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        train_decoder.parse_args(["--encoder", name])
+    assert "give at most" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["vae:8:14", "pixel:14"])
 def test_patch_14_is_the_stride_of_what_has_no_patch_16(name):
     encoder = load_encoder(name, 56)
