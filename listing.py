@@ -23,6 +23,10 @@ IMAGE_SUFFIXES = (
     ".pnm", ".pfm", ".tga", ".pcx", ".qoi")
 SIDECAR_SUFFIXES = (".cls", ".txt", ".json")
 ROLES = {"human": "user", "gpt": "assistant"}    # of LLaVA and Scale-RAE -> of chat templates
+# Pillow opens up to 179 million pixels; with three colours of 16 bits they have 1.07e9 bytes.
+IMAGE_BYTES = 2**30 + 2**20
+SIDECAR_BYTES = 2**20      # a whole book; the texts of all images are kept in memory
+LINE_BYTES = 2**24         # of a .jsonl: a conversation, or even an image in base64
 ARRAY_BYTES = 2**32        # of a .json, which is read at once; LLaVA's of 665,000 records has 1e9
 
 
@@ -78,15 +82,20 @@ def shown(name):
     return repr(name) if re.search("[\x00-\x1f\x7f\ud800-\udfff]", name) else name
 
 
-def read_bytes(path, offset=0, size=-1):
+def read_bytes(path, offset=0, size=-1, limit=IMAGE_BYTES):
     """Read `size` bytes of a regular file from `offset` on; -1: all that follow.
 
-    Raises: OSError; ValueError for a pipe or a device, which may never end
+    Raises: OSError; ValueError if these are more than `limit`, or it is a pipe or a device, which
+        may never end
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("is no regular file")
     # Opened every time: forked workers would share the position of a file that is kept open.
     with open(path, "rb") as file:
+        if size == -1:
+            size = os.fstat(file.fileno()).st_size - offset
+        if size > limit:
+            raise ValueError(f"has {size:,} bytes, more than {limit:,}")
         file.seek(offset)
         return file.read(size)
 
@@ -199,11 +208,15 @@ def list_tar(path, with_conversations, passed_over, origins):
     """List the images of a tar, which are later read in place."""
     origins.add(path)
     files = {}
+    end = 0                                       # of the last file
     try:
         # "r:" refuses compressed tars, of which no file could be read without all before it.
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members.clear()               # a list of a million would take a gigabyte
+                if member.size < 0 or member.offset < end:
+                    raise ValueError("a file has a size below 0")
+                end = member.offset_data
                 name = member.name.removeprefix("./")
                 if member.isfile() and not member.issparse():
                     files[name] = (path, member.offset_data, member.size)
@@ -216,7 +229,8 @@ def list_tar(path, with_conversations, passed_over, origins):
             raise ValueError("cut short")
         if any(tail) or tar.offset + len(tail) < os.path.getsize(path):
             raise ValueError("bytes follow its end, such as a second tar; split it")
-    except (tarfile.TarError, ValueError) as error:
+    # A chain of headers that have headers, and lengths beyond any memory, raise the last three.
+    except (tarfile.TarError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(f"--data {path}: {advice_for_file(path, error)}") from None
     return list_files(path, files, SIDECAR_SUFFIXES, with_conversations, passed_over, origins)
 
@@ -233,7 +247,7 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over, o
         used.update(sidecars.values())
         origins.update(files[sidecar][0] for sidecar in sidecars.values())
         with error_context(path, name):
-            sidecars = {kind: read_bytes(*files[own]) for kind, own in sidecars.items()}
+            sidecars = read_sidecars(files, sidecars)
             record = parse_record(sidecars["json"]) if "json" in sidecars else {}
             label = None if with_conversations else parse_label(record, sidecars)
             if label is None and not with_conversations:
@@ -292,7 +306,10 @@ def read_records(path):
             for number, record in enumerate(read_json_array(path), 1):
                 yield f"record {number}", record
             return
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(LINE_BYTES), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) == LINE_BYTES:
+                raise ValueError(f"--data {path}: line {number} has over {LINE_BYTES:,} bytes")
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield f"line {number}", line
 
@@ -300,11 +317,14 @@ def read_records(path):
 def read_json_array(path):
     """Read a .json that is one array. Returns: list of values"""
     size = os.path.getsize(path)
-    if size > ARRAY_BYTES:
+    try:
+        if size > ARRAY_BYTES:
+            raise MemoryError
+        with error_context(path, "array"):
+            return json.loads(read_bytes(path, limit=ARRAY_BYTES))
+    except MemoryError:
         raise ValueError(f"--data {path} has {size:,} bytes, too many to read at once; make it a "
-                         f".jsonl: jq -c .[] {shlex.quote(path)} > x.jsonl")
-    with error_context(path, "array"):
-        return json.loads(read_bytes(path))
+                         f".jsonl: jq -c .[] {shlex.quote(path)} > x.jsonl") from None
 
 
 def is_hidden(name):
@@ -333,6 +353,17 @@ def find_sidecars(files, name, suffixes):
             if key + suffix in files:
                 sidecars[suffix[1:]] = key + suffix
     return sidecars
+
+
+def read_sidecars(files, sidecars):
+    """Read what find_sidecars has found. Returns: dict of "cls", "txt" and "json" to bytes"""
+    contents = {}
+    for kind, name in sidecars.items():
+        try:
+            contents[kind] = read_bytes(*files[name], limit=SIDECAR_BYTES)
+        except ValueError as error:
+            raise ValueError(f"has {name}, which {error}") from None
+    return contents
 
 
 @contextlib.contextmanager
