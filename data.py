@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import re
+import reprlib
 import signal
 import struct
 import sys
@@ -42,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
 from index import open_tables
@@ -54,19 +55,20 @@ from shapes import CLASSES, Scene, Text
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
 SHAPES_VAL = 2**40         # number of the first held-out scene; no training run gets that far
 PERIOD = 1000              # a mixture repeats its order of sources; weights are exact to 0.1%
+SHARDS = 1_000_000         # of a range; at the usual thousand images a shard, a billion images
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 THIN = 10                  # longer side / shorter side; panoramas have less
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
 # Pillow warns of damaged metadata, and of images of over 89 million pixels. It refuses those of
 # over 179 million, which would take half a gigabyte as RGB.
 warnings.filterwarnings("ignore", module="PIL")
-# Of a PNG, Pillow refuses texts and colour profiles of over a megabyte.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
+SAVE_UNCOMPRESSED = "save them by np.savez, which are read in place"
 BLACK = Image.new("RGB", (1, 1))      # the image of a conversation that has none
 # Seconds until a worker that yields nothing counts as hanging. A micro-batch takes seconds, over a
 # slow network perhaps a minute, and two minutes are what a user waits without a word.
 WORKER_TIMEOUT = 100
 SECONDS_OF_IMAGE = 3       # at most: to load 24 megapixels on a slow or busy core
+HEADER_BYTES = 10_000      # of an array; NumPy's own limit for files that are not trusted
 
 
 # ---------------------------------------------------------------- images
@@ -77,7 +79,31 @@ def load_image(listed):
     content = read_bytes(listed.path, listed.offset, listed.size)
     if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         raise ValueError("is a PostScript program, not pixels")   # Pillow would run it
-    return to_rgb(Image.open(io.BytesIO(content)))
+    try:
+        return to_rgb(Image.open(io.BytesIO(content)))
+    except Exception:                             # Pillow's decoders raise a dozen kinds
+        without_metadata = pixels_of_png(content)
+        if without_metadata == content:
+            raise
+    return to_rgb(Image.open(io.BytesIO(without_metadata)))
+
+
+def pixels_of_png(content):
+    """Leave out of a PNG what is not needed for its pixels; return any other file as it is.
+
+    Pillow refuses texts and colour profiles of over a megabyte, and checksums of them that are
+    wrong. Source: the PNG specification, 5.3: length, type, data and checksum of each chunk.
+    """
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    kept = [content[:8]]
+    position = 8
+    while position + 8 <= len(content):
+        size, kind = struct.unpack(">I4s", content[position:position + 8])
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"):    # eXIf: orientation
+            kept.append(content[position:position + 12 + size])
+        position += 12 + size
+    return b"".join(kept)
 
 
 def to_rgb(image):
@@ -404,9 +430,9 @@ def missing_ids(labels):
     ids = sorted(label for label in labels if isinstance(label, int))
     for before, after in itertools.pairwise([-1, *ids]):
         if after - before == 2:
-            missing.append(str(before + 1))
+            missing.append(reprlib.repr(before + 1))              # an id may have 400 digits
         elif after - before > 2:
-            missing.append(f"{before + 1} to {after - 1}")
+            missing.append(f"{reprlib.repr(before + 1)} to {reprlib.repr(after - 1)}")
     if len(missing) > 10:
         missing[9:] = ["..."]
     return missing
@@ -449,6 +475,9 @@ def expand_range(path):
     if match is None:
         return [path]
     first, last = sorted([int(match[1]), int(match[2])])
+    if last - first >= SHARDS:
+        raise ValueError(f"--data {path} stands for {last - first + 1:,} files; at most {SHARDS:,} "
+                         "may be")
     digits = len(match[1])
     return [path.replace(match[0], f"{number:0{digits}}") for number in range(first, last + 1)]
 
@@ -799,7 +828,7 @@ def open_array(path):
         if info.file_size != header_size + size:
             raise ValueError(f"{path} is damaged: arr_0 of {shape} has {info.file_size:,} bytes")
         if info.compress_type != zipfile.ZIP_STORED:
-            check_memory(path, size)
+            check_compressed(path, size, info.compress_size)
             with damage_of(path), archive.open(info) as file:
                 return np.lib.format.read_array(file)
     # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
@@ -833,9 +862,14 @@ def read_array_header(file):
     Raises: NPZ_ERRORS if there is none
     """
     version = np.lib.format.read_magic(file)
+    length_bytes = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(length_bytes, "little")
+    if length > HEADER_BYTES:
+        raise ValueError(f"its header has {length:,} bytes")
+    header = io.BytesIO(length_bytes + file.read(length))
     if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)              # 3.0 has other names of fields
+        return np.lib.format.read_array_header_1_0(header)
+    return np.lib.format.read_array_header_2_0(header)            # 3.0 has other names of fields
 
 
 def check_array(path, shape, dtype):
@@ -846,14 +880,17 @@ def check_array(path, shape, dtype):
                          "images are n H W 3, uint8 or floats, at least one")
 
 
-def check_memory(path, size):
-    """Raises: ValueError if compressed images, of so many bytes, would take too much memory"""
+def check_compressed(path, size, compressed_size):
+    """Raises: ValueError if compressed images would take too much memory, or can't be that many"""
     memory = memory_of_machine() or 8 * 10**9
     limit = memory // 2                           # the rest is for models and features
     if size > limit:
         raise ValueError(f"{path} has {size / 1e9:,.1f} GB of compressed images, of which at most "
-                         f"{limit / 1e9:,.1f} GB can be read; save them by np.savez, which are "
-                         "read in place")
+                         f"{limit / 1e9:,.1f} GB can be read; {SAVE_UNCOMPRESSED}")
+    # 1000 times is more than images shrink, and about the most that deflate can do (1032).
+    if size > 1000 * compressed_size + 2**20:
+        raise ValueError(f"{path} has {size:,} bytes in {compressed_size:,}, which are no images; "
+                         f"{SAVE_UNCOMPRESSED}")
 
 
 def memory_of_machine():

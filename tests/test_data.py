@@ -228,8 +228,9 @@ def test_broken_exif_leaves_an_image_as_it_is(exif):
         assert to_rgb(reopen(image, file_format, exif=exif)).size == (16, 8)
 
 
-def png_chunk(kind, content):
-    checksum = zlib.crc32(kind + content)
+def png_chunk(kind, content, checksum=None):
+    if checksum is None:
+        checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
@@ -237,7 +238,8 @@ def png_chunk(kind, content):
     png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))),
     png_chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(2**21))),
     png_chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(2**21))),
-    png_chunk(b"zTXt", b"key\0\0no zlib")])
+    png_chunk(b"zTXt", b"key\0\0no zlib"), png_chunk(b"pHYs", b"1"), png_chunk(b"gAMA", b""),
+    png_chunk(b"tEXt", b"key\0wrong checksum", 5)])
 def test_metadata_of_a_png_break_no_image(chunk, tmp_path):
     content = plain_image(size=(8, 8))
     for position in (33, len(content) - 12):      # after the header, before the end
@@ -752,6 +754,13 @@ def test_classes_are_the_ids_that_have_images(ids, missing, tmp_path):
     assert ("no image has the class ids" in data.describe()) == bool(missing)
 
 
+def test_ids_of_hundreds_of_digits(tmp_path):
+    data = open_data(labelled_tar(tmp_path / "a.tar", [10**400, 3]), 8)
+    assert data.num_classes == 2 and len(data.describe()) < 400
+    with pytest.raises(ValueError, match="0.png Exceeds the limit"):
+        open_data(labelled_tar(tmp_path / "b.tar", ["9" * 5000]), 8)
+
+
 def test_a_class_that_is_held_out_whole_stays_a_class_and_is_named(tmp_path):
     path = labelled_tar(tmp_path / "a.tar", range(10))
     train = open_data(path, 8, hold_out=3)
@@ -1221,6 +1230,7 @@ def test_the_command_for_arrays_makes_images(tmp_path):
 @pytest.mark.parametrize("spec, message", [
     ("", "--data is empty, as if by a variable that is not set"), ("  ", "--data is empty"),
     ("a=:1", "must be name=PATH:weight"), ("/dev/zero", "is a pipe or a device"),
+    ("x-{0..99999999999}.tar", "100,000,000,000 files; at most 1,000,000"),
     ("a=shapes:" + "9" * 400, "must be name=PATH:weight"), ("x" * 300, "File name too long")])
 def test_specs_that_make_no_sense(spec, message):
     with pytest.raises((ValueError, OSError), match=message):
@@ -1296,6 +1306,7 @@ def test_fewer_images_than_a_batch(folder):
     ({"0.json": b'{"label": " "}'}, "label ' ' must be .* a name"),
     ({"0.json": b'{"label": "a\\nb"}'}, "1.png has None|class name"),
     ({"0.json": b"[" * 100_000}, "0.png is nested too deeply"),
+    ({"0.txt": bytes(2**20 + 1)}, "0.png has 0.txt, which has 1,048,577 bytes, more than"),
     ({"0.json": b"{"}, "0.png.*json"),
     ({"0.json": b"[1]"}, "0.png.*json"),
     ({"0.json": b'{"caption": 3}'}, "0.png"),
@@ -1433,6 +1444,13 @@ def test_damaged_headers_of_arrays(header, tmp_path):
             Arrays(path)
 
 
+def test_headers_of_arrays_are_bounded(tmp_path):
+    content = b"\x93NUMPY\x02\0" + (3 * 10**9).to_bytes(4, "little") + b" " * 10**6
+    path = write_npz(tmp_path / "a.npz", content, COMPRESSIONS[1])
+    with pytest.raises(ValueError, match="is damaged .its header has 3,000,000,000 bytes"):
+        Arrays(path)
+
+
 def test_compressed_arrays_are_bounded_by_memory(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", PIXELS)
     monkeypatch.setattr(data_module, "memory_of_machine", lambda: 2 * PIXELS.size)
@@ -1491,10 +1509,12 @@ for name, attempt in [
         ("thin", partial(first_pixel, "thin")),
         ("broken", partial(broken, "broken")),
         ("pipes.jsonl", partial(broken, "pipes.jsonl")),
+        ("texts", partial(open_data, "texts", 8, chat=print)),
         ("label", lambda: open_data("label.tar", 8).num_classes),
         *[(path, partial(open_data, path, 8)) for path in
-          ("deep.jsonl", "large.json", "pipe.tar", "pipe.jsonl", "size.tar")],
-        ("lie.npz", partial(Arrays, "lie.npz"))]:
+          ("deep.jsonl", "large.json", "line.jsonl", "pipe.tar", "pipe.jsonl", "size.tar",
+           "negative.tar", "chain.tar", "name.tar")],
+        ("bomb.npz", partial(Arrays, "bomb.npz")), ("lie.npz", partial(Arrays, "lie.npz"))]:
     try:
         result = attempt()
     except (ValueError, OSError) as error:
@@ -1504,9 +1524,23 @@ print(json.dumps(["megabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrs
 """
 
 
+def sparse_file(path, start=b"", size=10 * 2**40):
+    """A file of `size` bytes that are not stored, all zeros after the start."""
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(size)
+
+
+def tar_header(name, size, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.type = kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
 def write_eaters(folder):
     """Write small files, each of which would take gigabytes or hang."""
-    for name in ("thin", "broken"):
+    for name in ("thin", "broken", "texts"):
         (folder / name).mkdir()
     thin = Image.new("RGB", (1, 30_000), (200, 30, 60))
     thin.save(folder / "thin" / "0.png")
@@ -1514,21 +1548,31 @@ def write_eaters(folder):
     size = struct.pack(">IIBBBBB", 2**30, 2**30, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size) + png_chunk(b"IDAT", b"")
     (folder / "broken" / "bomb.png").write_bytes(bomb)
+    sparse_file(folder / "broken" / "sparse.png")
     records = [{"image": name} for name in ("pipe.tar", "/dev/zero", "broken/0000.png")]
     (folder / "pipes.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_images(folder / "texts", 1, classes=0)
+    sparse_file(folder / "texts" / "0000.txt")
     labelled_tar(folder / "label.tar", [9_999_999_999])
     (folder / "deep.jsonl").write_text('{"image":' * 1_000_000)
-    with open(folder / "large.json", "wb") as file:
-        file.write(b"[")
-        file.truncate(5 * 2**30)                  # zeros that are not stored
+    sparse_file(folder / "large.json", b"[", 3 * 2**30)
+    sparse_file(folder / "line.jsonl")
     os.mkfifo(folder / "pipe.tar")
     os.mkfifo(folder / "pipe.jsonl")
     image = plain_image() + bytes(-len(plain_image()) % 512)
-    member = tarfile.TarInfo("0.png")
-    member.size = 2**40
-    (folder / "size.tar").write_bytes(member.tobuf() + image + bytes(1024))
+    (folder / "size.tar").write_bytes(tar_header("0.png", 2**40) + image + bytes(1024))
+    negative = tar_header("0.png", -1024) + tar_header("1.png", 0) + bytes(1024)
+    (folder / "negative.tar").write_bytes(negative)
+    chain = (tar_header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"name" + bytes(508)) * 5000
+    (folder / "chain.tar").write_bytes(chain + bytes(1024))
+    sparse_file(folder / "name.tar", tar_header("x", 10 * 2**40, tarfile.GNUTYPE_LONGNAME))
     lie = npy_header("|u1", (10**6, 100, 100, 3))
     write_npz(folder / "lie.npz", lie, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, \
+            archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        file.write(npy_header("|u1", (20, 4096, 4096, 3)))        # 1 GB in 1 MB
+        for _ in range(60):
+            file.write(bytes(4096 * 4096))
 
 
 def test_small_inputs_take_neither_the_memory_nor_the_time_of_the_machine(tmp_path):
@@ -1541,13 +1585,15 @@ def test_small_inputs_take_neither_the_memory_nor_the_time_of_the_machine(tmp_pa
 
     assert results["thin"] == [200, 30, 60]
     assert results["label"] == 1
-    assert results["broken"].keys() == {"broken/bomb.png"}
+    assert results["broken"].keys() == {"broken/bomb.png", "broken/sparse.png"}
     assert results["pipes.jsonl"] == {"pipe.tar": "is no regular file",
                                       "/dev/zero": "is no regular file"}
     for name, message in {
+            "texts": "0000.png has 0000.txt, which has 10,995,116,277,760 bytes, more than",
             "deep.jsonl": "line 1 is nested too deeply", "large.json": "make it a .jsonl: jq -c",
-            "pipe.tar": "is a pipe", "pipe.jsonl": "is a pipe", "size.tar": "whole",
-            "lie.npz": "is damaged"}.items():
+            "line.jsonl": "line 1 has over", "pipe.tar": "is a pipe", "pipe.jsonl": "is a pipe",
+            "size.tar": "whole", "negative.tar": "whole", "chain.tar": "whole", "name.tar": "whole",
+            "lie.npz": "is damaged", "bomb.npz": "which are no images; save them"}.items():
         assert message in results[name], results[name]
     assert results["megabytes"] < 2000
 
