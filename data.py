@@ -43,10 +43,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
-from index import count_images, open_tables
+from index import open_tables
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
 from runtime import cores_of_process, stop_request, world_size
@@ -58,8 +58,6 @@ PERIOD = 1000              # a mixture repeats its order of sources; weights are
 SHARDS = 1_000_000         # of a range; at the usual thousand images a shard, a billion images
 TRIES = 10                 # with 1% of the files broken, ten in a row happen once in 1e20 images
 THIN = 10                  # longer side / shorter side; panoramas have less
-TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # EXIF
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of TIFF
 # Pillow warns of damaged metadata, and of images of over 89 million pixels. It refuses those of
 # over 179 million, which would take half a gigabyte as RGB.
@@ -115,23 +113,14 @@ def to_rgb(image):
     """
     tiff_tags = getattr(image, "tag_v2", {})
     image.load()
-    turn = TURNS.get(orientation_of(image))
+    with contextlib.suppress(Exception):          # broken EXIF raises many kinds; pixels count
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                     # 16 or 32 bits, which convert("RGB") would clip
         image = to_8_bits(image, tiff_tags)
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    if turn is not None:
-        image = image.transpose(turn)
     return image.convert("RGB")
-
-
-def orientation_of(image):
-    """Return the EXIF tag that cameras store instead of turning pixels; 1: upright."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:                             # broken EXIF raises many kinds; pixels count
-        return 1
 
 
 def to_8_bits(image, tiff_tags):
@@ -298,7 +287,9 @@ class FileSource:
         self.tables = open_tables(paths, with_conversations)
         check_texts(self.tables, paths[0])
         self.all_images = ConcatDataset(self.tables)              # of both splits
-        self.label_counts = count_labels(self.tables)
+        self.label_counts = collections.Counter()                 # without labels, of None
+        for table in self.tables:
+            self.label_counts.update(table.label_counts())
         self.class_names = find_class_names(self.label_counts, self.all_images, paths[0])
         self.labelled = None not in self.label_counts
         if not 0 <= hold_out < len(self.all_images):
@@ -385,8 +376,8 @@ class FileSource:
             names = sorted({name for name, _ in broken})
             raise ValueError(f"--data has {TRIES} broken images in a row ({broken[0][1]}): {names}")
         # In a worker, the error would come with a traceback of its own, so the main process raises
-        # it: see BrokenFiles.report.
-        return listed, image_of_size(size), broken
+        # it: see ImageData.report_broken.
+        return listed, BLACK.resize((size, size)) if size else BLACK, broken
 
 
 def reason_of(error):
@@ -402,11 +393,6 @@ def reason_of(error):
     return " ".join(reason.split())[:200]
 
 
-def image_of_size(size):
-    """Return a black image, which no one will see; size None: of any size."""
-    return BLACK if size is None else BLACK.resize((size, size))
-
-
 def check_texts(tables, path):
     """Raises: ValueError if an image has no text, which only conversations need."""
     without_text = sum(table.header["without_text"] for table in tables)
@@ -420,14 +406,6 @@ def check_texts(tables, path):
             f"--data {path}: {without_text} of {sum(map(len, tables))} images have no text, "
             f"first {first}; put x.txt or x.json beside x.jpg (in .jsonl a caption), "
             "empty where it shall be unconditional")
-
-
-def count_labels(tables):
-    """Return a dict of each label of the images to their number; without labels, of None."""
-    counts = collections.Counter()
-    for table in tables:
-        counts.update(table.label_counts())
-    return counts
 
 
 def find_class_names(labels, images, path):
@@ -458,30 +436,6 @@ def missing_ids(labels):
     if len(missing) > 10:
         missing[9:] = ["..."]
     return missing
-
-
-class BrokenFiles:
-    """The broken files of one source: each is reported once, and more than 1% stop the run."""
-
-    def __init__(self, total):
-        self.total = total                        # number of images of the source
-        self.names = set()
-
-    def report(self, broken):
-        """Print the files that are new. Raises: ValueError if there are too many.
-
-        broken: list of pairs (name, reason)
-        """
-        for name, reason in sorted(broken):
-            if name in self.names:
-                continue
-            self.names.add(name)
-            count = len(self.names)
-            print(f"broken image {count}, replaced by another: {name} ({reason})", file=sys.stderr)
-            if count > max(1, self.total // 100) or len(broken) >= TRIES:
-                raise ValueError(
-                    f"--data has {count} broken images of {self.total}, such as {name} ({reason}); "
-                    "at most 1% may be; remove or mend those named above")
 
 
 # ---------------------------------------------------------------- specs and mixtures
@@ -556,8 +510,8 @@ class Mixture:
 
 
 # ---------------------------------------------------------------- amounts
-def count_sources(specs, at_most, with_conversations=False):
-    """Numbers of images of the sources of --data, where more than at_most count as at_most.
+def count_sources(specs, with_conversations=False):
+    """Numbers of images of the sources of --data; of the built-in worlds, those of an epoch.
 
     with_conversations: as of list_images
     Raises: FileNotFoundError, ValueError, as open_data
@@ -565,10 +519,10 @@ def count_sources(specs, at_most, with_conversations=False):
     paths, _ = parse_specs(specs)
     counts = []
     for source_paths in paths.values():
-        if source_paths in (["shapes"], ["text"]):                # which never end
-            counts.append(at_most)
+        if source_paths in (["shapes"], ["text"]):
+            counts.append(SHAPES_EPOCH)
         else:
-            counts.append(count_images(source_paths, at_most, with_conversations))
+            counts.append(sum(map(len, open_tables(source_paths, with_conversations))))
     return counts
 
 
@@ -579,8 +533,7 @@ def fit_defaults(args, defaults, with_conversations=False):
     many images are held out as are evaluated, and at most a tenth.
     Returns: dict of the three, each at most its default
     """
-    most = 10 * defaults["eval_n"]
-    counts = count_sources(args.data or defaults["data"], most, with_conversations)
+    counts = count_sources(args.data or defaults["data"], with_conversations)
     n = min(counts)
 
     hold_out = getattr(args, "hold_out", None)
@@ -604,8 +557,7 @@ def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
 
     Raises: ValueError that names all flags which are too large
     """
-    at_most = hold_out + max(batch, eval_n) + 1
-    counts = count_sources(specs, at_most, with_conversations)
+    counts = count_sources(specs, with_conversations)
     n = min(counts)
     to_train_on = sum(counts) - len(counts) * hold_out
     problems = []
@@ -681,7 +633,7 @@ class ImageData(Dataset):
         self.mixture = Mixture(weights)
         self.size = size
         self.seed = seed
-        self.broken_files = [BrokenFiles(len(source)) for source in sources]
+        self.broken_names = [set() for _ in sources]              # of files, met so far
 
         # A mixture is labelled only if all its sources are; it then has the classes of all.
         self.labelled = all(source.labelled for source in sources)
@@ -758,8 +710,23 @@ class ImageData(Dataset):
         return self.sources[index].draw(number)
 
     def report_broken(self, k, broken):
-        """Report the broken files that image k replaces. Raises: ValueError if over 1% are."""
-        self.broken_files[self.source_of(k)].report(broken)
+        """Print the broken files that image k replaces, each of them once.
+
+        broken: pairs (name, reason)
+        Raises: ValueError if over 1% of the files of a source are broken
+        """
+        source = self.source_of(k)
+        names, total = self.broken_names[source], self.source_lengths[source]
+        for name, reason in sorted(broken):
+            if name in names:
+                continue
+            names.add(name)
+            count = len(names)
+            print(f"broken image {count}, replaced by another: {name} ({reason})", file=sys.stderr)
+            if count > max(1, total // 100) or len(broken) >= TRIES:
+                raise ValueError(
+                    f"--data has {count} broken images of {total}, such as {name} ({reason}); "
+                    "at most 1% may be; remove or mend those named above")
 
 
 def describe_source(name, summary):
@@ -860,24 +827,24 @@ def open_array(path):
         size = math.prod(shape) * dtype.itemsize
         if info.file_size != header_size + size:
             raise ValueError(f"{path} is damaged: arr_0 of {shape} has {info.file_size:,} bytes")
-        order = "F" if is_fortran else "C"
         if info.compress_type != zipfile.ZIP_STORED:
             check_compressed(path, size, info.compress_size)
             with damage_of(path), archive.open(info) as file:
-                file.read(header_size)
-                return read_into_array(file, size).view(dtype).reshape(shape, order=order)
+                return np.lib.format.read_array(file)
     # The header of a file in a zip has 30 bytes, the last four of which are the lengths of the
     # name and of the extra field that follow. Source: PKWARE's APPNOTE.TXT, 4.3.7.
     name_size, extra_size = struct.unpack("<HH", read_bytes(path, info.header_offset + 26, 4))
     offset = info.header_offset + 30 + name_size + extra_size + header_size
     with damage_of(path):
-        return np.memmap(path, dtype, "r", offset, shape, order=order)
+        return np.memmap(path, dtype, "r", offset, shape, order="F" if is_fortran else "C")
 
 
 # What a damaged .npz raises. RuntimeError: it is encrypted, or compressed in another way;
-# OSError: a wrong position.
+# OSError: a wrong position; the others from AttributeError on: NumPy reads a header as the text of
+# a Python dict.
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError,
-              OSError)
+              OSError, AttributeError, LookupError, MemoryError, SyntaxError, TypeError,
+              tokenize.TokenError)
 
 
 @contextlib.contextmanager
@@ -885,9 +852,6 @@ def damage_of(path):
     """Turn what zipfile and numpy raise for a damaged file into a ValueError that names it."""
     try:
         yield
-    except MemoryError:                           # a limit of this process
-        raise ValueError(f"{path} has more compressed images than there is memory; "
-                         f"{SAVE_UNCOMPRESSED}") from None
     except NPZ_ERRORS as error:
         raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
 
@@ -895,7 +859,7 @@ def damage_of(path):
 def read_array_header(file):
     """Read the header of an .npy. Returns: shape, whether in Fortran's order, dtype
 
-    Raises: ValueError if there is none
+    Raises: NPZ_ERRORS if there is none
     """
     version = np.lib.format.read_magic(file)
     length_bytes = file.read(2 if version == (1, 0) else 4)
@@ -903,14 +867,9 @@ def read_array_header(file):
     if length > HEADER_BYTES:
         raise ValueError(f"its header has {length:,} bytes")
     header = io.BytesIO(length_bytes + file.read(length))
-    try:
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(header)
-        return np.lib.format.read_array_header_2_0(header)        # 3.0 has other names of fields
-    # NumPy reads it as the text of a Python dict.
-    except (tokenize.TokenError, SyntaxError, TypeError, LookupError, AttributeError, MemoryError,
-            RecursionError) as error:
-        raise ValueError(f"its header is none: {error}") from None
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(header)
+    return np.lib.format.read_array_header_2_0(header)            # 3.0 has other names of fields
 
 
 def check_array(path, shape, dtype):
@@ -932,19 +891,6 @@ def check_compressed(path, size, compressed_size):
     if size > 1000 * compressed_size + 2**20:
         raise ValueError(f"{path} has {size:,} bytes in {compressed_size:,}, which are no images; "
                          f"{SAVE_UNCOMPRESSED}")
-
-
-def read_into_array(file, size):
-    """Read the next `size` bytes, which must be the last ones. Returns: array of uint8"""
-    content = np.empty(size, np.uint8)
-    position = 0
-    while position < size:
-        count = file.readinto(memoryview(content)[position:position + 2**24])
-        if count == 0:
-            raise EOFError("cut short")
-        position += count
-    file.read(1)                                  # at the end, zipfile compares checksums
-    return content
 
 
 def memory_of_machine():
@@ -1082,7 +1028,7 @@ def read_lists(loader, seconds):
     iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - before
     if workers:
-        report_killed_workers_in_a_sentence()
+        handle_killed_workers()
     while True:
         done, hung = threading.Event(), threading.Event()
         if workers:
@@ -1098,8 +1044,8 @@ def read_lists(loader, seconds):
                     f"the processes that load images were silent for {seconds} s; is --data "
                     "on a disk or network that hangs? --workers 0 shows where; if images are "
                     "only large, give more --workers") from None
-            if is_of_dead_worker(error):
-                raise died(error) from None
+            if str(error).startswith("DataLoader worker"):        # was killed, or has exited
+                raise dead_worker(error) from None
             if isinstance(error, ValueError):     # of a worker, whose traceback is in the message
                 raise ValueError(str(error).rpartition("ValueError: ")[2].rstrip()) from None
             raise
@@ -1121,29 +1067,27 @@ def kill_if_silent(workers, done, hung, seconds):
         worker.kill()
 
 
-def report_killed_workers_in_a_sentence():
-    """Make a ValueError of the RuntimeError that torch raises wherever the main process is."""
+def handle_killed_workers():
+    """Raise a ValueError for a worker that is killed, not torch's RuntimeError.
+
+    It comes wherever the main process is.
+    """
     # Windows has no such signal, and other threads than the main one set no handlers.
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGCHLD)
         if callable(handler) and not isinstance(handler, functools.partial):  # not done yet
-            signal.signal(signal.SIGCHLD, functools.partial(report_killed_worker, handler))
+            signal.signal(signal.SIGCHLD, functools.partial(handle_killed_worker, handler))
 
 
-def report_killed_worker(torch_handler, number, frame):
+def handle_killed_worker(torch_handler, number, frame):
     try:
         torch_handler(number, frame)
     except RuntimeError as error:
         if stop_request.name is None:              # else the workers may be stopped, too
-            raise died(error) from None
+            raise dead_worker(error) from None
 
 
-def is_of_dead_worker(error):
-    """True for DataLoader's error about a worker that was killed or has exited."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
-def died(error):
+def dead_worker(error):
     """Return the ValueError to raise instead of DataLoader's error about a dead worker.
 
     It is no OSError, since it can come while a checkpoint is saved, where those mean a full disk.

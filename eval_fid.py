@@ -33,6 +33,9 @@ from evaluation import BUILT_IN
 from metrics import KEEP_REFERENCES, KEEP_SAMPLES, EncoderFeatures, FeatureSet
 from run_flags import at_least
 
+# What a FID is computed from, and by. They stand here, too, for those who look for them here.
+Moments, distance = metrics.Moments, metrics.distance
+
 MODEL_N = 720          # images of a model: 20 for each of the 36 classes of the built-in world
 PROTOCOL_N = 50_000    # samples that papers compare with a reference of as many images or more
 # The built-in worlds never end. As many of their images are taken as there are samples; for
@@ -123,7 +126,7 @@ def read_statistics(path):
             for name in STATISTICS:                    # ADM's file has 2 GB of images as well
                 if f"{name}.npy" in archive.namelist():
                     arrays[name] = read_array(archive, name)
-    except (*NPZ_ERRORS, KeyError, SyntaxError) as error:              # the last: of a header
+    except NPZ_ERRORS as error:
         raise ValueError(f"{path} has statistics that can't be read ({error}); copy or make them "
                          f"again") from error
     if "mu" not in arrays or "sigma" not in arrays:

@@ -114,17 +114,12 @@ class ImageTable:
             return False
         for name, size, modified in json.loads(self.stamps.tobytes()):
             try:
-                state = os.stat(join(self.path, name))
+                state = os.stat(os.path.join(self.path, name) if name else self.path)
             except OSError:
                 return False
             if (state.st_size, state.st_mtime_ns) != (size, modified):
                 return False
         return True
-
-
-def join(path, name):
-    """Return the path of what is called `name` within a folder; "" is the path itself."""
-    return os.path.join(path, name) if name else path
 
 
 # ---------------------------------------------------------------- tables, old and new
@@ -162,22 +157,10 @@ def open_tables(paths, with_conversations):
     return opened[first:] + opened[:first]
 
 
-def count_images(paths, at_most, with_conversations):
-    """Number of images in folders, tars and .jsonl files; at_most, if there are more: the other
-    paths are not listed then. with_conversations: as of list_images, which raises the same.
-    """
-    count = 0
-    for path in paths:
-        count += len(open_table(path, with_conversations))
-        if count >= at_most:
-            return at_most
-    return count
-
-
 def may_be_large(path):
     """Whether a folder has, or a file can have, as many images as are worth an index."""
     if os.path.isdir(path):
-        names = itertools.islice(walk(path, PassedOver()), INDEXED)
+        names = itertools.islice(walk(path, PassedOver(), set()), INDEXED)
         return len(list(names)) == INDEXED
     is_tar = not path.lower().endswith((".jsonl", ".json"))
     return os.path.getsize(path) >= INDEXED * (TAR_BYTES if is_tar else RECORD_BYTES)

@@ -12,6 +12,7 @@ import reprlib
 import shlex
 import stat
 import tarfile
+from pathlib import Path
 from typing import NamedTuple
 
 # What cameras, phones, scanners, browsers and drawing programs write, one picture a file. Pillow
@@ -84,10 +85,12 @@ def shown(name):
 def read_bytes(path, offset=0, size=-1, limit=IMAGE_BYTES):
     """Read `size` bytes of a regular file from `offset` on; -1: all that follow.
 
-    Raises: OSError; ValueError if these are more than `limit`, or it is a pipe or a device
+    Raises: OSError; ValueError if these are more than `limit`, or it is a pipe or a device, which
+        may never end
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("is no regular file")
     # Opened every time: forked workers would share the position of a file that is kept open.
-    check_regular(path)
     with open(path, "rb") as file:
         if size == -1:
             size = os.fstat(file.fileno()).st_size - offset
@@ -97,34 +100,26 @@ def read_bytes(path, offset=0, size=-1, limit=IMAGE_BYTES):
         return file.read(size)
 
 
-def check_regular(path):
-    """Raises: ValueError for a pipe or device, which may never end; OSError if it can't be read"""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("is no regular file")
-
-
 # ---------------------------------------------------------------- listing images
 def list_images(path, with_conversations, passed_over, origins):
     """List the images of a folder, a tar or a .jsonl.
 
     with_conversations: whether texts are needed, which then replace the labels
-    passed_over: PassedOver, to which is added what is not read
+    passed_over: empty PassedOver, to which is added what is not read
     origins: set, to which are added the paths of the files and folders that are read for it
     Returns: list of ListedImage, in the order of their names or lines
     Raises: OSError; ValueError if there are none or a file beside them is malformed
     """
     check_path(path)
-    passed_over_here = PassedOver()
     if os.path.isdir(path):
-        images = list_folder(path, with_conversations, passed_over_here, origins)
+        images = list_folder(path, with_conversations, passed_over, origins)
     elif path.lower().endswith((".jsonl", ".json")):
-        images = list_records(path, with_conversations, passed_over_here, origins)
+        images = list_records(path, with_conversations, passed_over, origins)
     else:
-        images = list_tar(path, with_conversations, passed_over_here, origins)
+        images = list_tar(path, with_conversations, passed_over, origins)
     if not images:
         raise ValueError(f"--data {path} must hold images, .jpg or .png"
-                         f"{advice_without_images(path, passed_over_here)}")
-    passed_over.add_all(passed_over_here)
+                         f"{advice_without_images(path, passed_over)}")
     return images
 
 
@@ -156,20 +151,15 @@ def list_folder(path, with_conversations, passed_over, origins):
     return list_files(path, files, sidecar_suffixes, with_conversations, passed_over, origins)
 
 
-def walk(root, passed_over, origins=None):
+def walk(root, passed_over, origins):
     """Yield the names of all files in a folder and its subfolders, but for hidden ones.
 
     Links are followed, but no folder is read twice. origins: set, to which the paths of the folders
     are added. Raises: OSError if the root can't be read
     """
     real_root = os.path.realpath(root)
-    seen = set()                                  # real paths
-    parent = os.path.dirname(real_root)
-    while parent not in seen:                     # a link to a folder above would lead back here
-        seen.add(parent)
-        parent = os.path.dirname(parent)
-    seen.discard(real_root)                       # / is above itself
-
+    # Real paths; a link to a folder above the root would lead back to it.
+    seen = {str(parent) for parent in Path(real_root).parents}
     folders = collections.deque([("", real_root)])
     while folders:
         folder, real = folders.popleft()
@@ -177,8 +167,7 @@ def walk(root, passed_over, origins=None):
             passed_over.add("links to folders that are read elsewhere", folder)
             continue
         seen.add(real)
-        if origins is not None:
-            origins.add(os.path.join(root, folder))
+        origins.add(os.path.join(root, folder))
         try:
             entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
         except OSError:
@@ -260,12 +249,10 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over, o
         with error_context(path, name):
             sidecars = read_sidecars(files, sidecars)
             record = parse_record(sidecars["json"]) if "json" in sidecars else {}
-            label = None
-            if not with_conversations and not has_label(record, sidecars):
+            label = None if with_conversations else parse_label(record, sidecars)
+            if label is None and not with_conversations:
                 class_folders.setdefault(folder, name)
                 label = folder or None
-            elif not with_conversations:
-                label = parse_label(record, sidecars)
             texts = parse_texts(record, sidecars, with_conversations)
         images.append(ListedImage(*files[name], name, label, texts))
     check_depths(path, class_folders)
@@ -402,31 +389,27 @@ def split_of(folder):
     return None if match is None else match[1]
 
 
-class Splits(NamedTuple):
-    """Folders such as train/ and val/ that lie beside each other in a folder or tar."""
-    parent: str                # the folder in which they lie, "" or one that ends in "/"
-    names: dict                # "train", "val", "dev" or "test" -> name of its folder
-
-    def classes(self, files, name):
-        """The folders of images in the folder `name`, which would be the classes."""
-        prefix = f"{self.parent}{name}/"
-        folders = set()
-        for file in filter(is_image, files):
-            if file.startswith(prefix):
-                folders.add(os.path.dirname(file.removeprefix(prefix)))
-        return folders
-
-
 def find_splits(files):
-    """List the Splits of a folder or tar. One folder named test may be a class; two are not."""
-    names = {}                                    # parent -> {"train": name of the folder, ...}
+    """Find folders such as train/ and val/ beside each other in a folder or tar.
+
+    One folder named test may be a class; two are not.
+    Returns: dict of the folder in which they lie, "" or one that ends in "/", to a dict of "train",
+        "val", "dev" or "test" to the name of its folder
+    """
+    splits = {}
     for folder in sorted({os.path.dirname(name) for name in filter(is_image, files)}):
         parent = ""
         for part in folder.split("/"):
             if split_of(part):
-                names.setdefault(parent, {}).setdefault(split_of(part), part)
+                splits.setdefault(parent, {}).setdefault(split_of(part), part)
             parent += f"{part}/"
-    return [Splits(parent, own) for parent, own in names.items() if len(own) > 1]
+    return {parent: names for parent, names in splits.items() if len(names) > 1}
+
+
+def class_folders_in(files, prefix):
+    """Return the folders of images in the folder `prefix`, which would be the classes."""
+    images = [name for name in filter(is_image, files) if name.startswith(prefix)]
+    return {os.path.dirname(name.removeprefix(prefix)) for name in images}
 
 
 def only_training_split(path, files, passed_over):
@@ -435,19 +418,19 @@ def only_training_split(path, files, passed_over):
     Returns: files, by their names within train/
     Raises: ValueError if splits lie beside each other in another way, and would become classes
     """
-    all_splits = find_splits(files)
-    if not all_splits:
+    splits = find_splits(files)
+    if not splits:
         return files
-    splits = all_splits[0]
-    train = splits.names.get("train", next(iter(splits.names.values())))
-    prefix = f"{splits.parent}{train}/"
-    classes = splits.classes(files, train) - {""}
-    same_classes = all(splits.classes(files, name) == classes for name in splits.names.values())
-    if len(all_splits) > 1 or "train" not in splits.names or not classes or not same_classes:
-        folders = " and ".join(sorted(splits.names.values()))
-        where = f" in {shown(splits.parent[:-1])}" if splits.parent else ""
-        raise ValueError(f"--data {path} holds {folders} side by side{where}, which would be "
-                         f"mixed; {give_folder(path, prefix[:-1])}")
+    parent, names = next(iter(splits.items()))
+    train = names.get("train", next(iter(names.values())))
+    prefix = f"{parent}{train}/"
+    classes = class_folders_in(files, prefix) - {""}
+    same_classes = all(class_folders_in(files, f"{parent}{name}/") == classes
+                       for name in names.values())
+    if len(splits) > 1 or "train" not in names or not classes or not same_classes:
+        where = f" in {shown(parent[:-1])}" if parent else ""
+        raise ValueError(f"--data {path} holds {' and '.join(sorted(names.values()))} side by side"
+                         f"{where}, which would be mixed; {give_folder(path, prefix[:-1])}")
 
     kept = {}
     for name, place in files.items():
@@ -487,8 +470,8 @@ def give_folder(path, folder):
     return f"unpack it (tar -xf {shlex.quote(path)}) and give --data {shlex.quote(folder)}"
 
 
-# What to type for files that are not read: the first bytes, or the suffix, and the command, in
-# which {path} is a word of the shell and {text} a text of Python.
+# What to type for files that are not read: the suffixes or the first bytes, and the command, in
+# which {path} is a word of the shell and {text} a text of Python. An .npz is a zip, so it is first.
 SAVE_ROWS = (
     "python -c \"import os, datasets; "
     "[os.makedirs('images/%s' % x['label'], exist_ok=True) or x['image'].save('images/%s/%d.png' "
@@ -498,17 +481,16 @@ SAVE_ARRAY = (
     "[Image.fromarray(np.uint8(np.rint(x * (255 if x.dtype.kind == 'f' else 1))))"
     ".save('images/%07d.png' % i) for i, x in enumerate(np.load({text}){array})]\"")
 CONVERSIONS = [
-    (b"\x1f\x8b", ".gz", "gunzip < {path} > images.tar"),
-    (b"\x1f\x8b", ".tgz", "gunzip < {path} > images.tar"),
-    (b"BZh", ".bz2", "bunzip2 < {path} > images.tar"),
-    (b"\xfd7zXZ", ".xz", "unxz < {path} > images.tar"),
-    (b"\x28\xb5\x2f\xfd", ".zst", "unzstd < {path} > images.tar"),
-    (b"\x93NUMPY", ".npy", SAVE_ARRAY.replace("{array}", "")),
-    (None, ".npz", SAVE_ARRAY.replace("{array}", "['arr_0']")),
-    (b"PK\x03\x04", ".zip", "python -m zipfile -e {path} images"),
-    (b"PAR1", ".parquet", SAVE_ROWS.replace(
+    ((".gz", ".tgz"), b"\x1f\x8b", "gunzip < {path} > images.tar"),
+    ((".bz2",), b"BZh", "bunzip2 < {path} > images.tar"),
+    ((".xz",), b"\xfd7zXZ", "unxz < {path} > images.tar"),
+    ((".zst",), b"\x28\xb5\x2f\xfd", "unzstd < {path} > images.tar"),
+    ((".npy",), b"\x93NUMPY", SAVE_ARRAY.replace("{array}", "")),
+    ((".npz",), None, SAVE_ARRAY.replace("{array}", "['arr_0']")),
+    ((".zip",), b"PK\x03\x04", "python -m zipfile -e {path} images"),
+    ((".parquet",), b"PAR1", SAVE_ROWS.replace(
         "{rows}", "datasets.load_dataset('parquet', data_files={text}, split='train')")),
-    (b"ARROW1", ".arrow", SAVE_ROWS.replace("{rows}", "datasets.Dataset.from_file({text})")),
+    ((".arrow",), b"ARROW1", SAVE_ROWS.replace("{rows}", "datasets.Dataset.from_file({text})")),
 ]
 
 
@@ -516,22 +498,17 @@ def conversion(path):
     """Return the command that makes a tar or a folder of images of a file, or None."""
     with open(path, "rb") as file:
         start = file.read(16)
-    for of_suffix in (True, False):               # a suffix says more: an .npz is a zip, too
-        for magic, suffix, command in CONVERSIONS:
-            if of_suffix:
-                fits = path.lower().endswith(suffix)
-            else:
-                fits = magic is not None and start.startswith(magic)
-            if fits:
-                return command.format(path=shlex.quote(path), text=repr(path))
+    for suffixes, magic, command in CONVERSIONS:
+        if path.lower().endswith(suffixes) or (magic and start.startswith(magic)):
+            return command.format(path=shlex.quote(path), text=repr(path))
     return None
 
 
 def advice_for_file(path, error):
     """Say what to do with a file that is no whole tar, of which tarfile says `error`."""
-    command = conversion(path)
     if is_image(os.path.basename(path)):
         return "one image; give its folder, or a tar"
+    command = conversion(path)
     if command is not None:
         return f"no uncompressed tar, folder or .jsonl; make one by: {command}"
     return f"{error}; a file must be a .jsonl or a tar, whole and uncompressed"
@@ -572,11 +549,6 @@ def parse_image_path(record):
     if len(paths) != 1 or not isinstance(paths[0], str):
         raise ValueError(f"images {reprlib.repr(paths)} must be one path")
     return paths[0]
-
-
-def has_label(record, sidecars):
-    """True if an image has a label of its own, so that its folder is none."""
-    return "cls" in sidecars or "label" in record or "class" in record
 
 
 def parse_label(record, sidecars):

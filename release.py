@@ -3,23 +3,14 @@
 What the authors published on huggingface.co, as far as this file uses it:
 
     nyu-visionx/RAE-collections                                     arXiv 2510.11690
-        decoders/dinov2/wReg_base/ViTXL_n08/model.pt                decoder XL over DINOv2-B
-        decoders/dinov2/wReg_base/{ViTXL,ViTXL_n05,ViTXL_n10}/      the same, other noise levels
-        decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt           the same for 512 px
-        decoders/dinov2/{wReg_small,wReg_large}/ViTXL_n08/model.pt  over DINOv2-S and DINOv2-L
-        decoders/mae/base_p16/ViTXL_n08/model.pt                    over MAE-B
-        decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt           over SigLIP2-B
-        stats/dinov2/wReg_base/{imagenet1k,imagenet1k_512}/stat.pt  statistics of the latents
-        stats/dinov2/{wReg_small,wReg_large}/imagenet1k/stat.pt
-        stats/{mae/base_p16,siglip2/base_p16_i256}/ImageNet1k/stat.pt
-        DiTs/Dinov2/wReg_base/ImageNet256/{DiTDH-XL,DiTDH-S_ep14}/stage2_model.pt
-        DiTs/Dinov2/wReg_base/ImageNet512/{DiTDH-XL_ep400,DiTDH-S_ep20}/stage2_model.pt
+        decoders, statistics of latents, DiTs: the files in PUBLISHED_RAES and PUBLISHED_DITS
     nyu-visionx/siglip2_decoder                                     arXiv 2601.16208
         config.json, model.pt
     nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B, nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B
         config.json, tokenizer.json, model.safetensors.index.json and its shards
 
-n08: the decoder was trained with noise of tau = 0.8 on its latents; ViTXL alone: without noise.
+n08 in the name of a decoder: it was trained with noise of tau = 0.8 on its latents; ViTXL alone:
+without noise.
 
 Most names stand in configs/ of github.com/bytetriper/RAE (at a4d18c4) and in inference/cli.py of
 github.com/ZitengWangNYU/Scale-RAE. Less certain are the other noise levels, DINOv2-S and DINOv2-L:
@@ -85,7 +76,6 @@ ENCODERS = {
 }
 WEBSSL_HUB = "facebook/webssl-dino300m-full2b-224"
 WEBSSL_LAYOUT = "vit_large_patch14_dinov2"                  # in timm
-WEBSSL_GRID = 16                                            # tokens per side, of 224 pixels
 
 RAE_HUB = "nyu-visionx/RAE-collections"
 SIGLIP2_HUB = "nyu-visionx/siglip2_decoder"
@@ -213,8 +203,7 @@ def read_weights(folder):
     files = [Path(folder) / "model.safetensors"]
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file() and not files[0].is_file():
-        names = shard_names(index)
-        files = [Path(folder) / name for name in names]
+        files = [Path(folder) / name for name in shard_names(index)]
     weights = {}
     for file in files:
         check_file(file)
@@ -363,41 +352,29 @@ def rename(state, names):
     return renamed
 
 
+# Parts of the names of a decoder's weights and ours, replaced one after another. The official
+# model.pt has the names of HF's ViT-MAE.
+DECODER_NAMES = [
+    ("attention.attention.", ""),               # ViT-MAE: before query, key and value
+    ("attention.output.dense", "proj"),         # before the other output.dense
+    ("attention.to_q", "query"),                # diffusers' AutoencoderRAE
+    ("attention.to_k", "key"),
+    ("attention.to_v", "value"),
+    ("attention.to_out.0", "proj"),
+    ("intermediate.dense", "fc1"),              # both
+    ("output.dense", "fc2"),
+]
+
+
 def decoder_weights(state, decoder):
-    """Weights of a Decoder under our names, from any of the three layouts."""
+    """Weights of a Decoder under our names, from the official layout, diffusers' or our own."""
     state = unwrap(state, ("rae", "decoder", *WRAPPERS))
     if any(key.startswith("decoder.") for key in state):        # of a whole autoencoder
         state = {key.removeprefix("decoder."): value for key, value in state.items()
                  if key.startswith("decoder.")}
-    if any("attention.to_q" in key for key in state):
-        return decoder_from_diffusers(state, decoder)
-    if any("attention.attention." in key for key in state):
-        return decoder_from_vit_mae(state)
-    return state                                                # our own
-
-
-def decoder_from_vit_mae(state):
-    """The official model.pt, whose names are those of HF's ViT-MAE."""
-    return rename(state, [
-        ("attention.attention.", ""),                           # query, key, value
-        ("attention.output.dense", "proj"),                     # before the other output.dense
-        ("intermediate.dense", "fc1"),
-        ("output.dense", "fc2"),
-    ])
-
-
-def decoder_from_diffusers(state, decoder):
-    """The decoder of diffusers' AutoencoderRAE, which stores no table of positions."""
-    state = rename(state, [
-        ("attention.to_q", "query"),
-        ("attention.to_k", "key"),
-        ("attention.to_v", "value"),
-        ("attention.to_out.0", "proj"),
-        ("intermediate.dense", "fc1"),
-        ("output.dense", "fc2"),
-    ])
-    state.setdefault("decoder_pos_embed", decoder.positions())  # fixed, so ours are the same
-    return state
+    if any("attention.to_q" in key for key in state):           # diffusers stores no positions,
+        state.setdefault("decoder_pos_embed", decoder.positions())      # which are fixed
+    return rename(state, DECODER_NAMES)
 
 
 def weights_from_scale_rae(state, module):
@@ -446,314 +423,9 @@ def vit_from_webssl(state):
     ])
     for query in [key for key in state if ".attn.query." in key]:
         names = [query.replace("query", name) for name in ("query", "key", "value")]
-        parts = [state[name] for name in names if isinstance(state.get(name), torch.Tensor)]
-        shapes = {part.shape for part in parts}
-        if len(parts) == 3 and len(shapes) == 1 and parts[0].ndim > 0:  # else they are refused
-            state[query.replace("query", "qkv")] = torch.cat(parts)     # one matrix in timm
-            for name in names:
-                del state[name]
+        weights = [state.pop(name) for name in names]
+        state[query.replace("query", "qkv")] = torch.cat(weights)       # one matrix in timm
     return state
-
-
-# ---------------------------------------------------------------------------- what files must hold
-class Rule(NamedTuple):
-    """What a value of a file must be: its type, and the range of a number or a few choices."""
-    type: type                   # float: whole numbers as well
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple = ()
-    is_optional: bool = False
-
-
-# Bounds on sizes, so that no file makes the machine build for minutes. The weights decide in the
-# end, but a layer is built before they are compared.
-WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
-DEEPEST = 256          # 9 times the deepest published one; built in two seconds
-LARGEST_SIDE = 4096    # pixels: 8 times the largest published
-LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
-LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
-LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
-LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
-
-AUTOENCODER = {
-    "encoder": Rule(str),
-    "size": Rule(int, 1, LARGEST_SIDE),
-    "decoder_width": Rule(int, 1, WIDEST),
-    "decoder_depth": Rule(int, 0, DEEPEST),
-    "decoder_heads": Rule(int, 1, WIDEST),
-    "decoder_mlp": Rule(int, 1, 4 * WIDEST),
-    "decoder_patch": Rule(int, 1, LARGEST_SIDE),
-    "decoder": Rule(dict),
-    "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
-}
-DIT_FLAGS = {
-    "width": Rule(int, 1, WIDEST),
-    "depth": Rule(int, 0, DEEPEST),
-    "heads": Rule(int, 1, WIDEST),
-    "head_width": Rule(int, 0, WIDEST),
-    "class_dropout": Rule(float, 0, 1),
-    "prediction": Rule(str, choices=("v", "x0"), is_optional=True),      # of DiTBase
-    "shift_base": Rule(float, 1e-9, 1e9, is_optional=True),
-}
-HEAD_FLAGS = {                                                   # unless head_width is 0
-    "head_depth": Rule(int, 0, DEEPEST),
-    "head_heads": Rule(int, 1, WIDEST),
-}
-T2I_FLAGS = DIT_FLAGS | {
-    "connector": Rule(str, choices=("linear", "mlp2")),
-    "context": Rule(int, 1, LONGEST_CONTEXT),
-    "plan": Rule(int, 0, LONGEST_CONTEXT, is_optional=True),
-    "regression": Rule(float, 0, is_optional=True),
-}
-QWEN2 = {
-    "vocab_size": Rule(int, 1, LARGEST_VOCABULARY),
-    "hidden_size": Rule(int, 1, WIDEST),
-    "intermediate_size": Rule(int, 1, 4 * WIDEST),
-    "num_hidden_layers": Rule(int, 0, DEEPEST),
-    "num_attention_heads": Rule(int, 1, WIDEST),
-    "num_key_value_heads": Rule(int, 1, WIDEST),
-    "rope_theta": Rule(float, 1, 1e12),
-    "rms_norm_eps": Rule(float, 0, 1),
-    "tie_word_embeddings": Rule(bool),
-}
-TRAINING_DATA = {
-    "data": Rule(list),
-    "hold_out": Rule(int, 0, is_optional=True),
-}
-WEIGHTS = {"ema": Rule(dict, is_optional=True), "model": Rule(dict, is_optional=True)}
-CHECKPOINTS = {                  # by the script that writes them
-    "train_decoder.py": {"rae": Rule(dict)},
-    "train_dit.py": WEIGHTS | {
-        "args": Rule(dict), "rae": Rule(dict), "num_classes": Rule(int, 1),
-        "class_names": Rule(list), "latent_shape": Rule(list)},
-    "train_t2i.py": WEIGHTS | {
-        "args": Rule(dict), "rae": Rule(dict), "llm": Rule(dict), "tokenizer": Rule(str),
-        "asked": Rule(int, 0), "latent_shape": Rule(list)},
-}
-READERS = {                      # of these checkpoints
-    "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
-    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
-    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
-}
-PUBLISHED = {                    # in the layout of these checkpoints
-    "train_decoder.py": PUBLISHED_RAES,
-    "train_dit.py": PUBLISHED_DITS,
-    "train_t2i.py": PUBLISHED_T2I,
-}
-
-
-def check_source(path_or_name, script):
-    """Raise unless it is a file, or the name of a published model in the layout of a script's
-    checkpoints.
-
-    FileNotFoundError: neither, with the published name that it may be meant to be; ValueError: a
-    published model of another kind.
-    """
-    name = str(path_or_name).removesuffix("/guide")
-    names = list(PUBLISHED[script])
-    if name in names or Path(name).is_file():
-        return
-    if Path(name).exists() and not Path(name).is_dir():
-        raise ValueError(f"{name} is a pipe or a device; name a file")
-    for other, others in PUBLISHED.items():
-        if name in others and not Path(name).exists():
-            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
-                             f"of {script} is needed, or one of {' '.join(names)}")
-    if (Path(name) / ".metadata").is_file():
-        raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
-    if Path(name).is_dir():
-        raise FileNotFoundError(f"{name} is a folder; name the checkpoint in it, such as "
-                                f"{Path(name) / 'last.pt'}")
-    advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
-    near = difflib.get_close_matches(name, names, 1)
-    if near:
-        advice = f"did you mean the published {near[0]}? Else {advice}"
-    raise FileNotFoundError(f"file {name} does not exist; {advice}")
-
-
-def script_of(state):
-    """The script that wrote a checkpoint; None for what is not one of ours."""
-    if "llm" in state:
-        return "train_t2i.py"
-    if "num_classes" in state or "latent_shape" in state:
-        return "train_dit.py"
-    if "rae" in state:
-        return "train_decoder.py"
-    return None
-
-
-def check_checkpoint(state, script, source):
-    """Raise ValueError unless a dict is a checkpoint of a script, one of CHECKPOINTS.
-
-    source: path of its file, for the message. Of the weights, only types are checked here; the rest
-    is up to load_strict().
-    """
-    given = script_of(state)
-    if given is None:
-        raise ValueError(f"{source} is no checkpoint of {script}, as it holds weights without the "
-                         f"flags that they were trained with, or something else; give one of those")
-    if given != script:
-        raise ValueError(f"{source} is a checkpoint of {given}, for {READERS[given]}; give one of "
-                         f"{script} here")
-    check_values(state, CHECKPOINTS[script], source)
-    check_packed_rae(state["rae"], source)
-    if script == "train_decoder.py":
-        return
-
-    if "ema" not in state and "model" not in state:
-        raise ValueError(f"{source} has no weights, neither ema nor model; copy or train it again")
-    latent_shape = list(state["rae"]["latent_var"].shape)
-    if state["latent_shape"] not in (latent_shape, latent_shape[:2]):
-        raise ValueError(f"{source} has a model of latents {state['latent_shape']} and an "
-                         f"autoencoder of {latent_shape}; copy or train it again")
-    flags = state["args"]
-    check_values(flags, DIT_FLAGS if script == "train_dit.py" else T2I_FLAGS, f"{source}: args")
-    check_split(flags, "width", "heads", 4, source)              # 4: rotary positions in 2-D
-    if flags["head_width"] > 0:
-        check_values(flags, HEAD_FLAGS, f"{source}: args")
-        check_split(flags, "head_width", "head_heads", 4, source)
-
-    if script == "train_dit.py":
-        check_class_names(state, source)
-    else:
-        if not state["tokenizer"].startswith("{"):
-            raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
-        check_qwen2(state["llm"], f"{source}: llm")
-
-
-def check_qwen2(arguments, source):
-    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
-    check_values(arguments, QWEN2, source)
-    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
-    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
-
-
-def load_resumed(args, script):
-    """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
-    source = f"{args.out}/last.pt"
-    state = saving.load_resumable(args)
-    check_checkpoint(state, script, source)
-    needed = ["model"]
-    if args.ema > 0:
-        needed.append("ema")
-    for name in needed:
-        # With "weights", they lie in a folder, see sharding.py.
-        if name not in state and "weights" not in state:
-            raise ValueError(f"{source} has no {name} to go on with; copy or train it again")
-    return state
-
-
-def check_packed_rae(packed, source):
-    """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
-    if not isinstance(packed, dict):
-        raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
-    check_values(packed, AUTOENCODER, f"{source}: rae")
-    check_split(packed, "decoder_width", "decoder_heads", 1, source)
-    for name in ("latent_mean", "latent_var"):
-        if name not in packed:
-            raise ValueError(f"{source}: rae has no {name}; copy or train it again")
-    mean, var = packed["latent_mean"], packed["latent_var"]
-    check_statistics(mean, var, source)
-    is_square = var.ndim == 3 and var.shape[1] == var.shape[2] <= LARGEST_GRID
-    if mean is None or not is_square:
-        raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
-                         f"with h = w of at most {LARGEST_GRID}; copy or train it again")
-    try:
-        pixel_statistics(packed["encoder"])
-    except ValueError as error:
-        raise ValueError(f"{source} has an encoder that does not exist ({error}); copy or train it "
-                         f"again") from error
-
-
-def check_statistics(mean, var, source):
-    """Raise ValueError unless latent statistics are finite, and variances positive.
-
-    mean, var: tensors of one shape; mean may be None.
-    """
-    statistics = {"variance": var}
-    if mean is not None:
-        statistics["mean"] = mean
-    for name, value in statistics.items():
-        problem = weight_problem(value)
-        if problem is None and not is_finite(value):
-            problem = "with numbers that are not finite"
-        if problem is None and value.shape != var.shape:
-            problem = f"of shape {tuple(value.shape)}, and the variance {tuple(var.shape)}"
-        if problem is not None:
-            raise ValueError(f"{source} has a latent {name} {problem}; copy or train it again")
-    if not (var > 0).all():
-        raise ValueError(f"{source} has latent variances down to {var.min():g}, which must be all "
-                         f"positive; copy or train it again")
-
-
-def check_class_names(state, source):
-    """Raise ValueError unless a checkpoint of classes has a name for each of them."""
-    names = state["class_names"]
-    if len(names) != state["num_classes"] or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{source} has {len(names)} class_names for {state['num_classes']} "
-                         f"classes; a text for each is needed; copy or train it again")
-
-
-def training_data(state, source):
-    """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
-
-    Returns ([], 0) if it does not say, as published models. Raises ValueError.
-    """
-    flags = state.get("args", {})
-    if not isinstance(flags, dict):
-        raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
-    if "data" not in flags:
-        return [], 0
-    check_values(flags, TRAINING_DATA, f"{source}: args")
-    if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
-        raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
-                         f"again")
-    return flags["data"], flags.get("hold_out", 0)
-
-
-def check_values(values, rules, source):
-    """Raise ValueError unless a dict from a file obeys a table of Rules.
-
-    source: the file, and where in it the dict stands.
-    """
-    for name, rule in rules.items():
-        if name not in values:
-            if rule.is_optional:
-                continue
-            raise ValueError(f"{source} has no {name}; copy or train it again")
-        value = values[name]
-        wanted = None
-        if not has_type(value, rule.type):
-            wanted = f"of type {rule.type.__name__}"
-        elif rule.choices and value not in rule.choices:
-            wanted = f"one of {' '.join(rule.choices)}"
-        elif rule.type in (int, float) and not rule.low <= value <= rule.high:     # nan, too
-            wanted = f"from {rule.low:g} to {rule.high:g}"
-        if wanted is not None:
-            raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
-                             f"copy or train it again")
-
-
-def has_type(value, wanted):
-    """isinstance(), but True and False are no numbers, and a whole number can stand for a float."""
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
-
-
-def describe(value):
-    """A short number or text as it is, the type of everything else: for messages."""
-    is_plain = value is None or isinstance(value, (int, float, str))
-    if is_plain and len(repr(value)) < 40:
-        return repr(value)
-    return f"of type {type(value).__name__}"
-
-
-def check_split(values, width, heads, multiple, source):
-    """Raise ValueError unless a width of a file splits into its heads, see model.check_heads."""
-    if values[width] % (values[heads] * multiple):
-        raise ValueError(f"{source} has {width} {values[width]}, no multiple of {heads} "
-                         f"{values[heads]} x {multiple}; copy or train it again")
 
 
 # ---------------------------------------------------------------------------- encoders
@@ -794,7 +466,8 @@ def load_encoder(name, image_size=None):
     pixel_mean, pixel_std = pixel_statistics(name)
     image_size = image_size or default_image_size(name)
     if name.startswith(("pixel", "vae", "diffusers:")):
-        backbone, grid = load_baseline(name, image_size)
+        backbone = load_baseline(name, image_size)
+        grid = latent_grid(name, image_size, backbone.patch)
         input_size = image_size
     else:
         timm_name = ENCODERS[name][0] if name in ENCODERS else name
@@ -835,17 +508,14 @@ def check_baseline(name):
 
 
 def load_baseline(name, image_size):
-    """Backbone of baselines.py and its latent grid, for pixel..., vae... or diffusers:..."""
+    """The backbone, one of baselines.py, of pixel..., vae... or diffusers:..."""
     kind, _, details = name.partition(":")
     if kind == "diffusers":
-        backbone = DiffusersVAE(details)
-        return backbone, latent_grid(name, image_size, backbone.patch)
+        return DiffusersVAE(details)
     if kind == "pixel":
-        patch = int(details or 16)
-        return Pixels(patch), latent_grid(name, image_size, patch)
+        return Pixels(int(details or 16))
     channels, patch = (details or "16:8").split(":")
-    grid = latent_grid(name, image_size, int(patch))
-    return VAE(int(channels), int(patch), image_size), grid
+    return VAE(int(channels), int(patch), image_size)
 
 
 def latent_grid(name, image_size, stride):
@@ -902,19 +572,19 @@ def load_timm(timm_name, size):
     if local_file.exists():
         check_patches(local_file, timm_name)
         options["pretrained_cfg_overlay"] = dict(file=str(local_file))
-    advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
-              f"beside release.py")
-    try:
+        try:
+            vit = timm.create_model(timm_name, pretrained=True, **options)
+        except Exception as error:                  # timm's readers of layouts raise many kinds
+            raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
+                             f"{error}") from error
+    else:
+        advice = (f"put model.safetensors of hf.co/timm/{timm_name} at weights/{local_file.name}, "
+                  f"beside release.py")
         with fetching(f"weights of {timm_name}", advice):
             repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
-            if repository and not local_file.exists():
+            if repository:
                 storage.fetch_hub(repository, ["model.safetensors"])
             vit = timm.create_model(timm_name, pretrained=True, **options)
-    except FileNotFoundError as error:
-        if local_file.exists():
-            raise ValueError(f"weights/{local_file.name} does not fit {timm_name}: "
-                             f"{error.__cause__}") from error
-        raise
     check_finite(vit.state_dict(), f"the file of {timm_name}")
     if not antialias:
         vit.patch_embed.set_input_size(img_size=size)
@@ -943,9 +613,8 @@ def load_webssl(size):
         with fetching("weights of webssl-l", advice):
             path = storage.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
     state = vit_from_webssl(storage.load_checkpoint(path))
-    table = state.get("pos_embed")                  # 1 1+n c
-    if isinstance(table, torch.Tensor) and table.shape[:2] == (1, 1 + WEBSSL_GRID ** 2):
-        state["pos_embed"] = resample_positions(vit, table, antialias=True)
+    if "pos_embed" in state:                        # 1 1+n c, of 224 pixels
+        state["pos_embed"] = resample_positions(vit, state["pos_embed"], antialias=True)
     return load_strict(vit, state, path)
 
 
@@ -1090,8 +759,8 @@ def unpack_rae(packed, with_encoder=True, source="the checkpoint"):
             raise ValueError(f"{source} has statistics of {channels} x {grid} x {grid} latents, "
                              f"and its encoder {encoder.name} gives {encoder.channels} x "
                              f"{encoder.grid} x {encoder.grid}; copy or train it again")
-    if with_encoder and "encoder_weights" in packed:            # of a VAE
-        load_strict(encoder.backbone, packed["encoder_weights"], f"{source}: the encoder")
+        if "encoder_weights" in packed:                         # of a VAE
+            load_strict(encoder.backbone, packed["encoder_weights"], f"{source}: the encoder")
     rae = RAE(encoder, decoder, packed["latent_mean"], packed["latent_var"],
               pixel_statistics(packed["encoder"]))
     return rae.requires_grad_(False).eval()
@@ -1148,10 +817,7 @@ def published_dit(name, folder=None):
 def imagenet_names():
     """Names of the 1000 classes of ImageNet, the first of several for each class."""
     info = timm.data.ImageNetInfo()
-    names = []
-    for index in range(1000):
-        names.append(info.index_to_description(index).split(",")[0])
-    return names
+    return [info.index_to_description(i).split(",")[0] for i in range(1000)]
 
 
 def read_dit(path_or_name, folder=None):
@@ -1284,3 +950,297 @@ def qwen2_arguments(config, source):
         raise ValueError(f"{source} has {checked}; give a Qwen2 model, which has numbers and "
                          f"{QWEN2_OPTIONS}")
     return {key: values[key] for key in (*QWEN2_SIZES, *defaults)}
+
+
+# ---------------------------------------------------------------------------- what files must hold
+class Rule(NamedTuple):
+    """What a value of a file must be: its type, and the range of a number or a few choices."""
+    type: type                   # float: whole numbers as well
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple = ()
+    is_optional: bool = False
+
+
+# Bounds on sizes, so that no file makes the machine build for minutes. The weights decide in the
+# end, but a layer is built before they are compared.
+WIDEST = 2 ** 14       # 4 times the widest published model, DiT-9.8B
+DEEPEST = 256          # 9 times the deepest published one; built in two seconds
+LARGEST_SIDE = 4096    # pixels: 8 times the largest published
+LARGEST_PATCH = 64     # pixels: twice the largest of timm's; its 12288 numbers are one channel each
+LARGEST_GRID = 128     # tokens per side: 4 times the largest published; 16384 tokens in all
+LARGEST_VOCABULARY = 2 ** 20     # 7 times that of Qwen2
+LONGEST_CONTEXT = 2 ** 17        # tokens, of Qwen2.5
+
+AUTOENCODER = {
+    "encoder": Rule(str),
+    "size": Rule(int, 1, LARGEST_SIDE),
+    "decoder_width": Rule(int, 1, WIDEST),
+    "decoder_depth": Rule(int, 0, DEEPEST),
+    "decoder_heads": Rule(int, 1, WIDEST),
+    "decoder_mlp": Rule(int, 1, 4 * WIDEST),
+    "decoder_patch": Rule(int, 1, LARGEST_SIDE),
+    "decoder": Rule(dict),
+    "encoder_weights": Rule(dict, is_optional=True),             # of a VAE
+    "latent_mean": Rule(torch.Tensor),
+    "latent_var": Rule(torch.Tensor),
+}
+DIT_FLAGS = {
+    "width": Rule(int, 1, WIDEST),
+    "depth": Rule(int, 0, DEEPEST),
+    "heads": Rule(int, 1, WIDEST),
+    "head_width": Rule(int, 0, WIDEST),
+    "class_dropout": Rule(float, 0, 1),
+    "prediction": Rule(str, choices=("v", "x0"), is_optional=True),      # of DiTBase
+    "shift_base": Rule(float, 1e-9, 1e9, is_optional=True),
+}
+HEAD_FLAGS = {                                                   # unless head_width is 0
+    "head_depth": Rule(int, 0, DEEPEST),
+    "head_heads": Rule(int, 1, WIDEST),
+}
+T2I_FLAGS = DIT_FLAGS | {
+    "connector": Rule(str, choices=("linear", "mlp2")),
+    "context": Rule(int, 1, LONGEST_CONTEXT),
+    "plan": Rule(int, 0, LONGEST_CONTEXT, is_optional=True),
+    "regression": Rule(float, 0, is_optional=True),
+}
+QWEN2 = {
+    "vocab_size": Rule(int, 1, LARGEST_VOCABULARY),
+    "hidden_size": Rule(int, 1, WIDEST),
+    "intermediate_size": Rule(int, 1, 4 * WIDEST),
+    "num_hidden_layers": Rule(int, 0, DEEPEST),
+    "num_attention_heads": Rule(int, 1, WIDEST),
+    "num_key_value_heads": Rule(int, 1, WIDEST),
+    "rope_theta": Rule(float, 1, 1e12),
+    "rms_norm_eps": Rule(float, 0, 1),
+    "tie_word_embeddings": Rule(bool),
+}
+TRAINING_DATA = {
+    "data": Rule(list),
+    "hold_out": Rule(int, 0, is_optional=True),
+}
+WEIGHTS = {"ema": Rule(dict, is_optional=True), "model": Rule(dict, is_optional=True)}
+CHECKPOINTS = {                  # by the script that writes them
+    "train_decoder.py": {"rae": Rule(dict)},
+    "train_dit.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "num_classes": Rule(int, 1),
+        "class_names": Rule(list), "latent_shape": Rule(list)},
+    "train_t2i.py": WEIGHTS | {
+        "args": Rule(dict), "rae": Rule(dict), "llm": Rule(dict), "tokenizer": Rule(str),
+        "asked": Rule(int, 0), "latent_shape": Rule(list)},
+}
+READERS = {                      # of these checkpoints
+    "train_decoder.py": "eval_decoder.py --rae, train_dit.py --rae and train_t2i.py --rae",
+    "train_dit.py": "sample.py, eval_fid.py and train_dit.py --init",
+    "train_t2i.py": "sample.py --prompt, eval_t2i.py and train_t2i.py --init",
+}
+PUBLISHED = {                    # in the layout of these checkpoints
+    "train_decoder.py": PUBLISHED_RAES,
+    "train_dit.py": PUBLISHED_DITS,
+    "train_t2i.py": PUBLISHED_T2I,
+}
+
+
+def check_source(path_or_name, script):
+    """Raise unless it exists, or is the name of a published model in the layout of a script's
+    checkpoints. What kind of file it is, load_checkpoint() sees.
+
+    FileNotFoundError: neither, with the published name that it may be meant to be, or the folder of
+    a sharded checkpoint; ValueError: a published model of another kind.
+    """
+    name = str(path_or_name).removesuffix("/guide")
+    names = list(PUBLISHED[script])
+    if (Path(name) / ".metadata").is_file():
+        raise FileNotFoundError(sharding.how_to_convert(Path(name).parent / "last.pt"))
+    if name in names or Path(name).exists():
+        return
+    for other, others in PUBLISHED.items():
+        if name in others:
+            raise ValueError(f"{name} is a published model for {READERS[other]}; here a checkpoint "
+                             f"of {script} is needed, or one of {' '.join(names)}")
+    advice = f"give a checkpoint of {script}, or one of {' '.join(names)}"
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+        advice = f"did you mean the published {near[0]}? Else {advice}"
+    raise FileNotFoundError(f"file {name} does not exist; {advice}")
+
+
+def script_of(state):
+    """The script that wrote a checkpoint; None for what is not one of ours."""
+    if "llm" in state:
+        return "train_t2i.py"
+    if "num_classes" in state or "latent_shape" in state:
+        return "train_dit.py"
+    if "rae" in state:
+        return "train_decoder.py"
+    return None
+
+
+def check_checkpoint(state, script, source):
+    """Raise ValueError unless a dict is a checkpoint of a script, one of CHECKPOINTS.
+
+    source: path of its file, for the message. Of the weights, only types are checked here; the rest
+    is up to load_strict().
+    """
+    given = script_of(state)
+    if given is None:
+        raise ValueError(f"{source} is no checkpoint of {script}, as it holds weights without the "
+                         f"flags that they were trained with, or something else; give one of those")
+    if given != script:
+        raise ValueError(f"{source} is a checkpoint of {given}, for {READERS[given]}; give one of "
+                         f"{script} here")
+    check_values(state, CHECKPOINTS[script], source)
+    check_packed_rae(state["rae"], source)
+    if script == "train_decoder.py":
+        return
+
+    if "ema" not in state and "model" not in state:
+        raise ValueError(f"{source} has no weights, neither ema nor model; copy or train it again")
+    latent_shape = list(state["rae"]["latent_var"].shape)
+    if state["latent_shape"] not in (latent_shape, latent_shape[:2]):
+        raise ValueError(f"{source} has a model of latents {state['latent_shape']} and an "
+                         f"autoencoder of {latent_shape}; copy or train it again")
+    flags = state["args"]
+    check_values(flags, DIT_FLAGS if script == "train_dit.py" else T2I_FLAGS, f"{source}: args")
+    check_split(flags, "width", "heads", 4, source)              # 4: rotary positions in 2-D
+    if flags["head_width"] > 0:
+        check_values(flags, HEAD_FLAGS, f"{source}: args")
+        check_split(flags, "head_width", "head_heads", 4, source)
+
+    if script == "train_dit.py":
+        check_class_names(state, source)
+    else:
+        if not state["tokenizer"].startswith("{"):
+            raise ValueError(f"{source} has a tokenizer that is no JSON; copy or train it again")
+        check_qwen2(state["llm"], f"{source}: llm")
+
+
+def check_qwen2(arguments, source):
+    """Raise ValueError unless a dict has arguments of llm.Qwen2 that go together."""
+    check_values(arguments, QWEN2, source)
+    check_split(arguments, "hidden_size", "num_attention_heads", 2, source)
+    check_split(arguments, "num_attention_heads", "num_key_value_heads", 1, source)
+
+
+def load_resumed(args, script):
+    """The checkpoint OUT/last.pt with which a run goes on, checked. Raises ValueError."""
+    source = f"{args.out}/last.pt"
+    state = saving.load_resumable(args)
+    check_checkpoint(state, script, source)
+    needed = ["model"]
+    if args.ema > 0:
+        needed.append("ema")
+    for name in needed:
+        # With "weights", they lie in a folder, see sharding.py.
+        if name not in state and "weights" not in state:
+            raise ValueError(f"{source} has no {name} to go on with; copy or train it again")
+    return state
+
+
+def check_packed_rae(packed, source):
+    """Raise ValueError unless this is an autoencoder as checkpoints hold it under "rae"."""
+    if not isinstance(packed, dict):
+        raise ValueError(f"{source} has rae {describe(packed)}, not a dict; copy or train it again")
+    check_values(packed, AUTOENCODER, f"{source}: rae")
+    check_split(packed, "decoder_width", "decoder_heads", 1, source)
+    var = packed["latent_var"]
+    check_statistics(packed["latent_mean"], var, source)
+    if var.ndim != 3 or not var.shape[1] == var.shape[2] <= LARGEST_GRID:
+        raise ValueError(f"{source} has statistics of shape {tuple(var.shape)}; c h w are needed, "
+                         f"with h = w of at most {LARGEST_GRID}; copy or train it again")
+    try:
+        pixel_statistics(packed["encoder"])
+    except ValueError as error:
+        raise ValueError(f"{source} has an encoder that does not exist ({error}); copy or train it "
+                         f"again") from error
+
+
+def check_statistics(mean, var, source):
+    """Raise ValueError unless latent statistics are finite, and variances positive.
+
+    mean, var: tensors of one shape; mean may be None.
+    """
+    statistics = {"variance": var}
+    if mean is not None:
+        statistics["mean"] = mean
+    for name, value in statistics.items():
+        problem = weight_problem(value)
+        if problem is None and not is_finite(value):
+            problem = "with numbers that are not finite"
+        if problem is None and value.shape != var.shape:
+            problem = f"of shape {tuple(value.shape)}, and the variance {tuple(var.shape)}"
+        if problem is not None:
+            raise ValueError(f"{source} has a latent {name} {problem}; copy or train it again")
+    if not (var > 0).all():
+        raise ValueError(f"{source} has latent variances down to {var.min():g}, which must be all "
+                         f"positive; copy or train it again")
+
+
+def check_class_names(state, source):
+    """Raise ValueError unless a checkpoint of classes has a name for each of them."""
+    names = state["class_names"]
+    if len(names) != state["num_classes"] or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} has {len(names)} class_names for {state['num_classes']} "
+                         f"classes; a text for each is needed; copy or train it again")
+
+
+def training_data(state, source):
+    """What the model of a checkpoint was trained on: the specs of --data, and --hold_out.
+
+    Returns ([], 0) if it does not say, as published models. Raises ValueError.
+    """
+    flags = state.get("args", {})
+    if not isinstance(flags, dict):
+        raise ValueError(f"{source} has args {describe(flags)}, no dict; copy or train it again")
+    if "data" not in flags:
+        return [], 0
+    check_values(flags, TRAINING_DATA, f"{source}: args")
+    if not flags["data"] or not all(isinstance(spec, str) for spec in flags["data"]):
+        raise ValueError(f"{source} has args in which data is no list of texts; copy or train it "
+                         f"again")
+    return flags["data"], flags.get("hold_out", 0)
+
+
+def check_values(values, rules, source):
+    """Raise ValueError unless a dict from a file obeys a table of Rules.
+
+    source: the file, and where in it the dict stands.
+    """
+    for name, rule in rules.items():
+        if name not in values:
+            if rule.is_optional:
+                continue
+            raise ValueError(f"{source} has no {name}; copy or train it again")
+        value = values[name]
+        wanted = None
+        if not has_type(value, rule.type):
+            wanted = f"of type {rule.type.__name__}"
+        elif rule.choices and value not in rule.choices:
+            wanted = f"one of {' '.join(rule.choices)}"
+        elif rule.type in (int, float) and not rule.low <= value <= rule.high:     # nan, too
+            wanted = f"from {rule.low:g} to {rule.high:g}"
+        if wanted is not None:
+            raise ValueError(f"{source} has {name} {describe(value)}, which must be {wanted}; "
+                             f"copy or train it again")
+
+
+def has_type(value, wanted):
+    """isinstance(), but True and False are no numbers, and a whole number can stand for a float."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def describe(value):
+    """A short number or text as it is, the type of everything else: for messages."""
+    is_plain = value is None or isinstance(value, (int, float, str))
+    if is_plain and len(repr(value)) < 40:
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
+def check_split(values, width, heads, multiple, source):
+    """Raise ValueError unless a width of a file splits into its heads, see model.check_heads."""
+    if values[width] % (values[heads] * multiple):
+        raise ValueError(f"{source} has {width} {values[width]}, no multiple of {heads} "
+                         f"{values[heads]} x {multiple}; copy or train it again")

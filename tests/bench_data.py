@@ -141,8 +141,8 @@ def main(args):
             size = file.stat().st_size
             print(f"index: {size / 1e6:.1f} MB, {size / args.n:.0f} bytes an image")
 
-        index.listed.clear()                      # as in another process
-        count_seconds, _ = seconds(count_sources, paths, args.n * args.shards, chat is not None)
+        index.tables.clear()                      # as in another process
+        count_seconds, _ = seconds(count_sources, paths, chat is not None)
         train_seconds, train = seconds(open_images, paths, split="train")
         val_seconds, _ = seconds(open_images, paths, split="val")
         print(f"with the index: count_sources {count_seconds:.3f} s, then open_data of train "

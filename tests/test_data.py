@@ -619,7 +619,7 @@ def test_links_are_followed_but_no_folder_is_read_twice(tmp_path):
     os.symlink(tmp_path / "set", tmp_path / "other" / "b" / "back")
 
     passed_over = PassedOver()
-    names = list(walk(str(tmp_path / "set"), passed_over))
+    names = list(walk(str(tmp_path / "set"), passed_over, set()))
 
     assert names == ["a/0000.png", "x/b/0000.png"]
     assert passed_over.counts == {"links to folders that are read elsewhere": 5}

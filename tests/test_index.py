@@ -165,7 +165,7 @@ def test_a_path_is_listed_once_in_a_process(tmp_path, monkeypatch):
     path = make_old(write_images(tmp_path / "set", 6, classes=2))
     monkeypatch.setenv("NANORAE_CACHE", "")
     paths = count_listings(monkeypatch)
-    assert count_sources(path, 100) == [6]
+    assert count_sources(path) == [6]
     train, val = (open_data(path, 8, split=split, hold_out=2) for split in ("train", "val"))
     assert paths == [path] and len(train) == 4 and len(val) == 2
     assert not (tmp_path / "cache").exists()
