@@ -612,9 +612,14 @@ def load_webssl(size):
         advice = f"put model.safetensors of huggingface.co/{WEBSSL_HUB} at weights/{path.name}"
         with fetching("weights of webssl-l", advice):
             path = storage.fetch_hub(WEBSSL_HUB, ["model.safetensors"]) / "model.safetensors"
-    state = vit_from_webssl(storage.load_checkpoint(path))
-    if "pos_embed" in state:                        # 1 1+n c, of 224 pixels
-        state["pos_embed"] = resample_positions(vit, state["pos_embed"], antialias=True)
+    weights = storage.load_checkpoint(path)
+    try:
+        state = vit_from_webssl(weights)
+        positions = state["pos_embed"]                  # 1 1+n c, of 224 pixels
+        state["pos_embed"] = resample_positions(vit, positions, antialias=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit WebSSL's ViT ({type(error).__name__}: {error}); "
+                         f"copy model.safetensors of huggingface.co/{WEBSSL_HUB} again") from error
     return load_strict(vit, state, path)
 
 

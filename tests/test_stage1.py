@@ -18,6 +18,7 @@ import metrics
 import release
 import runtime
 import sample
+import storage
 import train_decoder
 import train_dit
 from conftest import (
@@ -606,6 +607,18 @@ def test_webssl_equals_transformers(tmp_path, monkeypatch):
     assert encoder.grid == 16
     latents = encoder.encode(images)
     torch.testing.assert_close(latents.flatten(2).mT, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [
+    {"encoder.layer.0.attention.attention.query.weight": torch.zeros(4, 4)},
+    {"embeddings.position_embeddings": torch.zeros(3)}, {"embeddings.position_embeddings": 1}])
+def test_a_damaged_file_of_webssl_is_named(weights, tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "webssl-l.safetensors").touch()
+    monkeypatch.setattr(storage, "load_checkpoint", lambda path: weights)
+    monkeypatch.setattr(release, "HERE", tmp_path)
+    with pytest.raises(ValueError, match=r"webssl-l.safetensors does not fit WebSSL's ViT \("):
+        load_encoder("webssl-l", 256)
 
 
 def test_diffusers_vae_is_frozen_and_its_means_are_the_latents(tmp_path):
