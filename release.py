@@ -617,7 +617,7 @@ def load_webssl(size):
         state = vit_from_webssl(weights)
         positions = state["pos_embed"]                  # 1 1+n c, of 224 pixels
         state["pos_embed"] = resample_positions(vit, positions, antialias=True)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit WebSSL's ViT ({type(error).__name__}: {error}); "
                          f"copy model.safetensors of huggingface.co/{WEBSSL_HUB} again") from error
     return load_strict(vit, state, path)
