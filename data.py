@@ -49,7 +49,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_wor
 from index import open_tables
 from listing import PassedOver, describe_passed_over, read_bytes, shown
 from order import EpochOrder, split_images
-from runtime import cores_of_process, stop_request, world_size
+from runtime import cores_of_process, one_line, stop_request, world_size
 from shapes import CLASSES, Scene, Text
 
 SHAPES_EPOCH = 1_000_000   # the built-in worlds never end; this many of their images are an epoch
@@ -377,7 +377,8 @@ class FileSource:
             raise ValueError(f"--data has {TRIES} broken images in a row ({broken[0][1]}): {names}")
         # In a worker, the error would come with a traceback of its own, so the main process raises
         # it: see ImageData.report_broken.
-        return listed, BLACK.resize((size, size)) if size else BLACK, broken
+        unseen = BLACK if size is None else BLACK.resize((size, size))
+        return listed, unseen, broken
 
 
 def reason_of(error):
@@ -853,7 +854,8 @@ def damage_of(path):
     try:
         yield
     except NPZ_ERRORS as error:
-        raise ValueError(f"{path} is damaged ({error}); write it again by np.savez") from None
+        raise ValueError(f"{path} is damaged ({one_line(error)}); write it again by "
+                         f"np.savez") from None
 
 
 def read_array_header(file):
@@ -1068,9 +1070,9 @@ def kill_if_silent(workers, done, hung, seconds):
 
 
 def handle_killed_workers():
-    """Raise a ValueError for a worker that is killed, not torch's RuntimeError.
+    """From now on, a killed worker raises a ValueError instead of torch's RuntimeError.
 
-    It comes wherever the main process is.
+    Both interrupt the main process wherever it is.
     """
     # Windows has no such signal, and other threads than the main one set no handlers.
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
@@ -1080,6 +1082,7 @@ def handle_killed_workers():
 
 
 def handle_killed_worker(torch_handler, number, frame):
+    """Handler of SIGCHLD around torch's own. Raises: ValueError if a worker was killed"""
     try:
         torch_handler(number, frame)
     except RuntimeError as error:

@@ -208,7 +208,7 @@ def list_tar(path, with_conversations, passed_over, origins):
     """List the images of a tar, which are later read in place."""
     origins.add(path)
     files = {}
-    end = 0                                       # of the last file
+    end = 0                                       # of the last header
     try:
         # "r:" refuses compressed tars, of which no file could be read without all before it.
         with tarfile.open(path, "r:") as tar:
@@ -249,10 +249,12 @@ def list_files(path, files, sidecar_suffixes, with_conversations, passed_over, o
         with error_context(path, name):
             sidecars = read_sidecars(files, sidecars)
             record = parse_record(sidecars["json"]) if "json" in sidecars else {}
-            label = None if with_conversations else parse_label(record, sidecars)
-            if label is None and not with_conversations:
-                class_folders.setdefault(folder, name)
-                label = folder or None
+            label = None                          # conversations have none
+            if not with_conversations:
+                label = parse_label(record, sidecars)
+                if label is None:
+                    class_folders.setdefault(folder, name)
+                    label = folder or None
             texts = parse_texts(record, sidecars, with_conversations)
         images.append(ListedImage(*files[name], name, label, texts))
     check_depths(path, class_folders)

@@ -282,11 +282,10 @@ def check_finite(state, source):
 
 
 def is_finite(tensor):
-    """Whether no number of a tensor is nan or infinite. Its extremes are nan if any of it is, and
-    take a tenth of the time of a copy.
-    """
+    """Whether no number of a tensor is nan or infinite."""
     if tensor.numel() == 0:
         return True
+    # Both are nan if any number is. They take a tenth of the time of a copy.
     low, high = torch.aminmax(tensor.detach())
     return math.isfinite(low) and math.isfinite(high)
 
@@ -617,7 +616,7 @@ def load_webssl(size):
         state = vit_from_webssl(weights)
         positions = state["pos_embed"]                  # 1 1+n c, of 224 pixels
         state["pos_embed"] = resample_positions(vit, positions, antialias=True)
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit WebSSL's ViT ({type(error).__name__}: {error}); "
                          f"copy model.safetensors of huggingface.co/{WEBSSL_HUB} again") from error
     return load_strict(vit, state, path)
@@ -1048,7 +1047,7 @@ PUBLISHED = {                    # in the layout of these checkpoints
 
 def check_source(path_or_name, script):
     """Raise unless it exists, or is the name of a published model in the layout of a script's
-    checkpoints. What kind of file it is, load_checkpoint() sees.
+    checkpoints. load_checkpoint() sees what kind of file it is.
 
     FileNotFoundError: neither, with the published name that it may be meant to be, or the folder of
     a sharded checkpoint; ValueError: a published model of another kind.

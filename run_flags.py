@@ -168,7 +168,8 @@ def add_run_flags(p):
                    help="Go on from OUT/last.pt. Flags that are not given keep their values.")
     p.add_argument("--auto_resume", action="store_true", default=None,
                    help="Go on from OUT/last.pt if it is there, else start: for jobs that are "
-                        "started again by the same command (torchrun --max_restarts, queues).")
+                        "started again by the same command (torchrun --max_restarts, queues). "
+                        "A complete run ends at once, without an error.")
     p.add_argument("--overwrite", action="store_true", default=None,
                    help="Start anew although OUT/last.pt exists.")
     p.add_argument("--wandb", metavar="PROJECT",

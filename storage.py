@@ -150,7 +150,7 @@ def lock(path, is_folder=False):
     """Lock an output, a folder or a file. Returns a Lock.
 
     Only rank 0 takes the lock, but all processes must call this, and all raise ValueError if
-    another run has it.
+    another run has it, or if nothing can be written there.
     """
     file = lock_file(path, is_folder)
     taken, problem = None, None
@@ -240,6 +240,9 @@ def load_checkpoint(path):
             raise ValueError(f"{path} is a pipe or a device; name a file")
         raise FileNotFoundError(f"file {path} does not exist; check the path, or copy or train it "
                                 f"first")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} may not be read by this user; change its permissions, or copy "
+                         f"it")
     try:
         if Path(path).suffix == ".safetensors":
             state = read_nested_safetensors(path)
@@ -247,9 +250,6 @@ def load_checkpoint(path):
             # Windows cannot replace a file that is mapped, as a resumed run will.
             is_mapped = zipfile.is_zipfile(path) and sys.platform != "win32"
             state = torch.load(path, "cpu", weights_only=True, mmap=is_mapped)
-    except PermissionError:
-        raise ValueError(f"{path} may not be read by this user; change its permissions, or copy "
-                         f"it") from None
     except Exception as error:             # pickle, zip and safetensors raise a dozen kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely: another kind of file, "
                          f"cut short, or with code in it ({type(error).__name__}); copy or train "

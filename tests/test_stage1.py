@@ -611,7 +611,8 @@ def test_webssl_equals_transformers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("weights", [
     {"encoder.layer.0.attention.attention.query.weight": torch.zeros(4, 4)},
-    {"embeddings.position_embeddings": torch.zeros(3)}, {"embeddings.position_embeddings": 1}])
+    {"embeddings.position_embeddings": torch.zeros(3)}, {"embeddings.position_embeddings": 1},
+    {"embeddings.position_embeddings": torch.zeros(1, 0, 1024)}])
 def test_a_damaged_file_of_webssl_is_named(weights, tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "webssl-l.safetensors").touch()
