@@ -389,6 +389,12 @@ def test_latent_statistics_are_those_of_all_latents():
     torch.testing.assert_close(var, latents.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
 
 
+def test_latent_statistics_want_whole_batches():
+    data = open_data("shapes", 64, objects=1)
+    with pytest.raises(AssertionError):                # else the sums of 16 images, over 20
+        train_decoder.latent_statistics(release.load_encoder("tiny"), data, n=20, batch=8)
+
+
 @pytest.mark.parametrize("law, mean_sigma", [
     ("half_normal", 0.5 * (2 / torch.pi) ** 0.5), ("uniform", 0.5 / 2)])
 def test_latent_noise_law(law, mean_sigma):
