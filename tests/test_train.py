@@ -864,6 +864,14 @@ def test_all_that_is_too_large_for_the_data_is_told_at_once(tmp_path, capsys):
                    "be at most the 4 held out", capsys)
 
 
+def test_images_held_out_because_of_eval_n_are_explained(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 10)
+    assert_refused(train_decoder, ["--data", tmp_path / "images", "--eval_n", 30,
+                                   "--out", tmp_path / "run"],
+                   "--hold_out 30 must be below 10 (if it is not given, train_decoder.py takes "
+                   "that of --eval_n)", capsys)
+
+
 def test_evaluations_of_one_image_are_refused_before_training(tmp_path, capsys):
     write_grey_images(tmp_path / "images", 10)
     assert_refused(train_dit, ["--data", tmp_path / "images", "--eval_every", 1, "--hold_out", 1,
