@@ -294,8 +294,8 @@ class FileSource:
         self.labelled = None not in self.label_counts
         if not 0 <= hold_out < len(self.all_images):
             raise ValueError(f"--hold_out {hold_out} must be below the {len(self.all_images)} "
-                             f"images of {paths[0]} (if it is not given, --eval_n sets it); try "
-                             f"--hold_out {len(self.all_images) // 10}")
+                             f"images of {paths[0]}; try --hold_out "
+                             f"{len(self.all_images) // 10}")
         to_train_on, self.held_out = split_images(len(self.all_images), hold_out)
         if split == "train" or hold_out == 0:                     # 0: all are in both
             self.images = Subset(self.all_images, to_train_on)
@@ -562,7 +562,10 @@ def check_amounts(specs, batch, hold_out=0, eval_n=0, with_conversations=False):
     n = min(counts)
     to_train_on = sum(counts) - len(counts) * hold_out
     problems = []
-    if hold_out >= n:
+    if hold_out >= n and hold_out == eval_n:
+        problems.append(f"--hold_out {hold_out} must be below {n} (if it is not given, "
+                        f"train_decoder.py takes that of --eval_n)")
+    elif hold_out >= n:
         problems.append(f"--hold_out {hold_out} must be below {n}")
     elif batch > to_train_on:
         problems.append(f"--batch {batch} must be at most the {to_train_on} to train on")

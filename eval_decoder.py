@@ -301,7 +301,8 @@ def reconstruct_all(args, rank, world, device):
     evaluation.check_n(n, len(val))
     evaluation.report_data(val, rank)
     is_of_decoder = release.script_of(state) == "train_decoder.py"
-    split = evaluation.split_of(val, specs, hold_out, state, args.rae, not is_of_decoder)
+    split = evaluation.split_of(val, specs, hold_out, state, args.rae,
+                                is_of_other_stage=not is_of_decoder)
     if rank == 0:
         evaluation.warn_of_split(split)
 

@@ -423,7 +423,7 @@ def main(args):
     rank, world, device = runtime.setup()
     start = time.time()
     evaluation.prepare_output(args.out)
-    evaluation.prepare_output(args.save_stats)
+    evaluation.prepare_output(args.save_stats, [".npz"])
     # Fail before a feature network is downloaded.
     if args.samples:
         evaluation.check_paths(args.samples, "--samples")

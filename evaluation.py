@@ -13,6 +13,7 @@ from data import Arrays, open_data, parse_specs
 from release import training_data
 
 BUILT_IN = ("shapes", "text")    # worlds of data.py, whose images never end
+RESULT_SUFFIXES = (".json", ".jsonl", ".txt")      # of a line of JSON
 
 
 # ---------------------------------------------------------------------------- images
@@ -126,13 +127,17 @@ def warn_of_split(split):
 
 
 # ---------------------------------------------------------------------------- checks and reports
-def prepare_output(path):
-    """Make the folder of an output file: what fails, fails before the work. None: no output."""
+def prepare_output(path, suffixes=RESULT_SUFFIXES):
+    """Make the folder of an output file: what fails, fails before the work. None: no output.
+
+    suffixes: that it can have. Others would be a slip that overwrites a checkpoint or images.
+    """
     if path is None:
         return
     storage.check_out(path, "the output")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; name a file")
+    storage.check_suffix(path, suffixes, "the output")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -428,22 +428,28 @@ def build_inception():
     return network
 
 
-def load_inception_weights(path=None):
-    """State dict of the Inception that defines FID. path: a file, None: in torch.hub's folder,
-    where it is downloaded to if it is not there.
+def download_inception(folder):
+    """Path of Inception's weights in a folder, downloaded if the file is not there."""
+    path = folder / INCEPTION_FILE
+    if not path.exists():
+        advice = f"put {INCEPTION_URL} into {folder}, or name the file by --inception"
+        with storage.fetching(f"no {path}", advice):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
+    return path
 
+
+def load_inception_weights(path=None):
+    """State dict of the Inception that defines FID.
+
+    path: its file. None: the one in torch.hub's folder, which is downloaded if it is not there.
     Raises FileNotFoundError; ValueError if the file is another one.
     """
-    if path is not None and not Path(path).exists():
+    if path is None:
+        path = download_inception(Path(torch.hub.get_dir()) / "checkpoints")
+    elif not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}; put {INCEPTION_URL} there, or leave "
                                 f"--inception out")
-    if path is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if not Path(path).exists():
-        advice = f"put {INCEPTION_URL} into {path.parent}, or name the file by --inception"
-        with storage.fetching(f"no {path}", advice):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 != INCEPTION_SHA256:
         raise ValueError(f"{path} has sha256 {sha256[:8]}, not {INCEPTION_SHA256[:8]}: it is no "

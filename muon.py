@@ -5,9 +5,9 @@ import torch
 class Muon(torch.optim.Muon):
     """Momentum whose update of each matrix is made orthogonal, in fp32.
 
-    It takes the arguments of torch.optim.Muon, which computes in bf16: on CPUs that have only AVX2,
-    that takes 20 to 40 times as long. The update is scaled to the size of AdamW's, so that both
-    optimizers take one learning rate.
+    torch.optim.Muon computes in bf16, which takes 20 to 40 times as long on CPUs that have only
+    AVX2. Of its arguments, lr, weight_decay and momentum act; the others are constants here. The
+    update is scaled to the size of AdamW's, so that both optimizers take one learning rate.
     found_inf: a scalar that runtime.optimizer_step() sets; if it is 1, a step changes nothing.
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: arXiv 2502.16982.
     """

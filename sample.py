@@ -170,7 +170,7 @@ def noise(shape, seed, indices, step=0):
 
 
 def noise_ahead(shape, seed, indices, last_step, device):
-    """Yields the noise() of the steps 0 to last_step, on the device.
+    """Yield the noise() of the steps 0, 1, ..., last_step in turn, on the device.
 
     A thread draws the noise of a step while the device computes the step before.
     """
@@ -213,7 +213,7 @@ def draw(model, y, args, indices, weak=None, states=None):              # [S4]
     with progress.progress_bar(evaluations(args.solver, times), "velocity") as bar:
         velocity = watched(velocity, bar, states)
         if is_stochastic:
-            x = euler_maruyama(velocity, x, times, lambda k: next(noises))
+            x = euler_maruyama(velocity, x, times, lambda k: next(noises))      # k = 1, 2, ...
         else:
             x = SOLVERS[args.solver](velocity, x, times)
     if states is not None:

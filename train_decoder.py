@@ -260,11 +260,12 @@ def check_flags(args):
 def latent_statistics(encoder, data, n, batch, rank=0, world=1, workers=0, device="cpu"):
     """Mean and variance of each latent element over n images, in one pass.
 
-    encoder: Encoder. data: ImageData. batch: images per process and forward pass. n: a multiple of
-    batch x world.
+    encoder: Encoder. data: ImageData. n: a multiple of batch x world. batch: images per process and
+    forward pass.
     Returns: mean and variance, c h w each, fp32; the same on all processes.
     Source: RAE, section 3.1. The release keeps a running average of its last 20 batches instead.
     """
+    assert n % (batch * world) == 0                         # all n images are in whole batches
     total = 0
     squares = 0
     steps = n // (batch * world)

@@ -377,7 +377,8 @@ def count_batch(micro_batches):
     counts = torch.zeros(len(Counts._fields), dtype=torch.float64)     # on the CPU, as they are
     for micro in micro_batches:
         counts += torch.tensor(micro.counts)
-    return Counts(*map(round, runtime.all_sum(counts).tolist()))
+    totals = runtime.all_sum(counts).tolist()
+    return Counts(*[round(total) for total in totals])
 
 
 def preview_prompts(args, size, num_prompts=12):

@@ -300,6 +300,20 @@ def test_missing_files_are_named(tmp_path):
         run_script(eval_decoder, "--rae", tmp_path / "nothing.pt")
 
 
+@pytest.mark.parametrize("script, flags, name", [
+    (eval_fid, ["--out"], "last.pt"),
+    (eval_fid, ["--samples", "shapes", "--data", "shapes", "--out"], "samples.npz"),
+    (eval_fid, ["--data", "shapes", "--save_stats"], "photo.png"),
+    (eval_decoder, ["--out"], "last.pt"),
+    (eval_t2i, ["--out"], "last.pt"),
+])
+def test_results_do_not_overwrite_checkpoints_or_images(script, flags, name, tmp_path):
+    (tmp_path / name).write_text("days of work")
+    with pytest.raises(ValueError, match=f"{name} can't be written in the format of its suffix"):
+        run_script(script, *flags, tmp_path / name)
+    assert (tmp_path / name).read_text() == "days of work"
+
+
 def test_the_images_of_an_npz_are_reconstructed(tmp_path):
     images = load_images(open_data("shapes", 64, split="val"), range(8))
     np.savez(tmp_path / "images.npz", arr_0=images.numpy())

@@ -389,6 +389,12 @@ def test_latent_statistics_are_those_of_all_latents():
     torch.testing.assert_close(var, latents.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
 
 
+def test_latent_statistics_want_whole_batches():
+    data = open_data("shapes", 64, objects=1)
+    with pytest.raises(AssertionError):                # else the sums of 16 images, over 20
+        train_decoder.latent_statistics(release.load_encoder("tiny"), data, n=20, batch=8)
+
+
 @pytest.mark.parametrize("law, mean_sigma", [
     ("half_normal", 0.5 * (2 / torch.pi) ** 0.5), ("uniform", 0.5 / 2)])
 def test_latent_noise_law(law, mean_sigma):
@@ -856,6 +862,14 @@ def test_all_that_is_too_large_for_the_data_is_told_at_once(tmp_path, capsys):
     assert_refused(train_dit, [*common, "--hold_out", 4, "--eval_n", 30, "--batch", 8],
                    "has 10 images: --batch 8 must be at most the 6 to train on; --eval_n 30 must "
                    "be at most the 4 held out", capsys)
+
+
+def test_images_held_out_because_of_eval_n_are_explained(tmp_path, capsys):
+    write_grey_images(tmp_path / "images", 10)
+    assert_refused(train_decoder, ["--data", tmp_path / "images", "--eval_n", 30,
+                                   "--out", tmp_path / "run"],
+                   "--hold_out 30 must be below 10 (if it is not given, train_decoder.py takes "
+                   "that of --eval_n)", capsys)
 
 
 def test_evaluations_of_one_image_are_refused_before_training(tmp_path, capsys):

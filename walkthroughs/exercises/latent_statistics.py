@@ -23,7 +23,7 @@ def latent_statistics(encoder, data, n, batch):
     data: dataset; image_batches(data, n, batch) gives its images.
     n: number of images, a multiple of batch.
     Returns: mean and variance, c h w each, fp32.
-    Source: RAE (arXiv 2510.11690) section 3.1. Lines of the solution: 13, as it also adds the
+    Source: RAE (arXiv 2510.11690) section 3.1. Lines of the solution: 14, as it also adds the
     sums of several processes. One process needs 9.
     """
     raise NotImplementedError("your code here")
