@@ -416,6 +416,7 @@ def test_the_schedule_shows_where_the_solver_is():
 
 @pytest.mark.parametrize("flags, message", [
     (["--n", "73"], "--n 73 is too many for --out x.GIF, which shows at most 72"),
+    (["--sampling_steps", "251"], "--sampling_steps 251 is too many for --out x.GIF"),
     (["--prompt", "a star", "--best_of", "2"], "--best_of 2 chooses among finished images"),
 ])
 def test_what_an_animation_cannot_show_is_refused(flags, message, capsys):
