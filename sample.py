@@ -165,8 +165,17 @@ def noise(shape, seed, indices, step=0):
         rng.standard_normal(dtype=np.float32, out=own_samples)
 
     with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
-        list(threads.map(fill, indices, samples.numpy()))               # list() waits for them
+        filling = []
+        for i, own_samples in zip(indices, samples.numpy(), strict=True):
+            filling.append(threads.submit(fill, i, own_samples))
+        wait_for(filling)
     return samples
+
+
+def wait_for(tasks):
+    """Wait for tasks of a ThreadPoolExecutor. Raises what one of them has raised."""
+    for task in tasks:
+        task.result()
 
 
 def noise_ahead(shape, seed, indices, last_step, device):
@@ -690,10 +699,12 @@ def draw_files(files, draw_images, batch, rank=0, world=1):
     with ThreadPoolExecutor(runtime.cores_of_process()) as threads:
         writing = []
         for numbers in progress.progress_bar(batches, "batches"):
-            pictures = [Image.fromarray(pixels) for pixels in draw_images(numbers).numpy()]
-            list(writing)                              # waits: two batches in memory are enough
-            writing = threads.map(save_picture, pictures, [files[i] for i in numbers])
-        list(writing)                                  # waits, and raises what a thread raised
+            images = draw_images(numbers).numpy()
+            wait_for(writing)                          # two batches in memory are enough
+            writing = []
+            for i, pixels in zip(numbers, images, strict=True):
+                writing.append(threads.submit(save_picture, Image.fromarray(pixels), files[i]))
+        wait_for(writing)
     if world > 1:
         dist.barrier()
 

@@ -24,7 +24,8 @@ TURNS = [("user", "draw a red circle"), ("assistant", "Here:\n<image>"), ("user"
 # The shipped tokenizer lowers case.
 SYSTEM_TURN = "<|im_start|>system\nyou are a helpful assistant.<|im_end|>\n"
 TEXTS = ["two red circles and a blue star", "  spaces,\n\n newlines!\n", "it's 1234 don't",
-         "图像 är schön é e\u0301", "صورة جميلة", "🙂👩‍👩‍👧 ok", "", "\t\r\n x"]
+         "图像 är schön é e\u0301", "صورة جميلة", "🙂👩‍👩‍👧 ok",
+         "", "\t\r\n x"]
 
 
 @pytest.fixture(scope="module")

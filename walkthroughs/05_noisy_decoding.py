@@ -193,8 +193,8 @@ lesson.show(figure, "early_samples", "eight latents drawn by a DiT after 150 ste
 #
 # - the PSNR;
 # - how many still show the same objects: `read_scene`, the reader of the built-in world, decides;
-# - the Fréchet distance to the originals. It compares the means and covariances of features of many
-#   images, as the FID does, but in the features of the shipped encoder.
+# - the Fréchet distance to the originals. It compares the means and covariances of features of
+#   many images, as the FID does, but in the features of the shipped encoder.
 #
 # Of samples we measure
 #
